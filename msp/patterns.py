@@ -1,0 +1,213 @@
+"""N:M patterns, allocations and budgets: exact integer arithmetic, no tensors.
+
+``N:M`` means N weights KEPT of every M consecutive ones along the input dimension.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from msp.errors import MspError, UsageError
+
+GROUP_SIZES = (4, 8, 16, 32)
+
+# Above this many distinct sums (a bit each) exact reachability costs more memory than it is worth,
+# and so many units of a tiny common step reach the last step anyway.
+MAX_REACHABLE_BITS = 1 << 28
+
+
+def check_group_size(group_size: int) -> int:
+    """Return ``group_size`` if it is one of 4, 8, 16, 32; raise ``UsageError`` otherwise."""
+    if group_size not in GROUP_SIZES:
+        known = ", ".join(map(str, GROUP_SIZES))
+        raise UsageError(f"group size {group_size} is not supported: choose one of {known}")
+    return group_size
+
+
+@dataclass(frozen=True, order=True)
+class NMPattern:
+    """Keep ``n`` of every ``m`` consecutive weights of a row. ``0:M`` is empty, ``M:M`` dense."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        check_group_size(self.m)
+        if not 0 <= self.n <= self.m:
+            raise UsageError(f"pattern {self.n}:{self.m} keeps more than its group or less than none")
+
+    @classmethod
+    def parse(cls, text: str) -> NMPattern:
+        """Read ``"2:8"``."""
+        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+        if match is None:
+            raise UsageError(f"{text!r} is not a pattern; write N:M with N the number kept, like 2:8")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def density(self) -> Fraction:
+        """Share of the weights kept, N/M."""
+        return Fraction(self.n, self.m)
+
+    @property
+    def is_empty(self) -> bool:
+        return self.n == 0
+
+    @property
+    def is_dense(self) -> bool:
+        return self.n == self.m
+
+    @property
+    def always_compliant(self) -> bool:
+        """Whether every selection keeps at most 2 of each aligned 4, so 2:4 tensor cores can run it."""
+        return self.n <= 2
+
+    def kept(self, rows: int, columns: int) -> int:
+        """Weights kept in a ``[rows, columns]`` matrix; ``columns`` must be a multiple of M."""
+        if columns % self.m:
+            raise MspError(f"{columns} columns are not a multiple of the group size {self.m}")
+        return rows * (columns // self.m) * self.n
+
+
+class Allocation(Mapping[str, NMPattern]):
+    """An immutable map from the name of a linear to its pattern."""
+
+    def __init__(self, patterns: Mapping[str, NMPattern] | Iterable[tuple[str, NMPattern]]) -> None:
+        self._patterns = dict(patterns)
+
+    def __getitem__(self, name: str) -> NMPattern:
+        return self._patterns[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._patterns)
+
+    def __len__(self) -> int:
+        return len(self._patterns)
+
+    def __repr__(self) -> str:
+        return f"Allocation({self.to_strings()!r})"
+
+    def kept(self, shapes: Mapping[str, tuple[int, int]]) -> int:
+        """Weights kept over all linears, given their ``[out, in]`` shapes."""
+        return sum(pattern.kept(*shapes[name]) for name, pattern in self.items())
+
+    def to_strings(self) -> dict[str, str]:
+        return {name: str(pattern) for name, pattern in self.items()}
+
+    @classmethod
+    def from_strings(cls, patterns: Mapping[str, str]) -> Allocation:
+        return cls({name: NMPattern.parse(text) for name, text in patterns.items()})
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_strings(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Allocation:
+        """Read what ``save`` wrote; ``MspError`` names the file when it is not an allocation."""
+        try:
+            patterns = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise MspError(f"{path}: cannot read an allocation: {error}") from error
+        if not isinstance(patterns, dict) or not all(isinstance(p, str) for p in patterns.values()):
+            raise MspError(f'{path}: an allocation is a JSON object of "name": "N:M"')
+        return cls.from_strings(patterns)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What gets one level N: one linear, or all prunable linears of a block.
+
+    ``weights`` counts the unit's weights, so one level more keeps ``weights // group_size`` more.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    weights: int
+    group_size: int
+    block: int
+    kind: str
+
+    @property
+    def step(self) -> int:
+        return self.weights // self.group_size
+
+
+def parse_sparsity(sparsity: float | str | Fraction) -> Fraction:
+    """The exact fraction a decimal stands for: 0.1 is 1/10, not its nearest double."""
+    try:
+        exact = Fraction(str(sparsity)) if isinstance(sparsity, float) else Fraction(sparsity)
+    except ValueError as error:
+        raise UsageError(f"sparsity {sparsity!r} is not a number") from error
+    if not 0 < exact < 1:
+        raise UsageError(f"sparsity {float(exact):g} is outside (0, 1)")
+    return exact
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The number of weights the units may keep together.
+
+    ``limit`` may not be exceeded. ``target`` is what repair fills up to: within one smallest step of
+    the limit, or, where the sizes of the units cannot reach that, the largest sum they can.
+    """
+
+    limit: int
+    target_floor: int
+    total: int
+
+    @classmethod
+    def for_units(cls, units: Sequence[Unit], limit: int) -> Budget:
+        """``limit`` kept weights over ``units``.
+
+        Raises:
+            UsageError: if the limit is negative or keeps every weight.
+        """
+        total = sum(unit.weights for unit in units)
+        if not 0 <= limit <= total:
+            raise UsageError(f"a budget of {limit} kept weights is outside 0 ... {total}")
+        smallest = min((unit.step for unit in units), default=1)
+        return cls(limit, max(0, _largest_reachable(units, limit, smallest)), total)
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.limit / self.total if self.total else 0.0
+
+    def is_met(self, kept: int) -> bool:
+        return self.target_floor <= kept <= self.limit
+
+
+def _largest_reachable(units: Sequence[Unit], limit: int, smallest: int) -> int:
+    """The least total that counts as meeting ``limit``.
+
+    With one step size the answer is immediate. Otherwise a bit set of reachable sums, in units of
+    the steps' greatest common divisor, gives the largest sum not above the limit; the floor is then
+    that sum or one smallest step below the limit, whichever is lower.
+    """
+    if not units:
+        return 0
+    divisor = math.gcd(*(unit.step for unit in units))
+    width = limit // divisor
+    floor = limit - smallest + 1
+    counts: dict[int, int] = {}
+    for unit in units:
+        counts[unit.step // divisor] = counts.get(unit.step // divisor, 0) + unit.group_size
+    if len(counts) == 1 or width > MAX_REACHABLE_BITS:
+        return min(floor, width * divisor)
+    reachable, mask = 1, (1 << (width + 1)) - 1
+    for step, count in counts.items():
+        chunk = 1
+        while count:
+            take = min(chunk, count)
+            reachable |= (reachable << (step * take)) & mask
+            count -= take
+            chunk *= 2
+    return min(floor, (reachable.bit_length() - 1) * divisor)
