@@ -1,0 +1,239 @@
+"""Which implementation of an op serves a call.
+
+An op lives in one file, ``msp/ops/<op>.py``, and adding one goes like this::
+
+    def reference(weight: Tensor, n: int) -> Tensor:     # plain torch, reads like the formula
+        ...
+
+    op = Op("nm_example", reference)                      # the reference fixes the signature
+
+    @op.backend("triton")                                 # same signature, checked by mypy
+    def triton(weight: Tensor, n: int) -> Tensor:
+        from msp.triton_kernels import nm_example as kernels   # imported only when it serves
+
+        return kernels.nm_example(weight, n)
+
+    @torch.library.custom_op("msp::nm_example", mutates_args=())
+    def nm_example_op(weight: Tensor, n: int) -> Tensor:
+        return op(weight, n)                              # chosen by the first tensor's device
+
+    @nm_example_op.register_fake
+    def _(weight: Tensor, n: int) -> Tensor:
+        return torch.empty_like(weight)
+
+    def nm_example(weight: Tensor, n: int) -> Tensor:     # public: checks first, then the custom op
+        ...
+
+Backends are named ``reference``, ``triton``, ``cpu`` and ``cuda``. By default ``triton`` needs Triton
+and a GPU (or its interpreter), and ``cpu`` and ``cuda`` need a function named like the op in the
+compiled module ``msp._cpu`` or ``msp._cuda``; ``available`` replaces that rule, and ``supports`` lets a
+backend decline single calls by their arguments. The automatic choice takes the first backend in
+``AUTOMATIC`` that is registered, available and supports the call; a forced one that cannot serve is
+an error, so a test or benchmark never measures another backend than it names.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from msp.errors import UsageError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+BACKENDS = ("cuda", "cpu", "triton", "reference")
+
+# Per device type, in order of preference. Triton under its interpreter is a test tool: never a choice.
+AUTOMATIC: dict[str, tuple[str, ...]] = {
+    "cuda": ("cuda", "triton", "reference"),
+    "xpu": ("triton", "reference"),
+    "cpu": ("cpu", "reference"),
+}
+
+_forced: ContextVar[str | None] = ContextVar("msp_forced_backend", default=None)
+_ops: dict[str, Op[..., Any]] = {}
+
+
+@functools.cache
+def compiled_module(name: str) -> Any | None:
+    """``msp._cpu`` or ``msp._cuda`` if this installation has it, else None."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def triton_is_interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter; to be set before Triton is first imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton_available() -> bool:
+    return _has_triton() and (torch.cuda.is_available() or torch.xpu.is_available() or triton_is_interpreted())
+
+
+def _serves_device(backend: str, device_type: str) -> bool:
+    """Whether ``backend`` can read tensors of this device type at all."""
+    if backend == "reference":
+        return True
+    if backend == "triton":
+        return device_type in ("cuda", "xpu") or (device_type == "cpu" and triton_is_interpreted())
+    return backend == device_type
+
+
+@dataclass(frozen=True)
+class _Backend:
+    function: Callable[..., Any]
+    available: Callable[[], bool]
+    supports: Callable[..., bool]
+
+
+class Op(Generic[P, T]):
+    """The implementations of one op by backend name; calling it runs the one that serves the call."""
+
+    def __init__(self, name: str, reference: Callable[P, T]) -> None:
+        self.name = name
+        self._backends: dict[str, _Backend] = {}
+        self._last: ContextVar[str | None] = ContextVar(f"msp_last_backend_{name}", default=None)
+        self.register("reference", reference)
+        _ops[name] = self
+
+    def register(
+        self,
+        backend: str,
+        function: Callable[P, T],
+        *,
+        available: Callable[[], bool] | None = None,
+        supports: Callable[P, bool] | None = None,
+    ) -> None:
+        """Let ``function`` serve this op as ``backend``.
+
+        Args:
+            backend: one of ``BACKENDS``.
+            function: takes what the reference takes.
+            available: whether this machine can run it; the module docstring has the defaults.
+            supports: given a call's arguments, whether this backend takes them; default: all.
+        """
+        if backend not in BACKENDS:
+            raise UsageError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+        always = functools.partial(bool, True)
+        defaults: dict[str, Callable[[], bool]] = {
+            "reference": always,
+            "triton": _triton_available,
+            "cpu": lambda: hasattr(compiled_module("msp._cpu"), self.name),
+            "cuda": lambda: hasattr(compiled_module("msp._cuda"), self.name) and torch.cuda.is_available(),
+        }
+        self._backends[backend] = _Backend(
+            function, available or defaults[backend], supports or (lambda *args, **kwargs: True)
+        )
+
+    def backend(
+        self,
+        backend: str,
+        *,
+        available: Callable[[], bool] | None = None,
+        supports: Callable[P, bool] | None = None,
+    ) -> Callable[[Callable[P, T]], Callable[P, T]]:
+        """``register`` as a decorator."""
+
+        def decorate(function: Callable[P, T]) -> Callable[P, T]:
+            self.register(backend, function, available=available, supports=supports)
+            return function
+
+        return decorate
+
+    def available(self) -> tuple[str, ...]:
+        """The registered backends this machine can run, fastest first."""
+        return tuple(name for name in BACKENDS if name in self._backends and self._backends[name].available())
+
+    def last(self) -> str | None:
+        return self._last.get()
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+        device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        name = self._choose(device.type, args, kwargs)
+        result: T = self._backends[name].function(*args, **kwargs)
+        self._last.set(name)
+        return result
+
+    def _choose(self, device_type: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        forced = _forced.get() or _forced_by_environment()
+        if forced is not None:
+            self._require(forced, device_type, args, kwargs)
+            return forced
+        for name in AUTOMATIC.get(device_type, ()):
+            backend = self._backends.get(name)
+            if backend is not None and backend.available() and backend.supports(*args, **kwargs):
+                return name
+        return "reference"
+
+    def _require(self, name: str, device_type: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        backend = self._backends.get(name)
+        if backend is None:
+            reason = "it has no such implementation"
+        elif not backend.available():
+            reason = "this machine or installation lacks it"
+        elif not _serves_device(name, device_type):
+            reason = f"it cannot serve tensors on {device_type}"
+        elif not backend.supports(*args, **kwargs):
+            reason = "it does not support these arguments"
+        else:
+            return
+        available = ", ".join(self.available())
+        raise RuntimeError(f"{self.name}: backend {name!r} was forced, but {reason}; available: {available}")
+
+
+def _forced_by_environment() -> str | None:
+    name = os.environ.get("MSP_BACKEND", "").strip().lower()
+    return None if name in ("", "auto") else name
+
+
+@contextmanager
+def force_backend(name: str | None) -> Iterator[None]:
+    """Serve every op called inside with backend ``name``, in this thread or task only.
+
+    ``None`` leaves the choice to an outer ``force_backend``, ``MSP_BACKEND`` or the automatic rule.
+
+    Raises:
+        UsageError: ``name`` is no backend's name. A backend that exists but cannot serve a call makes
+            that call raise ``RuntimeError``.
+    """
+    if name is not None and name not in BACKENDS:
+        raise UsageError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
+    token = _forced.set(name or _forced.get())
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def last_backend(op: str) -> str | None:
+    """The backend that served the last call of ``op`` in this thread or task; None before the first."""
+    return _find(op).last()
+
+
+def available_backends(op: str) -> tuple[str, ...]:
+    """The backends of ``op`` that this machine can run, fastest first; ``reference`` is always there."""
+    return _find(op).available()
+
+
+def _find(op: str) -> Op[..., Any]:
+    if op not in _ops:
+        raise UsageError(f"op {op!r} is not one of {', '.join(sorted(_ops))}")
+    return _ops[op]
