@@ -1,0 +1,324 @@
+"""What a run shows: progress bars on standard error, tables on standard output, and plain JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, final
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from msp.progress import Advance
+
+if TYPE_CHECKING:
+    from msp.checkpoint import PackedInfo
+    from msp.pipeline import CompareResult, CompareRow, PruneResult, SensitivityResult
+
+BAR_WIDTH = 24
+MOST_NAMES = 3
+
+
+@final
+class RichProgress:
+    """Stages as live bars on a terminal, and as one line per finished stage anywhere else.
+
+    Use as a context manager; bars of nested stages go when they are done.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._depth = 0
+        self._bars = Progress(
+            SpinnerColumn(finished_text="[green]✓[/]"),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=BAR_WIDTH),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[info]}", style="dim", markup=False),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> RichProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
+        task = self._bars.add_task("  " * self._depth + name, total=total, info="")
+        start, last_info = time.perf_counter(), ""
+
+        def advance(done: int, total: int | None = None, /, **info: object) -> None:
+            nonlocal last_info
+            last_info = "  ".join(f"{key.replace('_', ' ')} {_figure(value)}" for key, value in info.items())
+            self._bars.update(task, completed=done, info=last_info)
+            if total is not None:
+                self._bars.update(task, total=total)
+
+        self._depth += 1
+        try:
+            yield advance
+        except BaseException:
+            self._depth -= 1
+            self._bars.stop_task(task)
+            raise
+        self._depth -= 1
+        if self._depth:
+            self._bars.remove_task(task)
+            return
+        self._finish(task)
+        if not self._console.is_terminal:
+            seconds = time.perf_counter() - start
+            self._console.print(f"{name}: {duration(seconds)}  {last_info}".rstrip(), highlight=False, markup=False)
+
+    def _finish(self, task: TaskID) -> None:
+        for shown in self._bars.tasks:
+            if shown.id == task:
+                total = shown.total if shown.total is not None else max(shown.completed, 1)
+                self._bars.update(task, total=total, completed=total)
+        self._bars.stop_task(task)
+
+
+def to_json(value: Any) -> str:
+    """One line of strict JSON: infinities and NaN, which JSON has no word for, become null."""
+    return json.dumps(_strict(value), ensure_ascii=False)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return value
+
+
+def prune_report(result: PruneResult, output: object = None) -> RenderableType:
+    """Dense and pruned side by side, the levels given, what was left dense, where the time went."""
+    packed, dense = result.bytes["packed"], result.bytes["dense"]
+    table = _table("", right=("Dense", "Pruned"))
+    table.add_row("Density of the linears", "100 %", f"{result.density:.2%}")
+    table.add_row("Perplexity", number(result.perplexity["dense"]), f"[bold]{number(result.perplexity['pruned'])}[/]")
+    table.add_row("KL to dense, nats a token", "0", f"[bold]{number(result.kl)}[/]")
+    table.add_row("Bytes", size(dense), f"{size(packed)}  ({dense / max(packed, 1):.2f}x smaller)")
+    parts: list[RenderableType] = [
+        table,
+        Text(f"{result.kept:,} weights kept of a budget of {result.budget:,}", style="dim"),
+        _levels(result.allocation.to_strings()),
+    ]
+    if result.skipped:
+        parts.append(_skipped(result.skipped))
+    parts.append(Text(_costs(result.seconds, result.peak_memory), style="dim"))
+    if output is not None:
+        parts.append(Text.assemble("Saved to ", (str(output), "bold")))
+    return Group(*parts)
+
+
+def _levels(allocation: Mapping[str, str]) -> Table:
+    table = _table("Pattern", right=("Linears",), title="How many weights each linear keeps (N:M keeps N of M)")
+    table.add_column("", width=BAR_WIDTH)
+    counts = Counter(allocation.values())
+    most = max(counts.values(), default=1)
+    for pattern in sorted(counts, key=lambda text: [int(part) for part in text.split(":")][::-1]):
+        table.add_row(pattern, str(counts[pattern]), _bar(counts[pattern] / most))
+    return table
+
+
+def _skipped(skipped: Mapping[str, str]) -> Table:
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, reason in skipped.items():
+        names[reason].append(name)
+    table = _table("Left dense", right=(), title=f"{len(skipped)} left as they were")
+    table.add_column("Why", overflow="fold")
+    for reason, members in names.items():
+        rest = f" and {len(members) - MOST_NAMES} more" if len(members) > MOST_NAMES else ""
+        table.add_row(Text(", ".join(members[:MOST_NAMES]) + rest), Text(reason))
+    return table
+
+
+def compare_report(result: CompareResult, *, every_seed: bool = False) -> RenderableType:
+    """One row per allocator and pruner, the mean over seeds with its spread; the best of each pruner is bold."""
+    means = [row for row in result.rows if row.seed == "mean"] or list(result.rows)
+    seeds = {row.seed for row in result.rows if row.seed != "mean"}
+    shown = list(result.rows) if every_seed else means
+    table = _table("Allocator", right=())
+    table.add_column("Pruner")
+    for title in (*(("Seed",) if every_seed else ()), "Density", "KL to dense", "Perplexity", "Evaluations", "Time"):
+        table.add_column(title, justify="right")
+    best = {row.pruner: min((r.kl for r in means if r.pruner == row.pruner), default=math.nan) for row in means}
+    previous = None
+    for row in shown:
+        if previous is not None and row.pruner != previous:
+            table.add_section()
+        previous = row.pruner
+        cells = [row.allocator, row.pruner, *([str(row.seed)] if every_seed else [])]
+        cells += [f"{row.density:.2%}", spread(row, "kl"), spread(row, "perplexity")]
+        cells += [f"{row.evaluations:,}", duration(row.seconds)]
+        table.add_row(*cells, style="bold" if row in means and row.kl == best[row.pruner] else "")
+    settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in result.settings.items())
+    notes = [
+        f"Dense perplexity {number(result.dense_perplexity)}. Lower is better; KL in nats a token.",
+        *([f"Mean over {len(seeds)} seeds ± standard deviation."] if len(seeds) > 1 else []),
+        settings,
+    ]
+    return Group(table, *(Text(note, style="dim") for note in notes if note))
+
+
+def spread(row: CompareRow, measure: str) -> str:
+    """``0.58 ± 0.02`` where the row has a spread, ``0.58`` where not."""
+    value: float = getattr(row, measure)
+    deviation = (row.spread or {}).get(measure)
+    return number(value) if not deviation else f"{number(value)} ± {number(deviation)}"
+
+
+def sensitivity_report(result: SensitivityResult) -> RenderableType:
+    """Fisher traces by block, then by kind of linear."""
+    total = sum(result.traces.values()) or 1.0
+    by_block: dict[int, dict[str, float]] = defaultdict(dict)
+    by_kind: dict[str, list[float]] = defaultdict(list)
+    for name, trace in result.traces.items():
+        block, kind = split_name(name)
+        by_block[block][kind] = trace
+        by_kind[merge_experts(kind)].append(trace)
+    blocks = _table("Block", right=("Fisher trace", "Share"), title="Sensitivity by depth")
+    blocks.add_column("", width=BAR_WIDTH)
+    blocks.add_column("Most sensitive linear")
+    sums = {block: sum(kinds.values()) for block, kinds in by_block.items()}
+    for block, kinds in sorted(by_block.items()):
+        top = max(kinds, key=lambda kind: kinds[kind])
+        bar = _bar(sums[block] / (max(sums.values()) or 1.0))
+        blocks.add_row(str(block), number(sums[block]), f"{sums[block] / total:.1%}", bar, top)
+    kinds_table = _table(
+        "Kind", right=("Linears", "Mean trace", "Largest", "Share"), title="Sensitivity by kind of linear"
+    )
+    for kind, traces in sorted(by_kind.items(), key=lambda item: -sum(item[1])):
+        share = f"{sum(traces) / total:.1%}"
+        mean = number(sum(traces) / len(traces))
+        kinds_table.add_row(kind, str(len(traces)), mean, number(max(traces)), share)
+    return Group(blocks, kinds_table)
+
+
+def figures_report(figures: Mapping[str, Any]) -> RenderableType:
+    """A flat mapping as two columns."""
+    table = _table("", right=("",))
+    table.show_header = False
+    for key, value in figures.items():
+        if value is not None and not isinstance(value, (Mapping, list, tuple)):
+            table.add_row(key.replace("_", " ").capitalize(), Text(_figure(value)))
+        elif isinstance(value, Mapping):
+            for part, item in value.items():
+                table.add_row(
+                    f"{key.replace('_', ' ')}: {str(part).replace('_', ' ')}".capitalize(), Text(_figure(item))
+                )
+    return table
+
+
+def packed_report(info: PackedInfo) -> RenderableType:
+    """Bytes, patterns and recipe of a packed checkpoint."""
+    table = _table("Bytes", right=("Packed", "Dense", "Smaller by"))
+    total, dense = info.packed_bytes + info.other_bytes, info.dense_bytes + info.other_bytes
+    for label, packed, before in (
+        ("Linears", info.packed_bytes, info.dense_bytes),
+        ("Everything else", info.other_bytes, info.other_bytes),
+        ("All tensors", total, dense),
+    ):
+        table.add_row(label, size(packed), size(before), f"{before / max(packed, 1):.2f}x")
+    kept = Text(f"{info.kept:,} of {info.weights:,} weights kept: density {info.kept / max(info.weights, 1):.2%}")
+    made = _table("How it was made", right=())
+    made.add_column("", overflow="fold")
+    for key, value in {**info.recipe, **{f"{k} version": v for k, v in info.manifest.versions.items()}}.items():
+        shown = to_json(value) if isinstance(value, (Mapping, list, tuple)) else _figure(value)
+        made.add_row(str(key).replace("_", " "), Text(shown))
+    return Group(table, kept, _levels(info.allocation.to_strings()), made)
+
+
+def kinds_report(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """The linears of a dense model by kind: shape, count, weights, and which group sizes divide them."""
+    table = _table("Linears", right=("Out x in", "Count", "Weights"), title="What msp can prune")
+    table.add_column("Group sizes")
+    for row in rows:
+        rows_, columns = row["shape"]
+        groups = ", ".join(map(str, row["group_sizes"])) or "none: stays dense"
+        table.add_row(row["kind"], f"{rows_} x {columns}", str(row["count"]), f"{row['weights']:,}", groups)
+    return table
+
+
+def split_name(name: str) -> tuple[int, str]:
+    """Block index and kind of a linear's name: ``model.layers.3.mlp.up_proj`` -> ``(3, "mlp.up_proj")``."""
+    match = re.match(r"(?:.*?\.)??(\d+)\.(.+)", name)
+    return (int(match[1]), match[2]) if match else (0, name)
+
+
+def merge_experts(kind: str) -> str:
+    """One name for the linears of all experts: ``mlp.experts.5.w1`` -> ``mlp.experts.*.w1``."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", kind)
+
+
+def number(value: float) -> str:
+    """Four significant digits, thousands grouped."""
+    if not math.isfinite(value):
+        return "∞" if value == math.inf else str(value)
+    if value and not 1e-3 <= abs(value) < 1e7:
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units, as disks and model hubs count them."""
+    scaled = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if scaled < 1000:
+            return f"{count} B" if unit == "B" else f"{scaled:.2f} {unit}"
+        scaled /= 1000
+    return f"{scaled:.2f} TB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def _costs(seconds: Mapping[str, float], peak_memory: int) -> str:
+    stages = ", ".join(f"{stage.replace('_', ' ')} {duration(spent)}" for stage, spent in seconds.items())
+    memory = f"; peak memory {size(peak_memory)}" if peak_memory else ""
+    return f"Time: {stages}{memory}"
+
+
+def _figure(value: object) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def _bar(share: float) -> Text:
+    eighths = round(share * BAR_WIDTH * 8)
+    return Text("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip(), style="cyan")
+
+
+def _table(first: str, *, right: Sequence[str], title: str | None = None) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+    table.add_column(first, overflow="fold")
+    for column in right:
+        table.add_column(column, justify="right")
+    return table
