@@ -1,0 +1,28 @@
+"""The checks that the two Fisher ops share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_inputs(op: str, x: Tensor, g: Tensor) -> None:
+    """Raise unless x ``[S, T, K]`` and g ``[S, T, R]`` agree in dtype, device, S and T and are finite."""
+    for name, tensor in (("x", x), ("g", g)):
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}, needed is float32, float16 or bfloat16")
+    if x.dtype != g.dtype:
+        raise TypeError(f"{op}: x is {x.dtype} and g is {g.dtype}; they must have one dtype")
+    if x.ndim != 3 or g.ndim != 3 or x.shape[:2] != g.shape[:2]:
+        raise ValueError(
+            f"{op}: x has shape {list(x.shape)} and g {list(g.shape)}, needed are [S, T, K] and [S, T, R]"
+        )
+    if x.device != g.device:
+        raise ValueError(f"{op}: x is on {x.device}, g on {g.device}")
+    for name, tensor in (("x", x), ("g", g)):
+        finite = torch.isfinite(tensor)
+        if not finite.all():
+            bad = int(finite.numel() - finite.sum())
+            raise ValueError(f"{op}: {bad} of the {finite.numel()} values of {name} are NaN or infinite")

@@ -1,0 +1,66 @@
+"""``fisher_diag_``: add the squared gradient of every sequence to an accumulator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from msp.ops._dispatch import Op
+from msp.ops._fisher import check_inputs
+
+
+def reference(acc: Tensor, x: Tensor, g: Tensor) -> None:
+    for inputs, gradients in zip(x.float(), g.float(), strict=True):
+        gradient = gradients.t() @ inputs
+        acc.addcmul_(gradient, gradient)
+
+
+op = Op("fisher_diag_", reference)
+
+
+@op.backend("triton")
+def triton(acc: Tensor, x: Tensor, g: Tensor) -> None:
+    from msp.triton_kernels import fisher_diag as kernels
+
+    kernels.fisher_diag_(acc, x, g)
+
+
+@torch.library.custom_op("msp::fisher_diag_", mutates_args={"acc"})
+def fisher_diag_op(acc: Tensor, x: Tensor, g: Tensor) -> None:
+    op(acc, x, g)
+
+
+@fisher_diag_op.register_fake
+def _(acc: Tensor, x: Tensor, g: Tensor) -> None:
+    pass
+
+
+def fisher_diag_(acc: Tensor, x: Tensor, g: Tensor) -> Tensor:
+    """``acc[o, i] += sum_s (sum_t g[s, t, o] x[s, t, i])^2``, in place, in float32.
+
+    With x the inputs of a linear and g the gradients of its outputs, that adds the squared gradient of
+    its weight, one square per sequence: the diagonal of the empirical Fisher matrix.
+
+    Args:
+        acc: float32 ``[R, K]``; changed.
+        x: ``[S, T, K]``, float32, float16 or bfloat16.
+        g: ``[S, T, R]``, of x's dtype.
+
+    Returns:
+        ``acc``.
+
+    Raises:
+        TypeError: a dtype is not one of these.
+        ValueError: shapes or devices do not match, or x or g hold NaN or infinity (says how many).
+    """
+    check_inputs("fisher_diag_", x, g)
+    rows, columns = g.shape[2], x.shape[2]
+    if acc.dtype != torch.float32:
+        raise TypeError(f"fisher_diag_: acc is {acc.dtype}, needed is torch.float32")
+    if acc.shape != (rows, columns):
+        raise ValueError(f"fisher_diag_: acc has shape {list(acc.shape)}, needed is [R, K] = {[rows, columns]}")
+    if acc.device != x.device:
+        raise ValueError(f"fisher_diag_: acc is on {acc.device}, x on {x.device}")
+    if x.numel() and g.numel():
+        fisher_diag_op(acc, x, g)
+    return acc

@@ -1,0 +1,110 @@
+"""``obs_prune``: SparseGPT's column sweep with N:M selection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from msp.ops._dispatch import Op
+from msp.ops.packed import PackedWeight
+from msp.patterns import NMPattern
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def reference(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> tuple[Tensor, Tensor]:
+    # Transposed, a column of the weight is one contiguous row.
+    updated = weight.t().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    kept = torch.zeros(updated.shape, dtype=torch.bool, device=weight.device)
+    diagonal = hinv_chol.diagonal()[:, None]
+    for start in range(0, len(updated), block_size):
+        stop = min(start + block_size, len(updated))
+        errors = torch.empty_like(updated[start:stop])
+        for i in range(start, stop):
+            if i % m == 0:
+                # |w| / U_jj ranks as w^2 / U_jj^2 does, and does not underflow.
+                score = updated[i : i + m].abs() / diagonal[i : i + m]
+                best = score.sort(dim=0, descending=True, stable=True).indices[:n]
+                kept[i : i + m].scatter_(0, best, True)
+            error = torch.where(kept[i], 0.0, updated[i]) / diagonal[i]
+            updated[i].masked_fill_(~kept[i], 0.0)
+            updated[i + 1 : stop].addr_(hinv_chol[i, i + 1 : stop], error, alpha=-1)
+            errors[i - start] = error
+        updated[stop:].addmm_(hinv_chol[start:stop, stop:].t(), errors, alpha=-1)
+    return updated.t(), kept.t()
+
+
+op = Op("obs_prune", reference)
+
+
+@op.backend("triton")
+def triton(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> tuple[Tensor, Tensor]:
+    from msp.triton_kernels import obs_prune as kernels
+
+    return kernels.obs_prune(weight, hinv_chol, n, m, block_size)
+
+
+@torch.library.custom_op("msp::obs_prune", mutates_args=())
+def obs_prune_op(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> tuple[Tensor, Tensor]:
+    updated, kept = op(weight, hinv_chol, n, m, block_size)
+    return updated.to(weight.dtype).contiguous(), kept.contiguous()
+
+
+@obs_prune_op.register_fake
+def _(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> tuple[Tensor, Tensor]:
+    updated = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return updated, torch.empty_like(updated, dtype=torch.bool)
+
+
+def obs_prune(weight: Tensor, hinv_chol: Tensor, pattern: NMPattern, *, block_size: int = 128) -> PackedWeight:
+    """Prune column by column and let the columns behind make up for each error (arXiv 2301.00774, algorithm 1).
+
+    At the first column of each group the N weights of highest ``w^2 / U_jj^2`` are chosen to stay, w as
+    updated so far. Then column i gives its pruned weights' error ``e = w / U_ii`` to the columns j > i of
+    its block, ``w_j -= e U_ij``; the columns behind the block get the block's errors in one product.
+    Computed in float32, cast to the weight's dtype at the end.
+
+    Args:
+        weight: ``[R, K]``, float32, float16 or bfloat16.
+        hinv_chol: float32 ``[K, K]``: the upper triangular U with ``H^-1 = U^T U``. What lies below
+            the diagonal is not read.
+        pattern: weights kept per group; K must be a multiple of M.
+        block_size: columns between two trailing updates, a multiple of M. It changes rounding and speed only.
+
+    Raises:
+        TypeError: a dtype is not one of these.
+        ValueError: shapes, devices, pattern or block size do not match; an input holds NaN or infinity
+            (says how many); U's diagonal is not positive; an updated weight overflows the dtype.
+    """
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"obs_prune: weight is {weight.dtype}, needed is float32, float16 or bfloat16")
+    if hinv_chol.dtype != torch.float32:
+        raise TypeError(f"obs_prune: hinv_chol is {hinv_chol.dtype}, needed is torch.float32")
+    if weight.ndim != 2 or weight.shape[1] % pattern.m:
+        raise ValueError(
+            f"obs_prune: weight has shape {list(weight.shape)}, needed is [R, K] with K a multiple of {pattern.m}"
+        )
+    columns = weight.shape[1]
+    if hinv_chol.shape != (columns, columns):
+        raise ValueError(f"obs_prune: hinv_chol has shape {list(hinv_chol.shape)}, needed is {[columns, columns]}")
+    if hinv_chol.device != weight.device:
+        raise ValueError(f"obs_prune: hinv_chol is on {hinv_chol.device}, weight on {weight.device}")
+    if block_size < 1 or block_size % pattern.m:
+        raise ValueError(f"obs_prune: block_size is {block_size}, needed is a positive multiple of {pattern.m}")
+    _check_finite("weight", weight)
+    _check_finite("hinv_chol", hinv_chol)
+    bad = int((hinv_chol.diagonal() <= 0).sum())
+    if bad:
+        raise ValueError(f"obs_prune: {bad} of the {columns} diagonal entries of hinv_chol are not positive")
+    if not weight.numel():
+        return PackedWeight.from_mask(weight, torch.zeros_like(weight, dtype=torch.bool), pattern)
+    updated, kept = obs_prune_op(weight, hinv_chol, pattern.n, pattern.m, block_size)
+    _check_finite(f"weight, once updated and cast to {weight.dtype},", updated)
+    return PackedWeight.from_mask(updated, kept, pattern)
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    finite = torch.isfinite(tensor)
+    if not finite.all():
+        bad = int(finite.numel() - finite.sum())
+        raise ValueError(f"obs_prune: {bad} of the {finite.numel()} values of {name} are NaN or infinite")
