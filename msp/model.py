@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from msp.errors import MspError, UsageError
@@ -168,22 +168,42 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str | torch.d
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise MspError(f"{path} is not a model that transformers can read: {_first_line(error)}") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not _names_causal_lm(config.architectures):
         raise MspError(f"{path} is a {config.model_type} model, which is not a causal language model")
     is_packed = getattr(config, "quantization_config", None) is not None
     stored = getattr(config, "dtype", None) or torch.float32
     wanted = DTYPES[dtype] or (torch.float32 if torch.device(device).type == "cpu" and not is_packed else stored)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, use_safetensors=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=wanted, use_safetensors=True, output_loading_info=True
+        )
+        model, report = loaded
     except MspError:
         raise
     except Exception as error:  # the loaders underneath raise many kinds, none of them ours
         raise MspError(f"{path}: cannot load the weights: {_first_line(error)}") from error
+    if report["missing_keys"]:
+        first, *others = sorted(report["missing_keys"])
+        more = f" and {len(others)} more" if others else ""
+        raise MspError(f"{path}: weights are missing and would be random: {first}{more}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError):
         tokenizer = None
     return LoadedModel(model.to(device).eval(), tokenizer, path, stored)
+
+
+def _names_causal_lm(architectures: list[str] | None) -> bool:
+    """Whether a config's ``architectures``, where it has any, name a causal LM.
+
+    An encoder (``BertForMaskedLM``) has a causal class too, but attends to both sides under it.
+    """
+    known = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _as_tuple(names)}
+    return not architectures or any(name in known or name.endswith("ForCausalLM") for name in architectures)
+
+
+def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
 
 
 DTYPES: dict[str, torch.dtype | None] = {
