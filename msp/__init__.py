@@ -1,3 +1,73 @@
-"""Mixed Sparsity Pruning: N:M sparsity with a different N for every layer."""
+"""Mixed Sparsity Pruning: N:M sparsity with a different N for every layer.
+
+``import msp`` is quick and lets ``transformers`` load packed models; torch is imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from msp.integrations import register_with_transformers
+
+if TYPE_CHECKING:
+    from msp.checkpoint import PackedInfo, read_info, replace_linears, save_packed, validate_packed
+    from msp.errors import MspError, UsageError
+    from msp.model import load_model
+    from msp.patterns import Allocation, Budget, NMPattern
+    from msp.pipeline import CompareResult, PruneResult, compare, prune
+    from msp.sparse_linear import SparseLinear
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "Allocation": "msp.patterns",
+    "Budget": "msp.patterns",
+    "CompareResult": "msp.pipeline",
+    "MspError": "msp.errors",
+    "NMPattern": "msp.patterns",
+    "PackedInfo": "msp.checkpoint",
+    "PruneResult": "msp.pipeline",
+    "SparseLinear": "msp.sparse_linear",
+    "UsageError": "msp.errors",
+    "compare": "msp.pipeline",
+    "load_model": "msp.model",
+    "prune": "msp.pipeline",
+    "read_info": "msp.checkpoint",
+    "replace_linears": "msp.checkpoint",
+    "save_packed": "msp.checkpoint",
+    "validate_packed": "msp.checkpoint",
+}
+
+__all__ = [
+    "Allocation",
+    "Budget",
+    "CompareResult",
+    "MspError",
+    "NMPattern",
+    "PackedInfo",
+    "PruneResult",
+    "SparseLinear",
+    "UsageError",
+    "__version__",
+    "compare",
+    "load_model",
+    "prune",
+    "read_info",
+    "replace_linears",
+    "save_packed",
+    "validate_packed",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'msp' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_transformers()

@@ -1,0 +1,108 @@
+"""What the ``config.json`` of a packed model says about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from msp import __version__
+from msp.errors import MspError
+from msp.patterns import NMPattern
+
+FORMAT = 1
+QUANT_METHOD = "msp"
+VALUE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``config.json`` says about a packed model: patterns, ``[out, in]`` shapes, recipe, versions."""
+
+    patterns: Mapping[str, NMPattern]
+    shapes: Mapping[str, tuple[int, int]]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quant_method": QUANT_METHOD,
+            "format": FORMAT,
+            "allocation": {name: str(pattern) for name, pattern in self.patterns.items()},
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "recipe": _json_safe(self.recipe),
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Manifest:
+        """Read what ``to_dict`` wrote.
+
+        Raises:
+            MspError: another format, or an entry that is wrong; the message names the entry.
+        """
+        if config.get("quant_method") != QUANT_METHOD:
+            raise MspError(f"quantization_config: quant_method is {config.get('quant_method')!r}, not {QUANT_METHOD!r}")
+        if config.get("format") != FORMAT:
+            found = config.get("format")
+            raise MspError(
+                f"quantization_config: format {found!r} is not {FORMAT}, the one this msp {__version__} reads"
+            )
+        allocation, shapes = config.get("allocation"), config.get("shapes")
+        for key, table in (("allocation", allocation), ("shapes", shapes)):
+            if not isinstance(table, Mapping):
+                raise MspError(f"quantization_config: {key} is missing or not an object")
+        assert isinstance(allocation, Mapping) and isinstance(shapes, Mapping)
+        if allocation.keys() != shapes.keys():
+            names = ", ".join(sorted(allocation.keys() ^ shapes.keys())[:3])
+            raise MspError(f"quantization_config: allocation and shapes do not name the same linears: {names}")
+        patterns = {name: _parse_pattern(name, text) for name, text in allocation.items()}
+        parsed = {name: _parse_shape(name, shape, patterns[name]) for name, shape in shapes.items()}
+        return cls(patterns, parsed, config.get("recipe") or {}, config.get("versions") or {})
+
+    def renamed(self, names: Mapping[str, str]) -> Manifest:
+        """The same manifest with every linear ``name`` called ``names[name]``."""
+        return replace(
+            self,
+            patterns={names[name]: pattern for name, pattern in self.patterns.items()},
+            shapes={names[name]: shape for name, shape in self.shapes.items()},
+        )
+
+    def tensors(self, name: str) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+        """The shape and the possible dtypes (safetensors names) of each tensor of a packed linear."""
+        (rows, columns), pattern = self.shapes[name], self.patterns[name]
+        return {
+            f"{name}.values": ((rows, columns // pattern.m * pattern.n), tuple(VALUE_BYTES)),
+            f"{name}.bitmask": ((rows, math.ceil(columns / 8)), ("U8",)),
+        }
+
+
+def _parse_pattern(name: str, text: object) -> NMPattern:
+    try:
+        if not isinstance(text, str):
+            raise MspError(f"{text!r} is not a pattern; N:M is one, like 2:8")
+        return NMPattern.parse(text)
+    except MspError as error:
+        # A checkpoint with a wrong entry is not a wrong request, so a UsageError does not escape.
+        raise MspError(f"quantization_config: allocation of {name}: {error}") from error
+
+
+def _parse_shape(name: str, shape: object, pattern: NMPattern) -> tuple[int, int]:
+    sizes = list(shape) if isinstance(shape, (list, tuple)) else []
+    if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+        raise MspError(f"quantization_config: shapes of {name}: {shape!r} is not [out, in]")
+    if sizes[1] % pattern.m:
+        raise MspError(f"quantization_config: {name}: {sizes[1]} columns are not a multiple of the group of {pattern}")
+    return sizes[0], sizes[1]
+
+
+def _json_safe(value: Any) -> Any:
+    """``value`` with infinities and NaN spelled out: JSON has none, and a strict reader would refuse the file."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _json_safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_safe(item) for item in value]
+    return value

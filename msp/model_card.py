@@ -1,0 +1,133 @@
+"""The README.md of a packed model: what it is, how large, how it was made, how to load it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from msp.checkpoint import PackedInfo
+
+# What the recipe says about the making, in the order a reader asks; keys that a recipe lacks are left out.
+MADE_WITH = (
+    ("model", "Dense model"),
+    ("sparsity", "Sparsity asked for"),
+    ("group_size", "Group size M"),
+    ("allocator", "Allocator"),
+    ("pruner", "Pruner"),
+    ("unit", "Unit of allocation"),
+    ("seed", "Seed"),
+    ("calibration", "Calibration"),
+)
+# Recipe keys with a section of their own, or that only a program reads.
+TOLD_ELSEWHERE = {"perplexity", "kl", "bytes", "versions", "allocation", "format"}
+
+
+def model_card(info: PackedInfo, name: str) -> str:
+    """Markdown with the YAML front matter that model hubs read; works from whatever the recipe has."""
+    recipe = info.recipe
+    sections = [
+        _front_matter(recipe.get("model")),
+        f"# {name}\n\n{_summary(info)}",
+        LOADING,
+        f"## Size\n\n{_sizes(info)}",
+        f"## Patterns\n\n{_patterns(info)}",
+    ]
+    measured = list(_measured(recipe))
+    if measured:
+        sections.append("## Measured\n\n" + _table(("Measure", "Value"), measured))
+    made = [(label, recipe[key]) for key, label in MADE_WITH if recipe.get(key) is not None]
+    known = {key for key, _ in MADE_WITH} | TOLD_ELSEWHERE
+    made += [(key.replace("_", " ").capitalize(), value) for key, value in recipe.items() if key not in known]
+    made += [(f"{library} version", version) for library, version in info.manifest.versions.items()]
+    sections.append("## How it was made\n\n" + _table(("", ""), [(label, _plain(value)) for label, value in made]))
+    return "\n\n".join(sections) + "\n"
+
+
+LOADING = """## Loading
+
+```python
+import msp  # registers the packed format with transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH_OR_HUB_ID", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OR_HUB_ID")
+```
+
+Without `import msp` transformers does not know the format and leaves the packed layers at random values."""
+
+
+def _front_matter(model: object) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- msp", "- nm-sparsity"]
+    # A path on somebody's disk is no base model; JSON strings are YAML strings.
+    if isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists():
+        lines.append(f"base_model: {json.dumps(model)}")
+    return "\n".join([*lines, "---"])
+
+
+def _summary(info: PackedInfo) -> str:
+    model = info.recipe.get("model")
+    source = f" of `{Path(str(model)).name if Path(str(model)).exists() else model}`" if model else ""
+    share = 1 - info.kept / info.weights if info.weights else 0.0
+    return (
+        f"An N:M sparse version{source}: {share:.1%} of the weights of its {len(info.linears)} linear layers are "
+        "zero and are not stored. A pattern `N:M` keeps N of every M consecutive weights of a row."
+    )
+
+
+def _sizes(info: PackedInfo) -> str:
+    total, dense_total = info.packed_bytes + info.other_bytes, info.dense_bytes + info.other_bytes
+    rows = [
+        ("Linear layers", info.packed_bytes, info.dense_bytes),
+        ("Everything else", info.other_bytes, info.other_bytes),
+        ("All tensors", total, dense_total),
+    ]
+    body = [(label, f"{packed:,}", f"{dense:,}", f"{dense / max(packed, 1):.2f}x") for label, packed, dense in rows]
+    return _table(("Bytes", "This model", "Dense, same dtype", "Smaller by"), body)
+
+
+def _patterns(info: PackedInfo) -> str:
+    counts = Counter(linear.pattern for linear in info.linears)
+    weights: Counter[Any] = Counter()
+    for linear in info.linears:
+        weights[linear.pattern] += linear.shape[0] * linear.shape[1]
+    body = [
+        (str(pattern), str(counts[pattern]), f"{weights[pattern] / max(info.weights, 1):.1%}")
+        for pattern in sorted(counts, key=lambda pattern: (pattern.m, pattern.n))
+    ]
+    return (
+        _table(("Pattern", "Linears", "Share of the weights"), body)
+        + "\n\nThe pattern of every layer is in `config.json`."
+    )
+
+
+def _measured(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, label in (("perplexity", "Perplexity"), ("kl", "KL to the dense model")):
+        value = recipe.get(key)
+        if isinstance(value, Mapping):
+            for part, figure in value.items():
+                yield f"{label}: {str(part).replace('_', ' ')}", _plain(figure)
+        elif value is not None:
+            yield label, _plain(value)
+
+
+def _plain(value: object) -> str:
+    """A value as a reader wants it: nested tables flattened, floats short."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{str(key).replace('_', ' ')}: {_plain(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_plain(item) for item in value)
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return str(value)
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    def line(cells: tuple[str, ...]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    return "\n".join([line(header), "|" + " --- |" * len(header), *map(line, rows)])

@@ -1,0 +1,147 @@
+"""The module that holds a packed weight and multiplies by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from msp.errors import MspError
+from msp.ops import PackedWeight, nm_linear
+from msp.patterns import NMPattern
+
+
+class SparseLinear(nn.Module):
+    """``y = x W^T + b`` with ``W`` ``[out_features, in_features]`` in the packed form of one pattern.
+
+    ``values`` is a parameter, though a frozen one: it is weight, so ``model.dtype``, parameter counts and
+    offloading treat it as such, and a cast converts it. ``bitmask`` is a buffer: no cast may touch it.
+
+    A new module has values of zero at the first N positions of every group; ``from_packed`` is how to
+    get one with content, and loading a state dict checks the positions before any kernel sees them.
+    """
+
+    values: nn.Parameter
+    bitmask: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        pattern: NMPattern,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.pattern = pattern
+        kept = pattern.kept(out_features, in_features) // max(out_features, 1)
+        self.values = nn.Parameter(torch.zeros(out_features, kept, device=device, dtype=dtype), requires_grad=False)
+        columns = torch.arange(-(-in_features // 8) * 8, device=device)
+        bits = (columns % pattern.m < pattern.n) & (columns < in_features)
+        row = (bits.view(-1, 8) * 2 ** torch.arange(8, device=device)).sum(1).to(torch.uint8)
+        self.register_buffer("bitmask", row.repeat(out_features, 1))
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+
+    @classmethod
+    def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None) -> SparseLinear:
+        """A module that shares memory with ``packed`` and, where given, ``bias`` ``[out_features]``."""
+        rows, columns = packed.shape
+        if bias is not None and bias.shape != (rows,):
+            raise MspError(f"a bias of shape {list(bias.shape)} for {rows} output features")
+        module = cls(columns, rows, packed.pattern, bias is not None, device="meta", dtype=packed.dtype)
+        module.values = nn.Parameter(packed.values, requires_grad=False)
+        module.bitmask = packed.bitmask
+        if bias is not None:
+            module.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return module
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight as the ops take it; shares memory with the module."""
+        return PackedWeight(self.values, self.bitmask, self.pattern, (self.out_features, self.in_features))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, unpacked on every access: for model code that looks at ``.weight`` beside the call."""
+        return self.packed.unpack()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nm_linear(x, self.packed, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"pattern={self.pattern}, bias={self.bias is not None}"
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # A wrong bitmask would make a kernel read past the values, so it is refused here, before the copy.
+        values, bitmask = (state_dict.get(f"{prefix}{name}") for name in ("values", "bitmask"))
+        if isinstance(values, Tensor) and isinstance(bitmask, Tensor) and not bitmask.is_meta:
+            try:
+                shape = (self.out_features, self.in_features)
+                PackedWeight(values, bitmask, self.pattern, shape).check(prefix.removesuffix("."))
+            except MspError as error:
+                error_msgs.append(str(error))
+                return
+        super()._load_from_state_dict(
+            dict(state_dict), prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def find_linear(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Linear | Conv1D:
+    """The linear called ``name``; ``MspError`` if there is none or it is not ``[out, in]`` = ``shape``."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        raise MspError(f"{name}: {type(model).__name__} has no such linear") from error
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        raise MspError(f"{name}: a {type(module).__name__} of {type(model).__name__}, not a linear")
+    found = shape_of(module)
+    if found != tuple(shape):
+        raise MspError(f"{name}: {type(model).__name__} has a weight of {list(found)} there, not {list(shape)}")
+    return module
+
+
+def shape_of(linear: nn.Module) -> tuple[int, int]:
+    """``[out, in]`` of a sparse linear, an ``nn.Linear`` or a ``Conv1D``, which stores it transposed."""
+    if isinstance(linear, SparseLinear):
+        return linear.out_features, linear.in_features
+    assert isinstance(linear, (nn.Linear, Conv1D))
+    rows, columns = linear.weight.shape
+    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
+
+
+def note_pattern(linear: nn.Module, pattern: NMPattern) -> None:
+    """Remember on a linear that stays dense which pattern it was given, for the checkpoint."""
+    linear.pattern = pattern  # type: ignore[assignment]
+
+
+def patterns_of(model: nn.Module) -> dict[str, NMPattern]:
+    """The pattern of every sparse linear of ``model``, and of every dense one that was given one."""
+    patterns = {}
+    for name, module in model.named_modules():
+        pattern = getattr(module, "pattern", None)
+        if isinstance(pattern, NMPattern):
+            patterns[name] = pattern
+    return patterns

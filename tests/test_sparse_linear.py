@@ -1,0 +1,214 @@
+"""The module around a packed weight: what it computes, and that it survives what modules go through."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from msp.checkpoint import replace_linears
+from msp.errors import MspError
+from msp.ops import force_backend, nm_select
+from msp.patterns import NMPattern
+from msp.sparse_linear import SparseLinear, find_linear, patterns_of
+
+PATTERNS = ["2:4", "1:8", "3:8", "0:8", "8:8", "5:16", "2:16", "0:4", "7:32"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make(
+    pattern: str,
+    columns: int = 96,
+    rows: int = 7,
+    *,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> SparseLinear:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator).to(dtype)
+    packed = nm_select(weight, NMPattern.parse(pattern))
+    return SparseLinear.from_packed(packed, torch.randn(rows, generator=generator).to(dtype) if bias else None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_multiplies_by_the_unpacked_weight(pattern: str, dtype: torch.dtype) -> None:
+    for shape, bias in (((96,), True), ((1, 96), False), ((5, 96), True), ((2, 3, 96), False), ((0, 96), True)):
+        module = make(pattern, bias=bias, dtype=dtype, seed=len(shape))
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        with force_backend("reference"):
+            found = module(x)
+        expected = nn.functional.linear(x, module.packed.unpack(), module.bias)
+        assert found.shape == expected.shape and found.dtype == dtype
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_bytes_are_those_of_the_format(pattern: str) -> None:
+    module, parsed = make(pattern, columns=96, rows=5, dtype=torch.bfloat16), NMPattern.parse(pattern)
+    assert module.values.nbytes == 5 * 96 // parsed.m * parsed.n * 2
+    assert module.bitmask.nbytes == 5 * 96 // 8
+    assert module.packed.nbytes == module.values.nbytes + module.bitmask.nbytes
+
+
+@pytest.mark.parametrize(
+    "columns, pattern", [(12, "1:4"), (44, "2:4"), (4, "0:4"), (4, "3:4"), (32, "0:32"), (64, "5:16")]
+)
+def test_a_new_module_is_valid_and_computes_its_bias(columns: int, pattern: str) -> None:
+    module = SparseLinear(columns, 3, NMPattern.parse(pattern))
+    module.packed.check("new")
+    assert module.bitmask.shape == (3, math.ceil(columns / 8))
+    nn.init.normal_(module.bias)
+    assert torch.equal(module(torch.randn(2, columns)), module.bias.expand(2, 3))
+
+
+def test_extra_repr_tells_sizes_pattern_and_bias() -> None:
+    assert repr(make("2:8", bias=False)) == "SparseLinear(in_features=96, out_features=7, pattern=2:8, bias=False)"
+
+
+def test_values_are_frozen_weight_and_the_bitmask_is_a_buffer() -> None:
+    module = make("2:8")
+    assert {name: p.requires_grad for name, p in module.named_parameters()} == {"values": False, "bias": False}
+    assert [name for name, _ in module.named_buffers()] == ["bitmask"]
+    assert list(module.state_dict()) == ["values", "bias", "bitmask"]
+
+
+def test_shares_memory_with_what_it_was_made_from() -> None:
+    packed = nm_select(torch.randn(4, 32), NMPattern(2, 8))
+    module = SparseLinear.from_packed(packed)
+    assert module.values.data_ptr() == packed.values.data_ptr() == module.packed.values.data_ptr()
+    assert module.bitmask.data_ptr() == packed.bitmask.data_ptr()
+
+
+def test_refuses_a_bias_of_another_length() -> None:
+    with pytest.raises(MspError, match=r"\[5\].*4 output features"):
+        SparseLinear.from_packed(nm_select(torch.randn(4, 32), NMPattern(2, 8)), torch.zeros(5))
+
+
+def test_deepcopy_is_independent() -> None:
+    module = make("3:8")
+    twin = copy.deepcopy(module)
+    x = torch.randn(2, 96)
+    before = module(x)
+    assert torch.equal(twin(x), before)
+    with torch.no_grad():
+        twin.values.zero_()
+        twin.bitmask.zero_()
+    assert torch.equal(module(x), before)
+    assert twin.pattern == module.pattern
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_cast_converts_values_and_leaves_positions(dtype: torch.dtype) -> None:
+    module = make("2:8")
+    kept, values = module.packed.kept(), module.values.clone()
+    module.to(dtype)
+    assert module.values.dtype == module.bias.dtype == dtype and module.bitmask.dtype == torch.uint8
+    assert torch.equal(module.values, values.to(dtype)) and torch.equal(module.packed.kept(), kept)
+    assert module(torch.randn(3, 96, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_state_dict_goes_into_a_new_module(pattern: str) -> None:
+    module = make(pattern)
+    other = SparseLinear(96, 7, NMPattern.parse(pattern))
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other.packed.unpack(), module.packed.unpack()) and torch.equal(other.bias, module.bias)
+
+
+def test_meta_module_takes_a_state_dict_by_assignment() -> None:
+    module = make("2:16")
+    other = SparseLinear(96, 7, NMPattern(2, 16), device="meta", dtype=torch.bfloat16)
+    assert other.values.is_meta and other.bitmask.is_meta and other.values.dtype == torch.bfloat16
+    other.load_state_dict(module.state_dict(), assign=True)
+    assert torch.equal(other.weight, module.packed.unpack())
+
+
+@pytest.mark.parametrize("row, byte, wrong", [(0, 0, 0b0000_0111), (6, 11, 0), (3, 5, 0xFF)])
+def test_a_state_dict_with_wrong_positions_is_refused_before_it_is_copied(row: int, byte: int, wrong: int) -> None:
+    holder, other = nn.ModuleDict({"proj": make("2:8")}), make("2:8", seed=5)
+    state = {f"proj.{name}": tensor.clone() for name, tensor in other.state_dict().items()}
+    state["proj.bitmask"][row, byte] = wrong
+    before = holder["proj"].packed.unpack()
+    with pytest.raises(RuntimeError, match=r"proj"):
+        holder.load_state_dict(state)
+    assert torch.equal(holder["proj"].packed.unpack(), before)
+
+
+def test_a_state_dict_of_another_shape_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="values"):
+        make("2:8").load_state_dict(make("3:8").state_dict())
+
+
+@pytest.mark.parametrize("pattern", ["2:8", "0:8", "3:4"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_compiles_without_a_graph_break(pattern: str, bias: bool) -> None:
+    torch._dynamo.reset()
+    module = make(pattern, bias=bias)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for tokens in (1, 3):
+        x = torch.randn(tokens, 96)
+        torch.testing.assert_close(compiled(x), module(x))
+
+
+class Holder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Linear(32, 8)
+        self.conv = Conv1D(16, 32)
+        self.norm = nn.LayerNorm(32)
+
+
+def test_replaces_linears_and_conv1ds_and_keeps_their_biases() -> None:
+    model = Holder()
+    nn.init.normal_(model.conv.bias)
+    plain, conv = model.plain, model.conv
+    packed = {
+        "plain": nm_select(plain.weight.detach(), NMPattern(2, 8)),
+        "conv": nm_select(conv.weight.detach().t(), NMPattern(1, 4)),
+    }
+    replace_linears(model, packed)
+    x = torch.randn(3, 32)
+    assert isinstance(model.plain, SparseLinear) and isinstance(model.conv, SparseLinear)
+    assert (model.conv.out_features, model.conv.in_features) == (16, 32)
+    torch.testing.assert_close(model.plain(x), nn.functional.linear(x, packed["plain"].unpack(), plain.bias))
+    torch.testing.assert_close(model.conv(x), nn.functional.linear(x, packed["conv"].unpack(), conv.bias))
+
+
+def test_a_pattern_that_keeps_all_leaves_the_module() -> None:
+    model = Holder()
+    plain = model.plain
+    replace_linears(model, {"plain": nm_select(plain.weight.detach(), NMPattern(8, 8))})
+    assert model.plain is plain
+    assert patterns_of(model) == {"plain": NMPattern(8, 8)}
+
+
+@pytest.mark.parametrize(
+    "name, columns, message",
+    [
+        ("nowhere.proj", 32, "nowhere.proj: Holder has no such linear"),
+        ("norm", 32, "norm: a LayerNorm of Holder, not a linear"),
+        ("plain", 64, r"plain: Holder has a weight of \[8, 32\] there, not \[8, 64\]"),
+    ],
+)
+def test_one_wrong_name_or_shape_replaces_nothing(name: str, columns: int, message: str) -> None:
+    model = Holder()
+    packed = {
+        "conv": nm_select(torch.randn(16, 32), NMPattern(2, 8)),
+        name: nm_select(torch.randn(8, columns), NMPattern(2, 8)),
+    }
+    with pytest.raises(MspError, match=message):
+        replace_linears(model, packed)
+    assert isinstance(model.conv, Conv1D) and not patterns_of(model)
+
+
+def test_find_linear_sees_conv1d_transposed() -> None:
+    model = Holder()
+    assert find_linear(model, "conv", (16, 32)) is model.conv
+    with pytest.raises(MspError, match=r"\[16, 32\] there, not \[32, 16\]"):
+        find_linear(model, "conv", (32, 16))
