@@ -1,0 +1,112 @@
+"""How a verb runs: progress, errors, exit codes, and what goes to which stream."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+from msp.errors import MspError, UsageError
+
+if TYPE_CHECKING:
+    from msp.progress import Progress
+
+FAILED, WRONG_USAGE = 1, 2
+
+
+class Running:
+    """One verb at work: where it reports progress, and what it will show in the end."""
+
+    def __init__(self, progress: Progress, console: Console, as_json: bool) -> None:
+        self.progress = progress
+        self.console = console
+        self._as_json = as_json
+        self._shown: tuple[Any, RenderableType] | None = None
+
+    @property
+    def as_json(self) -> bool:
+        return self._as_json
+
+    def result(self, data: Any, report: RenderableType) -> None:
+        """What the verb found: ``data`` for ``--json``, ``report`` for a reader."""
+        self._shown = (data, report)
+
+    def say(self, message: str) -> None:
+        """A line beside the result, on standard error."""
+        self.console.print(Text(message))
+
+    def print_result(self) -> None:
+        from msp.report import to_json
+
+        if self._shown is None:
+            return
+        data, report = self._shown
+        if self._as_json:
+            print(to_json(data), flush=True)
+        else:
+            Console().print(report)
+
+
+@contextlib.contextmanager
+def running(as_json: bool, debug: bool, *, on_interrupt: str = "interrupted") -> Iterator[Running]:
+    """Runs a verb: progress to standard error, errors to one line and an exit code.
+
+    Whatever a library prints goes to standard error, so that standard output holds the result alone.
+    """
+    from msp.report import RichProgress
+
+    console = Console(stderr=True)
+    try:
+        with contextlib.redirect_stdout(sys.stderr), _quiet(console, debug), RichProgress(console) as progress:
+            session = Running(progress, console, as_json)
+            yield session
+        session.print_result()
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        _fail(console, on_interrupt, FAILED, debug)
+    except MspError as error:
+        _fail(console, str(error), WRONG_USAGE if isinstance(error, UsageError) else FAILED, debug)
+    except Exception as error:  # noqa: BLE001 - the last line of defence: a user gets a line, not a traceback
+        lines = str(error).strip().splitlines() or [""]
+        hint = "" if debug else " (run again with --debug for the traceback)"
+        _fail(console, f"{type(error).__name__}: {lines[0]}{hint}", FAILED, debug)
+
+
+def _fail(console: Console, message: str, code: int, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc(file=sys.stderr)
+    console.print(Text.assemble(("msp: ", "bold red"), message), soft_wrap=True)
+    raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _quiet(console: Console, debug: bool) -> Iterator[None]:
+    """Warnings meant for users as one line each; those meant for developers only with ``--debug``."""
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if debug or issubclass(category, UserWarning):
+            console.print(Text.assemble(("warning: ", "yellow"), str(message)), soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def calm_libraries() -> None:
+    """Keep transformers' notices and its loading bar out of ours; downloads still show their bars."""
+    import huggingface_hub.utils
+    import transformers
+
+    notices: Any = transformers.logging
+    notices.set_verbosity_error()
+    notices.disable_progress_bar()
+    bars: Any = huggingface_hub.utils
+    bars.enable_progress_bars()

@@ -1,0 +1,448 @@
+"""The verbs. Heavy libraries are imported inside them, so that ``msp --help`` answers at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.text import Text
+
+from msp import __version__
+from msp.cli.options import (
+    DATA,
+    METHOD,
+    RUN,
+    SOURCE_HELP,
+    AsJson,
+    Calibration,
+    CalibrationTokens,
+    Debug,
+    Device,
+    Dtype,
+    Evaluate,
+    Evaluations,
+    Fitness,
+    FitnessTokens,
+    GroupSize,
+    Model,
+    Picture,
+    Seed,
+    Sparsity,
+    TestTokens,
+    Unit,
+    Window,
+)
+from msp.cli.running import calm_libraries, running
+from msp.errors import MspError, UsageError
+
+app = typer.Typer(
+    name="msp",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make a language model smaller and faster by N:M pruning, with a different N for every layer.\n\n"
+    "**N:M keeps N of every M consecutive weights** of a row: 2:8 keeps a quarter. msp finds out which layers "
+    "need their weights most, gives those a larger N and the others a smaller one, and meets the sparsity you ask for "
+    "exactly.\n\n"
+    'Start with **msp prune MODEL -o OUT --sparsity 0.75**, then **msp generate OUT "Once upon a time"**.',
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"msp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were set: the others keep the defaults of ``msp.pipeline``."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_sources(*sources: str | None) -> None:
+    """Fail now, not when the model has been loaded."""
+    from msp.data import TokenSource
+
+    for source in sources:
+        if source is not None:
+            TokenSource.parse(source).check()
+
+
+def _check_arithmetic(sparsity: float, group_size: int) -> None:
+    from msp.patterns import check_group_size, parse_sparsity
+
+    parse_sparsity(sparsity)
+    check_group_size(group_size)
+
+
+@app.command()
+def prune(
+    model: Model,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="OUT", help="Directory to write the packed model to.", rich_help_panel=RUN
+        ),
+    ],
+    sparsity: Sparsity = 0.75,
+    group_size: GroupSize = 8,
+    allocator: Annotated[
+        str,
+        typer.Option(
+            help="Decides how many weights each layer keeps: **msp** searches; uniform, ramp, owl, fisher-rank and "
+            "fisher-knapsack are quicker and simpler.",
+            rich_help_panel=METHOD,
+        ),
+    ] = "msp",
+    pruner: Annotated[
+        str,
+        typer.Option(
+            help="Decides which weights stay: magnitude, **wanda**, ria, fisher or sparsegpt.",
+            rich_help_panel=METHOD,
+        ),
+    ] = "wanda",
+    unit: Unit = "linear",
+    fitness: Fitness = "kl",
+    calibration: Calibration = None,
+    evaluate: Evaluate = None,
+    window: Window = None,
+    calibration_tokens: CalibrationTokens = None,
+    fitness_tokens: FitnessTokens = None,
+    test_tokens: TestTokens = None,
+    evaluations: Evaluations = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the search that an earlier, interrupted run left.", rich_help_panel=RUN
+        ),
+    ] = False,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where the search keeps its checkpoints. Without it: beside OUT.", rich_help_panel=RUN
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model at OUT.", rich_help_panel=RUN)] = False,
+    pictures: Annotated[
+        bool, typer.Option("--pictures/--no-pictures", help="Draw OUT/pictures/*.png.", rich_help_panel=RUN)
+    ] = True,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Prune a model to N:M sparsity and save it packed.
+
+    N:M keeps N of every M consecutive weights of a row, so --sparsity 0.75 with groups of 8 keeps 2:8 on average. The
+    search gives every layer its own N; the sum meets the sparsity exactly. The result loads with plain transformers
+    after `import msp`.
+
+    Example: msp prune ./my-model -o ./my-model-75 --sparsity 0.75 --calibration notes.txt
+    """
+    interrupted = "interrupted; nothing was written to OUT. Run the same command with --resume to go on"
+    with running(as_json, debug, on_interrupt=interrupted) as session:
+        _check_arithmetic(sparsity, group_size)
+        _check_sources(calibration, evaluate)
+        from msp import pipeline
+        from msp.report import prune_report
+
+        calm_libraries()
+        result = pipeline.prune(
+            model,
+            sparsity=sparsity,
+            output=output,
+            force=force,
+            progress=session.progress,
+            group_size=group_size,
+            allocator=allocator,
+            pruner=pruner,
+            unit=unit,
+            fitness=fitness,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            resume=resume,
+            work_dir=work_dir if work_dir is not None else search_folder(output),
+            **_given(
+                calibration=calibration,
+                evaluate=evaluate,
+                window=window,
+                calibration_tokens=calibration_tokens,
+                fitness_tokens=fitness_tokens,
+                test_tokens=test_tokens,
+                evaluations=evaluations,
+            ),
+        )
+        drawn: list[Path] = []
+        if pictures:
+            from msp.pictures import prune_pictures
+
+            with session.progress.stage("Drawing pictures"):
+                drawn = prune_pictures(result, output / "pictures")
+        session.result(result.to_json(), Group(prune_report(result, output), *_files("Pictures", drawn)))
+
+
+def search_folder(output: Path) -> Path:
+    """Where the search for the model at ``output`` keeps its checkpoints: beside it, hidden."""
+    return output.absolute().with_name(f".{output.absolute().name}.search")
+
+
+def _files(label: str, paths: list[Path]) -> list[Text]:
+    return [Text(f"{label}: {', '.join(map(str, paths))}", style="dim")] if paths else []
+
+
+@app.command()
+def compare(
+    model: Model,
+    sparsity: Sparsity = 0.75,
+    group_size: GroupSize = 8,
+    allocators: Annotated[
+        str, typer.Option(metavar="NAME,NAME", help="Allocators to compare.", rich_help_panel=METHOD)
+    ] = "uniform,ramp,owl,fisher-rank,fisher-knapsack,msp",
+    pruners: Annotated[
+        str, typer.Option(metavar="NAME,NAME", help="Pruners to compare them with.", rich_help_panel=METHOD)
+    ] = "wanda",
+    seeds: Annotated[
+        int, typer.Option(min=1, metavar="COUNT", help="Repeat with this many seeds: 0, 1, 2 ...", rich_help_panel=RUN)
+    ] = 3,
+    unit: Unit = "linear",
+    fitness: Fitness = "kl",
+    calibration: Calibration = None,
+    evaluate: Evaluate = None,
+    window: Window = None,
+    calibration_tokens: CalibrationTokens = None,
+    fitness_tokens: FitnessTokens = None,
+    test_tokens: TestTokens = None,
+    evaluations: Evaluations = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    every_seed: Annotated[
+        bool, typer.Option("--every-seed", help="Show a row per seed too, not only the means.", rich_help_panel=RUN)
+    ] = False,
+    output: Picture = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compare ways to spend the same budget of weights, in one table.
+
+    Every row prunes the same model to the same sparsity and is measured on the same test tokens, which nothing was
+    searched on. KL says how far the predictions moved from those of the dense model; lower is better, as for perplexity.
+
+    Example: msp compare ./my-model --sparsity 0.75 --allocators uniform,msp --pruners wanda,sparsegpt --seeds 3
+    """
+    with running(as_json, debug) as session:
+        _check_arithmetic(sparsity, group_size)
+        _check_sources(calibration, evaluate)
+        picture = _picture_path(output, model, "compare")
+        from msp import pipeline
+        from msp.pictures import compare_picture
+        from msp.report import compare_report
+
+        calm_libraries()
+        result = pipeline.compare(
+            model,
+            sparsity=sparsity,
+            allocators=_names("allocators", allocators),
+            pruners=_names("pruners", pruners),
+            seeds=list(range(seeds)),
+            progress=session.progress,
+            group_size=group_size,
+            unit=unit,
+            fitness=fitness,
+            dtype=dtype,
+            device=device,
+            **_given(
+                calibration=calibration,
+                evaluate=evaluate,
+                window=window,
+                calibration_tokens=calibration_tokens,
+                fitness_tokens=fitness_tokens,
+                test_tokens=test_tokens,
+                evaluations=evaluations,
+            ),
+        )
+        drawn = [compare_picture(result, picture)]
+        report = compare_report(result, every_seed=every_seed)
+        session.result(result.to_json(), Group(report, *_files("Picture", drawn)))
+
+
+def _names(option: str, text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UsageError(f"--{option} names none")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UsageError(f"--{option} names {', '.join(repeated)} more than once")
+    return names
+
+
+def _picture_path(output: Path | None, model: str, verb: str) -> Path:
+    path = output if output is not None else Path(f"{Path(model).name or 'model'}-{verb}.png")
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"{path} is not a .png file")
+    if not path.absolute().parent.is_dir():
+        raise MspError(f"{path}: there is no folder {path.absolute().parent}")
+    return path
+
+
+@app.command()
+def sensitivity(
+    model: Model,
+    calibration: Calibration = None,
+    window: Window = None,
+    calibration_tokens: CalibrationTokens = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    output: Picture = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show which layers a model can least afford to lose weights in.
+
+    The figure is the trace of the Fisher information matrix of each linear: the sum over its weights of the squared
+    gradient of the loss, averaged over sequences. Where it is large, small changes of the weights matter.
+
+    Example: msp sensitivity ./my-model --calibration notes.txt
+    """
+    with running(as_json, debug) as session:
+        _check_sources(calibration)
+        picture = _picture_path(output, model, "sensitivity")
+        from msp import pipeline
+        from msp.pictures import sensitivity_picture
+        from msp.report import sensitivity_report
+
+        calm_libraries()
+        options = _given(calibration=calibration, window=window, calibration_tokens=calibration_tokens)
+        result = pipeline.sensitivity(
+            model, seed=seed, dtype=dtype, device=device, progress=session.progress, **options
+        )
+        drawn = [sensitivity_picture(result.traces, picture)]
+        session.result(result.to_json(), Group(sensitivity_report(result), *_files("Picture", drawn)))
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--evaluate",
+            metavar="SRC",
+            help=f"Text to measure on: {SOURCE_HELP}. Without it: the WikiText-2 test text from the hub.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="The dense model, to measure the KL divergence from it too.", rich_help_panel=METHOD
+        ),
+    ] = None,
+    window: Window = None,
+    test_tokens: TestTokens = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the perplexity of a model, dense or packed.
+
+    Perplexity is taken over non-overlapping windows of tokens. It depends on the text, the window and the tokenizer, which
+    are printed beside it: figures with other settings cannot be compared.
+
+    Example: msp evaluate ./my-model-75 --evaluate test.txt --reference ./my-model
+    """
+    with running(as_json, debug) as session:
+        _check_sources(source)
+        from msp import pipeline
+        from msp.data import DEFAULT_EVALUATION
+        from msp.report import figures_report
+
+        calm_libraries()
+        figures = pipeline.evaluate(
+            model,
+            evaluate=source if source is not None else DEFAULT_EVALUATION,
+            dtype=dtype,
+            device=device,
+            progress=session.progress,
+            **_given(window=window, test_tokens=test_tokens, reference=reference),
+        )
+        session.result(figures, figures_report(figures))
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to generate at most.", rich_help_panel=METHOD)
+    ] = 64,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="0 always takes the likeliest token; 1 samples as the model says.", rich_help_panel=METHOD
+        ),
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Steers the sampling.", rich_help_panel=METHOD)] = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Let a model, dense or packed, continue a text.
+
+    Example: msp generate ./my-model-75 "Once upon a time" --max-new-tokens 100
+    """
+    with running(as_json, debug) as session:
+        from msp.cli.generation import complete
+
+        calm_libraries()
+        with session.progress.stage("Generating", max_new_tokens) as advance:
+            completion = complete(
+                model,
+                prompt,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                dtype=dtype,
+                device=device,
+                on_token=advance,
+            )
+        session.result(completion.to_json(), Text.assemble((prompt, "dim"), completion.text))
+        session.say(f"{completion.tokens} tokens, {completion.tokens_per_second:.1f} tokens/s")
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A packed model, or a dense one: a directory or a hub id.")
+    ],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Describe a model without loading its weights.
+
+    Of a packed model: bytes, the pattern of every layer (N:M keeps N of M) and how it was made. Of a dense one: what could
+    be pruned, and which group sizes M divide its layers.
+
+    Example: msp info ./my-model-75
+    """
+    with running(as_json, debug) as session:
+        from msp.cli.describe import describe
+
+        calm_libraries()
+        session.result(*describe(model))
