@@ -1,0 +1,144 @@
+"""What an allocator is, what it may ask for, and where allocators are found by name.
+
+An allocator of one's own takes a few lines::
+
+    @register_allocator
+    @dataclass(frozen=True)
+    class FirstHalf:
+        name: ClassVar[str] = "first-half"
+
+        def allocate(self, problem: Problem) -> Allocated:
+            half = problem.blocks / 2
+            return problem.from_densities([1.5 if unit.block < half else 0.5 for unit in problem.units])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import numpy as np
+
+from msp.allocators.levels import Levels, kept_weights, levels_from_densities
+from msp.errors import UsageError
+from msp.patterns import Allocation, Budget, NMPattern, Unit
+from msp.progress import NoProgress, Progress
+from msp.search.evolution import EvolutionOptions, Fitness, Step
+
+
+class Evidence(Protocol):
+    """What can be found out about a model. Each answer is computed when first asked for, then kept."""
+
+    @property
+    def identity(self) -> str:
+        """Names the model, tokens and pruner behind the answers; a search resumes only on the same."""
+        ...
+
+    def fisher_traces(self) -> Mapping[str, float]:
+        """Fisher trace of every linear."""
+        ...
+
+    def outlier_ratios(self, threshold: float) -> Sequence[float]:
+        """Per block: share of the Wanda scores above ``threshold`` times the block's mean score."""
+        ...
+
+    def predicted_losses(self) -> Mapping[str, Sequence[float]]:
+        """Per linear: second-order loss 1/2 sum F w^2 of what is pruned when N = 0 ... M are kept."""
+        ...
+
+    def fitness(self) -> AbstractContextManager[Fitness]:
+        """Measures level vectors, in the order of the problem's units, on the fitness tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How an allocator that searches goes about it. ``checkpoint`` is written once a generation."""
+
+    options: EvolutionOptions = field(default_factory=EvolutionOptions)
+    checkpoint: Path | None = None
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Units in order of depth, the budget they share, and what is known about the model."""
+
+    units: tuple[Unit, ...]
+    budget: Budget
+    evidence: Evidence
+    seed: int = 0
+    search: SearchSettings = field(default_factory=SearchSettings)
+    progress: Progress = field(default_factory=NoProgress)
+
+    @property
+    def blocks(self) -> int:
+        return 1 + max(unit.block for unit in self.units)
+
+    @property
+    def density(self) -> float:
+        return self.budget.limit / self.budget.total
+
+    def from_densities(self, relative: Sequence[float]) -> Allocated:
+        """Levels nearest to ``relative`` densities (1 is the budget's own), meeting the budget exactly."""
+        wished = np.asarray(relative, dtype=np.float64) * self.density
+        return Allocated(levels_from_densities(wished.tolist(), self.units, self.budget))
+
+    def allocation(self, levels: Levels) -> Allocation:
+        """The pattern of every linear of every unit."""
+        return Allocation(
+            {
+                name: NMPattern(int(level), unit.group_size)
+                for unit, level in zip(self.units, levels, strict=True)
+                for name in unit.linears
+            }
+        )
+
+    def kept(self, levels: Levels) -> int:
+        return kept_weights(levels, self.units)
+
+
+@dataclass
+class Allocated:
+    """Levels per unit, and what finding them took."""
+
+    levels: Levels
+    evaluations: int = 0
+    tokens: int = 0
+    history: list[Step] = field(default_factory=list)
+
+
+class Allocator(Protocol):
+    """Decides how many of every M weights each unit keeps."""
+
+    name: ClassVar[str]
+
+    def allocate(self, problem: Problem) -> Allocated: ...
+
+
+Factory = TypeVar("Factory", bound=Callable[..., Any])
+
+_REGISTRY: dict[str, Callable[..., Allocator]] = {}
+
+
+def register_allocator(factory: Factory) -> Factory:
+    """Class decorator: make an allocator available under its ``name``."""
+    _REGISTRY[factory.name] = factory  # type: ignore[attr-defined]
+    return factory
+
+
+def allocator_names() -> tuple[str, ...]:
+    return tuple(_REGISTRY)
+
+
+def get_allocator(name: str, **options: Any) -> Allocator:
+    """The allocator registered as ``name``; ``UsageError`` lists the known ones."""
+    if name not in _REGISTRY:
+        raise UsageError(f"unknown allocator {name!r}; known: {', '.join(allocator_names())}")
+    try:
+        return _REGISTRY[name](**options)
+    except TypeError as error:
+        raise UsageError(f"allocator {name!r}: {error}") from error

@@ -1,0 +1,53 @@
+"""Levels that minimise the second-order loss predicted by the Fisher diagonal."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from msp.allocators.base import Allocated, Problem, register_allocator
+from msp.allocators.levels import repair
+
+
+@register_allocator
+@dataclass(frozen=True)
+class FisherKnapsack:
+    """Greedy knapsack over ``1/2 sum F_i w_i^2`` of the pruned weights, per unit and level.
+
+    Levels are bought by the loss they save per weight, along each unit's lower convex hull: that is
+    optimal up to the last step, which ``repair`` fills.
+    """
+
+    name: ClassVar[str] = "fisher-knapsack"
+
+    def allocate(self, problem: Problem) -> Allocated:
+        losses = problem.evidence.predicted_losses()
+        curves = [np.sum([losses[name] for name in unit.linears], axis=0) for unit in problem.units]
+        levels = np.zeros(len(curves), dtype=np.int64)
+        left = problem.budget.limit
+        offers = [offer for index in range(len(curves)) if (offer := _best_offer(problem, curves, index, 0))]
+        heapq.heapify(offers)
+        while offers:
+            _, index, level = heapq.heappop(offers)
+            price = (level - int(levels[index])) * problem.units[index].step
+            if price > left:
+                continue
+            left -= price
+            levels[index] = level
+            if offer := _best_offer(problem, curves, index, level):
+                heapq.heappush(offers, offer)
+        return Allocated(repair(levels, problem.units, problem.budget))
+
+
+def _best_offer(problem: Problem, curves: list[np.ndarray], index: int, level: int) -> tuple[float, int, int] | None:
+    """The jump from ``level`` with the steepest fall of the loss per weight, as (-fall, unit, new level)."""
+    curve = curves[index]
+    if level >= len(curve) - 1:
+        return None
+    jumps = np.arange(1, len(curve) - level)
+    falls = (curve[level] - curve[level + 1 :]) / (jumps * problem.units[index].step)
+    best = int(np.argmax(falls))
+    return -float(falls[best]), index, level + 1 + best

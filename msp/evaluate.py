@@ -1,0 +1,138 @@
+"""Perplexity and KL divergence to the dense model, over non-overlapping windows of tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from msp.progress import NoProgress, Progress
+
+# Log-probabilities of the dense model are kept in fp32 up to this many bytes and in fp16 beyond:
+# weighted by the probabilities themselves, the rounding then moves the KL by less than 1e-4.
+FULL_PRECISION_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well a model predicts a token set. ``kl`` is the mean KL(dense || model) per token, in nats."""
+
+    perplexity: float
+    kl: float
+    tokens: int
+
+
+@dataclass
+class Sums:
+    """Loss and divergence summed over predicted tokens, in nats; ``tokens`` counts what was forwarded."""
+
+    loss: float = 0.0
+    divergence: float = 0.0
+    predicted: int = 0
+    tokens: int = 0
+
+    def __iadd__(self, other: Sums) -> Sums:
+        self.loss += other.loss
+        self.divergence += other.divergence
+        self.predicted += other.predicted
+        self.tokens += other.tokens
+        return self
+
+
+class DenseReference:
+    """What the dense model predicts on a token set, kept on the host to measure candidates against.
+
+    Args:
+        model: the dense causal LM.
+        windows: int64 ``[S, T]``; each window predicts its tokens 1 ... T-1.
+        batch_size: sequences per forward.
+
+    Attributes:
+        quality: the dense model's own perplexity (its KL is 0).
+        windows: as given.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        windows: torch.Tensor,
+        *,
+        batch_size: int = 8,
+        progress: Progress | None = None,
+        label: str = "Dense predictions",
+    ) -> None:
+        self.windows = windows
+        self.batch_size = batch_size
+        self._log_probs: list[torch.Tensor] = []
+        loss, predicted, dtype = 0.0, 0, torch.float32
+        batches = windows.split(batch_size)
+        with (progress or NoProgress()).stage(label, len(batches)) as advance:
+            for index, (tokens, log_probs) in enumerate(_predictions(model, windows, batch_size)):
+                if index == 0:
+                    total = windows.shape[0] * (windows.shape[1] - 1) * log_probs.shape[-1] * 4
+                    dtype = torch.float32 if total <= FULL_PRECISION_BYTES else torch.float16
+                loss += _loss(log_probs, tokens)
+                predicted += log_probs.shape[0] * log_probs.shape[1]
+                self._log_probs.append(log_probs.to("cpu", dtype))
+                advance(index + 1)
+        self.quality = Quality(_perplexity(loss, predicted), 0.0, predicted)
+
+    @property
+    def batches(self) -> int:
+        return len(self._log_probs)
+
+    def sums(self, model: Any, start: int, stop: int) -> Sums:
+        """Summed loss and KL divergence of ``model`` on batches ``start`` to ``stop``."""
+        sums = Sums()
+        windows = self.windows[start * self.batch_size : stop * self.batch_size]
+        predictions = _predictions(model, windows, self.batch_size)
+        for dense, (tokens, log_probs) in zip(self._log_probs[start:stop], predictions, strict=True):
+            dense = dense.to(log_probs.device, torch.float32)
+            sums.loss += _loss(log_probs, tokens)
+            sums.divergence += float(functional.kl_div(log_probs, dense, reduction="sum", log_target=True))
+            sums.predicted += log_probs.shape[0] * log_probs.shape[1]
+            sums.tokens += tokens.numel()
+        return sums
+
+    def measure(self, model: Any, *, progress: Progress | None = None, label: str = "Evaluating") -> Quality:
+        """Perplexity of ``model`` on all windows, and its KL from the dense one."""
+        total = Sums()
+        with (progress or NoProgress()).stage(label, self.batches) as advance:
+            for index in range(self.batches):
+                total += self.sums(model, index, index + 1)
+                advance(index + 1)
+        return Quality(_perplexity(total.loss, total.predicted), total.divergence / total.predicted, total.predicted)
+
+
+def perplexity(model: Any, windows: torch.Tensor, *, batch_size: int = 8, progress: Progress | None = None) -> Quality:
+    """Perplexity alone, keeping nothing; ``kl`` is NaN."""
+    loss, predicted = 0.0, 0
+    with (progress or NoProgress()).stage("Evaluating", len(windows.split(batch_size))) as advance:
+        for index, (tokens, log_probs) in enumerate(_predictions(model, windows, batch_size)):
+            loss += _loss(log_probs, tokens)
+            predicted += log_probs.shape[0] * log_probs.shape[1]
+            advance(index + 1)
+    return Quality(_perplexity(loss, predicted), math.nan, predicted)
+
+
+def _predictions(model: Any, windows: torch.Tensor, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield ``(tokens [B, T], fp32 log-probabilities [B, T-1, V])`` batch by batch."""
+    device = next(model.parameters()).device
+    for tokens in windows.split(batch_size):
+        tokens = tokens.to(device)
+        with torch.inference_mode():
+            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+            yield tokens, functional.log_softmax(logits.float(), dim=-1)
+
+
+def _loss(log_probs: torch.Tensor, tokens: torch.Tensor) -> float:
+    return -float(log_probs.gather(-1, tokens[:, 1:, None]).double().sum())
+
+
+def _perplexity(loss: float, predicted: int) -> float:
+    mean = loss / predicted
+    return math.exp(mean) if mean < 700 else math.inf

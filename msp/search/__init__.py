@@ -1,0 +1,1 @@
+"""The evolutionary engine: population, operators, fitness and checkpoints. Knows levels, not models."""

@@ -1,0 +1,142 @@
+"""Puts candidate allocations into a live model: a candidate costs a forward and a compare per weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from msp import ops
+from msp.allocators.levels import Levels
+from msp.evaluate import DenseReference
+from msp.model import Linear
+from msp.patterns import Unit
+
+
+class RankedLinear(nn.Module):
+    """A linear that keeps the weights of rank below ``level`` and can change its level at any time.
+
+    Args:
+        linear: the dense linear, left untouched.
+        rank: uint8 ``[R, K]`` from ``ops.nm_rank``.
+        group_size: M; ``level == M`` is the dense linear.
+    """
+
+    def __init__(self, linear: Linear, rank: Tensor, group_size: int) -> None:
+        super().__init__()
+        self._dense = linear.weight.contiguous()
+        self._bias = linear.bias
+        self._rank = rank
+        self._group_size = group_size
+        self._level = group_size
+        self._kept: Tensor | None = None
+
+    @property
+    def level(self) -> int:
+        return self._level
+
+    @level.setter
+    def level(self, level: int) -> None:
+        if level != self._level and 0 < level < self._group_size:
+            self._kept = ops.nm_keep(self._dense, self._rank, level, out=self._kept)
+        self._level = level
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._level == self._group_size:
+            return functional.linear(x, self._dense, self._bias)
+        if self._level == 0:
+            empty = x.new_zeros(*x.shape[:-1], self._dense.shape[0])
+            return empty if self._bias is None else empty + self._bias
+        assert self._kept is not None
+        return functional.linear(x, self._kept, self._bias)
+
+
+class CandidateModel(AbstractContextManager["CandidateModel"]):
+    """Within the context the units' linears are ranked; ``apply`` sets the level of every unit.
+
+    Memory beyond the model: one byte a weight for the ranks, and a second copy of the weights of the
+    linears that are at a level between empty and dense.
+    """
+
+    def __init__(
+        self, model: nn.Module, linears: Sequence[Linear], ranks: Mapping[str, Tensor], units: Sequence[Unit]
+    ) -> None:
+        self.model = model
+        self._linears = {linear.name: linear for linear in linears if linear.name in ranks}
+        self._units = units
+        size_of = {name: unit.group_size for unit in units for name in unit.linears}
+        self._ranked = {
+            name: RankedLinear(linear, ranks[name], size_of[name]) for name, linear in self._linears.items()
+        }
+
+    def __enter__(self) -> CandidateModel:
+        for name, ranked in self._ranked.items():
+            _put(self.model, name, ranked)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name, linear in self._linears.items():
+            _put(self.model, name, linear.module)
+
+    def apply(self, levels: Levels) -> None:
+        for unit, level in zip(self._units, levels, strict=True):
+            for name in unit.linears:
+                self._ranked[name].level = int(level)
+
+
+class TokenFitness:
+    """Fitness of level vectors on fitness tokens, raced over growing parts of them.
+
+    Args:
+        candidates: the model with ranked linears, entered.
+        reference: the dense model's predictions on all fitness tokens.
+        measure: ``"kl"`` (mean KL(dense || pruned), nats a token) or ``"perplexity"`` (its logarithm, so
+            that differences compare across scales; the order is the same).
+        shares: part of the batches that each stage measures on, ascending, the last one 1.
+    """
+
+    def __init__(
+        self,
+        candidates: CandidateModel,
+        reference: DenseReference,
+        *,
+        measure: str = "kl",
+        shares: Sequence[float] = (0.25, 1.0),
+    ) -> None:
+        batches = reference.batches
+        self._stops = sorted({max(1, round(share * batches)) for share in (*shares[:-1], 1.0)})
+        self._candidates = candidates
+        self._reference = reference
+        self._measure = measure
+        # What a candidate has been measured on so far: a later stage pays for the rest only.
+        self._partial: dict[tuple[int, ...], tuple[int, float, int]] = {}
+        self.tokens = 0
+
+    @property
+    def stages(self) -> int:
+        return len(self._stops)
+
+    def __call__(self, levels: Levels, stage: int) -> float:
+        key = tuple(int(level) for level in levels)
+        done, total, predicted = self._partial.pop(key, (0, 0.0, 0))
+        stop = self._stops[stage]
+        if done < stop:
+            self._candidates.apply(levels)
+            sums = self._reference.sums(self._candidates.model, done, stop)
+            total += sums.divergence if self._measure == "kl" else sums.loss
+            predicted += sums.predicted
+            self.tokens += sums.tokens
+        if stop < self._stops[-1]:
+            self._partial[key] = (stop, total, predicted)
+        loss = total / predicted
+        return loss if loss == loss else float("inf")
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

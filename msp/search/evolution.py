@@ -1,0 +1,249 @@
+"""Evolutionary search over the levels of units, within an exact budget.
+
+As published (MSP, arXiv 2503.11164): individuals are vectors of per-unit levels, the first ones come from the
+Fisher traces, the fittest become parents, single-point crossover and mutation keep the budget. The
+constants are not public; the ones here are this project's. Added to it: candidates are raced (all on
+few tokens, the best on all), and none is measured twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from msp.allocators.levels import Levels, repair
+from msp.errors import MspError, UsageError
+from msp.patterns import Budget, Unit
+from msp.search.operators import MUTATIONS, crossover
+
+Key = tuple[int, ...]
+
+
+class Fitness(Protocol):
+    """Measures candidates; lower is better. ``stages`` says how many token counts it can race over."""
+
+    @property
+    def stages(self) -> int: ...
+
+    @property
+    def tokens(self) -> int:
+        """Tokens forwarded so far."""
+        ...
+
+    def __call__(self, levels: Levels, stage: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class EvolutionOptions:
+    """Constants of the search (ours: the paper's are not public).
+
+    Attributes:
+        generations: rounds of offspring after the first population.
+        population: individuals kept from one generation to the next.
+        parents: the fittest, from whom all offspring descend.
+        offspring: new candidates per generation.
+        survivors: share of the candidates of a stage that goes on to the next one.
+        crossover_rate: share of the offspring with two parents.
+        group_rate: share of the mutations that move a block or a kind of linear together.
+    """
+
+    generations: int = 40
+    population: int = 12
+    parents: int = 6
+    offspring: int = 16
+    survivors: float = 0.25
+    crossover_rate: float = 0.5
+    group_rate: float = 0.3
+
+    def __post_init__(self) -> None:
+        if min(self.population, self.parents, self.offspring) < 1 or self.generations < 0:
+            raise UsageError("population, parents and offspring must be at least 1, generations at least 0")
+        if not 0 < self.survivors <= 1:
+            raise UsageError(f"survivors {self.survivors} is outside (0, 1]")
+
+
+@dataclass
+class Step:
+    """One generation, for the record: candidates measured and tokens forwarded so far, and losses."""
+
+    generation: int
+    evaluations: int
+    tokens: int
+    best: float
+    mean: float
+
+
+@dataclass
+class _State:
+    generation: int = 0
+    population: list[tuple[float, Key]] = field(default_factory=list)
+    measured: dict[tuple[int, Key], float] = field(default_factory=dict)
+    tokens: int = 0
+    history: list[Step] = field(default_factory=list)
+
+
+class Evolution:
+    """The search. ``run`` returns the best levels found and the history of the generations.
+
+    Args:
+        units: in order of depth.
+        budget: met by every individual.
+        seeds: level vectors of the first population (repaired if need be); at least one.
+        fitness: the loss of a level vector at a stage; equal inputs must give equal results.
+        options: the constants.
+        seed: of every random choice.
+        checkpoint: a JSON file written atomically after every generation.
+        resume: continue from ``checkpoint`` if it is there.
+        on_step: called after every generation.
+
+    Raises:
+        MspError: a checkpoint that is unreadable or belongs to another search.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        budget: Budget,
+        seeds: Sequence[Levels],
+        fitness: Fitness,
+        *,
+        options: EvolutionOptions | None = None,
+        seed: int = 0,
+        checkpoint: Path | None = None,
+        resume: bool = False,
+        identity: str = "",
+        on_step: Callable[[Step], None] | None = None,
+    ) -> None:
+        self._units = units
+        self._budget = budget
+        self._seeds = [repair(np.asarray(levels), units, budget) for levels in seeds]
+        self._fitness = fitness
+        self._options = options or EvolutionOptions()
+        self._seed = seed
+        self._checkpoint = checkpoint
+        self._on_step = on_step
+        self._identity = self._fingerprint(identity)
+        self._tokens_before = 0
+        self._state = _State()
+        if resume and checkpoint is not None and checkpoint.exists():
+            self._state = self._load(checkpoint)
+            self._tokens_before = self._state.tokens
+
+    def run(self) -> tuple[Levels, list[Step]]:
+        if not self._state.population:
+            self._begin()
+        while self._state.generation < self._options.generations:
+            # A generator per generation: a resumed search draws what the uninterrupted one would have.
+            rng = np.random.default_rng([self._seed, self._state.generation + 1])
+            offspring = self._offspring(rng)
+            if not offspring:
+                break
+            self._race(offspring)
+            self._end_generation()
+        return np.array(self._state.population[0][1], dtype=np.int64), self._state.history
+
+    def _begin(self) -> None:
+        # Every seed is measured in full: they are few, and losing a good one early costs the most.
+        distinct = list(dict.fromkeys(_key(levels) for levels in self._seeds))
+        self._state.population = [(self._measure(key, self._fitness.stages - 1), key) for key in distinct]
+        self._end_generation(count=False)
+
+    def _offspring(self, rng: np.random.Generator) -> list[Key]:
+        options = self._options
+        parents = [np.array(key) for _, key in self._state.population[: options.parents]]
+        seen = {key for _, key in self._state.measured}
+        found: list[Key] = []
+        # Small spaces run dry: give up after a bounded number of duplicates.
+        for _ in range(options.offspring * 20):
+            if len(found) == options.offspring:
+                break
+            child = parents[int(rng.integers(len(parents)))]
+            if len(parents) > 1 and rng.random() < options.crossover_rate:
+                child = crossover(child, parents[int(rng.integers(len(parents)))], rng)
+            name = "shift_group" if rng.random() < options.group_rate else "swap"
+            step = max(1, self._units[0].group_size // 8)
+            child = MUTATIONS[name](child, self._units, step, rng)
+            key = _key(repair(child, self._units, self._budget, rng=rng))
+            if key not in seen:
+                seen.add(key)
+                found.append(key)
+        return found
+
+    def _race(self, candidates: list[Key]) -> None:
+        last = self._fitness.stages - 1
+        for stage in range(last + 1):
+            ranked = sorted((self._measure(key, stage), key) for key in candidates)
+            if stage == last:
+                self._state.population += ranked
+            else:
+                candidates = [key for _, key in ranked[: max(1, round(len(ranked) * self._options.survivors))]]
+
+    def _measure(self, key: Key, stage: int) -> float:
+        if (stage, key) not in self._state.measured:
+            self._state.measured[stage, key] = self._fitness(np.array(key, dtype=np.int64), stage)
+        return self._state.measured[stage, key]
+
+    def _end_generation(self, *, count: bool = True) -> None:
+        state = self._state
+        state.population = sorted(state.population)[: self._options.population]
+        state.generation += int(count)
+        state.tokens = self._tokens_before + self._fitness.tokens
+        losses = [loss for loss, _ in state.population]
+        evaluations = len({key for _, key in state.measured})
+        step = Step(state.generation, evaluations, state.tokens, losses[0], sum(losses) / len(losses))
+        state.history.append(step)
+        if self._checkpoint is not None:
+            self._save(self._checkpoint)
+        if self._on_step is not None:
+            self._on_step(step)
+
+    def _fingerprint(self, identity: str) -> str:
+        # Generations are left out: asking for more of them is what resuming is for.
+        options = {**asdict(self._options), "generations": None}
+        content = [identity, self._seed, self._budget.limit, options]
+        content += [[unit.name, unit.weights, unit.group_size] for unit in self._units]
+        content += [list(_key(levels)) for levels in self._seeds]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def _save(self, path: Path) -> None:
+        state = self._state
+        content = {
+            "identity": self._identity,
+            "generation": state.generation,
+            "tokens": state.tokens,
+            "population": state.population,
+            "measured": [[stage, key, loss] for (stage, key), loss in state.measured.items()],
+            "history": [asdict(step) for step in state.history],
+        }
+        temporary = path.with_suffix(".tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def _load(self, path: Path) -> _State:
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if content["identity"] != self._identity:
+                raise MspError(f"{path} belongs to another search (model, tokens, budget or options differ)")
+            return _State(
+                content["generation"],
+                [(loss, tuple(key)) for loss, key in content["population"]],
+                {(stage, tuple(key)): loss for stage, key, loss in content["measured"]},
+                content["tokens"],
+                [Step(**step) for step in content["history"]],
+            )
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, MspError):
+                raise
+            raise MspError(f"{path} is not a search checkpoint: {error}") from error
+
+
+def _key(levels: Levels) -> Key:
+    return tuple(int(level) for level in levels)

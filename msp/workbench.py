@@ -1,0 +1,315 @@
+"""Everything known about one model on one token set: what allocators ask, and pruning to an answer."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msp import ops
+from msp.allocators import Problem, SearchSettings
+from msp.calibration import stream_statistics
+from msp.data import TokenSets
+from msp.errors import UsageError
+from msp.evaluate import DenseReference
+from msp.model import Structure
+from msp.ops import PackedWeight
+from msp.patterns import Allocation, Budget, Unit, check_group_size
+from msp.progress import Progress
+from msp.pruners import LinearStatistics, Pruner
+from msp.search.candidates import CandidateModel, TokenFitness
+from msp.search.evolution import Fitness
+from msp.sensitivity import fisher_diagonals, fisher_traces
+from msp.sparse_linear import SparseLinear
+
+UNITS = ("linear", "block")
+
+# Tokens per forward: enough to fill a machine, few enough that activations stay small.
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which linears are pruned in which units, what is left alone and why, and the budget."""
+
+    units: tuple[Unit, ...]
+    skipped: Mapping[str, str]
+    budget: Budget
+    skipped_weights: int
+    total_weights: int
+
+    @property
+    def limit(self) -> int:
+        """The budget over all linears, those that stay dense included."""
+        return self.budget.limit + self.skipped_weights
+
+
+def make_plan(structure: Structure, *, sparsity: Fraction, group_size: int, unit: str) -> Plan:
+    """Split the linears into units and skipped ones, and share the budget.
+
+    The budget counts all linears: what a linear with K % M != 0 keeps too much, the others make good.
+
+    Raises:
+        UsageError: an unknown unit or group size, nothing to prune, or a sparsity out of reach.
+    """
+    check_group_size(group_size)
+    if unit not in UNITS:
+        raise UsageError(f"unit {unit!r} is not one of {', '.join(UNITS)}")
+    skipped = dict(structure.not_linear)
+    units, skipped_weights, total = [], 0, 0
+    for block in structure.blocks:
+        prunable = []
+        for linear in block.linears:
+            rows, columns = linear.shape
+            total += rows * columns
+            if columns % group_size:
+                skipped[linear.name] = f"{columns} input features are not a multiple of the group size {group_size}"
+                skipped_weights += rows * columns
+            else:
+                prunable.append(linear)
+        sizes = [linear.shape[0] * linear.shape[1] for linear in prunable]
+        if unit == "block" and prunable:
+            names = tuple(linear.name for linear in prunable)
+            units.append(Unit(block.name, names, sum(sizes), group_size, block.index, "block"))
+        if unit == "linear":
+            units += [
+                Unit(linear.name, (linear.name,), size, group_size, block.index, linear.kind)
+                for linear, size in zip(prunable, sizes, strict=True)
+            ]
+    if not units:
+        raise UsageError(f"no linear has a multiple of {group_size} input features: choose another group size")
+    limit = int((1 - sparsity) * total) - skipped_weights
+    if limit < 0:
+        most = 1 - skipped_weights / total
+        raise UsageError(
+            f"sparsity {float(sparsity):g} is out of reach with groups of {group_size}: linears that cannot be pruned "
+            f"hold {skipped_weights:,} of {total:,} weights, so at most {most:.3f} is possible"
+        )
+    return Plan(tuple(units), skipped, Budget.for_units(units, limit), skipped_weights, total)
+
+
+class Workbench:
+    """A model, a plan and token sets. Statistics are computed when asked for, and kept.
+
+    Args:
+        model: the dense causal LM; between calls it is always the dense model again.
+        structure, plan: its blocks, and what of them is pruned.
+        tokens: calibration and fitness windows.
+        name: names the model in checkpoints of the search.
+        stored_dtype: dtype that packed values are rounded to before anything is measured.
+        device: where single blocks are calibrated.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        structure: Structure,
+        plan: Plan,
+        tokens: TokenSets,
+        *,
+        name: str,
+        stored_dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self.model = model
+        self.structure = structure
+        self.plan = plan
+        self.tokens = tokens
+        self.progress = progress
+        self.name = name
+        self._stored_dtype = stored_dtype
+        self._device = device
+        self._batch_size = batch_size(device, tokens.window)
+        self._pruned_names = {name for unit in plan.units for name in unit.linears}
+        self.linears = [linear for linear in structure.linears if linear.name in self._pruned_names]
+        self.traces: dict[str, float] | None = None
+        self._diagonals: dict[str, Tensor] | None = None
+        self._norms: dict[str, Tensor] | None = None
+        self._reference: DenseReference | None = None
+
+    def problem(self, pruner: Pruner, *, seed: int, fitness: str, search: SearchSettings) -> Problem:
+        """What an allocator is asked to solve when ``pruner`` decides which weights stay."""
+        evidence = WorkbenchEvidence(self, pruner, fitness)
+        return Problem(self.plan.units, self.plan.budget, evidence, seed, search, self.progress)
+
+    def fisher_traces(self) -> Mapping[str, float]:
+        """Fisher trace of every linear; ``traces`` holds them once they were asked for."""
+        if self.traces is None:
+            with self.progress.stage("Fisher traces", len(self.tokens.calibration)) as advance:
+                self.traces = fisher_traces(
+                    self.model, self.structure.linears, self.tokens.calibration, progress=advance
+                )
+        return self.traces
+
+    def fisher_diagonals(self) -> Mapping[str, Tensor]:
+        if self._diagonals is None:
+            with self.progress.stage("Fisher diagonals", len(self.tokens.calibration)) as advance:
+                self._diagonals = fisher_diagonals(self.model, self.linears, self.tokens.calibration, progress=advance)
+        return self._diagonals
+
+    def input_norms(self) -> Mapping[str, Tensor]:
+        """Per linear: the sum of squares of every input over the calibration tokens, in the dense model."""
+        if self._norms is None:
+            self.dense_ranks(None)
+        assert self._norms is not None
+        return self._norms
+
+    def dense_ranks(self, pruner: Pruner | None) -> dict[str, Tensor]:
+        """Rank codes of every pruned linear under ``pruner`` with the dense model's statistics."""
+        ranks: dict[str, Tensor] = {}
+        needs = (pruner.needs if pruner else frozenset()) | {"input_sum_squares"}
+        norms: dict[str, Tensor] = {}
+        for block, statistics in self._stream(needs, sequential=False):
+            for linear in block.linears:
+                entry = statistics[linear.name]
+                assert entry.input_sum_squares is not None
+                norms[linear.name] = entry.input_sum_squares.cpu()
+                if pruner is not None and linear.name in self._pruned_names:
+                    scoring = pruner.scoring(linear.weight, self._complete(linear.name, entry, pruner))
+                    weight = linear.weight.contiguous()
+                    size = self.plan.units[0].group_size
+                    ranks[linear.name] = ops.nm_rank(weight, size, **scoring.kwargs()).to(_home(self.model))
+        self._norms = norms
+        return ranks
+
+    def reference(self) -> DenseReference:
+        """The dense model's predictions on the fitness tokens."""
+        if self._reference is None:
+            if not len(self.tokens.fitness):
+                raise UsageError("this allocator searches, and there are no fitness tokens to search on")
+            self._reference = DenseReference(
+                self.model,
+                self.tokens.fitness,
+                batch_size=self._batch_size,
+                progress=self.progress,
+                label="Dense predictions",
+            )
+        return self._reference
+
+    @contextmanager
+    def pruned(self, allocation: Allocation, pruner: Pruner) -> Iterator[Any]:
+        """The model pruned block by block, each block calibrated behind its pruned predecessors.
+
+        The linears become ``SparseLinear`` for the length of the context; the dense model is then restored.
+        """
+        replaced = []
+        try:
+            for block, statistics in self._stream(pruner.needs, sequential=True):
+                for linear in block.linears:
+                    if linear.name not in self._pruned_names or allocation[linear.name].is_dense:
+                        continue
+                    entry = self._complete(linear.name, statistics[linear.name], pruner)
+                    pattern = allocation[linear.name]
+                    packed = pruner.prune(linear.weight.contiguous(), entry, pattern, name=linear.name, warn=_warn)
+                    packed = self._rounded(packed)
+                    block.module.set_submodule(linear.kind, SparseLinear.from_packed(packed, linear.bias))
+                    replaced.append((block, linear))
+            yield self.model
+        finally:
+            for block, linear in replaced:
+                block.module.set_submodule(linear.kind, linear.module)
+
+    def _rounded(self, packed: PackedWeight) -> PackedWeight:
+        computed = packed.dtype
+        return packed.to(dtype=self._stored_dtype).to(dtype=computed, device=_home(self.model))
+
+    def _stream(
+        self, needs: frozenset[str], *, sequential: bool
+    ) -> Iterator[tuple[Any, Mapping[str, LinearStatistics]]]:
+        return stream_statistics(
+            self.model,
+            self.structure,
+            self.tokens.calibration,
+            needs,
+            sequential=sequential,
+            batch_size=self._batch_size,
+            device=self._device,
+            progress=self.progress,
+            label="Pruning" if sequential else "Calibrating",
+        )
+
+    def _complete(self, name: str, statistics: LinearStatistics, pruner: Pruner) -> LinearStatistics:
+        if "fisher" in pruner.needs:
+            statistics.fisher = self.fisher_diagonals()[name].to(self._device)
+            statistics.sequences = len(self.tokens.calibration)
+        return statistics
+
+
+class WorkbenchEvidence:
+    """Answers an allocator's questions about a workbench's model under one pruner."""
+
+    def __init__(self, bench: Workbench, pruner: Pruner, fitness: str) -> None:
+        self._bench = bench
+        self._pruner = pruner
+        self._fitness = fitness
+        self._ranks: dict[str, Tensor] | None = None
+
+    @property
+    def identity(self) -> str:
+        digest = hashlib.sha256()
+        for windows in (self._bench.tokens.calibration, self._bench.tokens.fitness):
+            digest.update(windows.numpy().tobytes())
+        return f"{self._bench.name}|{self._pruner!r}|{self._fitness}|{digest.hexdigest()}"
+
+    def fisher_traces(self) -> Mapping[str, float]:
+        return self._bench.fisher_traces()
+
+    def outlier_ratios(self, threshold: float) -> Sequence[float]:
+        norms = self._bench.input_norms()
+        ratios = []
+        for block in self._bench.structure.blocks:
+            scores = [
+                linear.weight.float().abs() * norms[linear.name].sqrt().to(linear.weight) for linear in block.linears
+            ]
+            count = sum(score.numel() for score in scores)
+            mean = sum(float(score.double().sum()) for score in scores) / max(count, 1)
+            above = sum(int((score > threshold * mean).sum()) for score in scores)
+            ratios.append(above / max(count, 1))
+        return ratios
+
+    def ranks(self) -> Mapping[str, Tensor]:
+        if self._ranks is None:
+            self._ranks = self._bench.dense_ranks(self._pruner)
+        return self._ranks
+
+    def predicted_losses(self) -> Mapping[str, Sequence[float]]:
+        size = self._bench.plan.units[0].group_size
+        ranks, diagonals = self.ranks(), self._bench.fisher_diagonals()
+        losses = {}
+        for linear in self._bench.linears:
+            cost = linear.weight.float().square().cpu() * diagonals[linear.name].cpu() / 2
+            per_rank = torch.zeros(size, dtype=torch.float64).scatter_add_(
+                0, ranks[linear.name].cpu().flatten().long(), cost.double().flatten()
+            )
+            # Keeping n weights prunes the ranks n and above.
+            losses[linear.name] = [float(per_rank[n:].sum()) for n in range(size + 1)]
+        return losses
+
+    @contextmanager
+    def fitness(self) -> Iterator[Fitness]:
+        reference = self._bench.reference()
+        ranks = self.ranks()
+        with CandidateModel(self._bench.model, self._bench.structure.linears, ranks, self._bench.plan.units) as model:
+            yield TokenFitness(model, reference, measure=self._fitness)
+
+
+def batch_size(device: torch.device, window: int) -> int:
+    """Sequences per forward on ``device``."""
+    return max(1, BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]) // window)
+
+
+def _home(model: Any) -> torch.device:
+    device: torch.device = next(model.parameters()).device
+    return device
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)

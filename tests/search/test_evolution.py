@@ -1,0 +1,180 @@
+"""The evolutionary engine on functions whose minimum is known."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from msp.allocators.levels import Levels, kept_weights
+from msp.errors import MspError, UsageError
+from msp.patterns import Budget, Unit
+from msp.search.evolution import Evolution, EvolutionOptions
+from msp.search.operators import crossover, shift_group, swap
+
+UNITS = [Unit(f"u{i}", (f"u{i}",), 8 * (3 if i % 3 else 5), 8, i // 3, f"k{i % 3}") for i in range(18)]
+BUDGET = Budget.for_units(UNITS, sum(unit.weights for unit in UNITS) // 4)
+
+
+class Quadratic:
+    """Distance to a hidden optimum; earlier stages see it through noise that is fixed per candidate."""
+
+    def __init__(self, stages: int = 2) -> None:
+        self.stages = stages
+        self.tokens = 0
+        self.calls: list[tuple[int, tuple[int, ...]]] = []
+        self._optimum = np.array([4, 1, 2, 3, 1, 3, 2, 2, 2] * 2)
+
+    def __call__(self, levels: Levels, stage: int) -> float:
+        key = tuple(int(level) for level in levels)
+        self.calls.append((stage, key))
+        self.tokens += 1
+        noise = 0.0 if stage == self.stages - 1 else (hash(key) % 7) / 10
+        return float(np.square(levels - self._optimum).sum()) + noise
+
+
+def start() -> list[Levels]:
+    return [np.full(len(UNITS), 2)]
+
+
+def test_the_search_improves_and_keeps_the_budget() -> None:
+    fitness = Quadratic()
+    levels, history = Evolution(UNITS, BUDGET, start(), fitness, options=EvolutionOptions(generations=60)).run()
+    assert BUDGET.is_met(kept_weights(levels, UNITS))
+    assert history[-1].best < history[0].best / 2
+    for _, key in fitness.calls:
+        assert BUDGET.is_met(kept_weights(np.array(key), UNITS))
+
+
+def test_the_best_never_gets_worse() -> None:
+    _, history = Evolution(UNITS, BUDGET, start(), Quadratic(), options=EvolutionOptions(generations=30)).run()
+    best = [step.best for step in history]
+    assert best == sorted(best, reverse=True)
+
+
+def test_nothing_is_measured_twice() -> None:
+    fitness = Quadratic()
+    Evolution(UNITS, BUDGET, start() * 3, fitness, options=EvolutionOptions(generations=20)).run()
+    assert len(fitness.calls) == len(set(fitness.calls))
+
+
+def test_only_survivors_reach_the_last_stage() -> None:
+    fitness = Quadratic()
+    options = EvolutionOptions(generations=10, offspring=16, survivors=0.25)
+    Evolution(UNITS, BUDGET, start(), fitness, options=options).run()
+    stages = [stage for stage, _ in fitness.calls]
+    assert stages.count(0) == 160
+    assert stages.count(1) == 1 + 40
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_equal_seeds_give_equal_searches(seed: int) -> None:
+    options = EvolutionOptions(generations=8)
+    runs = [Evolution(UNITS, BUDGET, start(), Quadratic(), options=options, seed=seed).run() for _ in range(2)]
+    assert (runs[0][0] == runs[1][0]).all()
+    assert runs[0][1] == runs[1][1]
+
+
+def test_a_resumed_search_ends_where_the_whole_one_does(tmp_path: Path) -> None:
+    whole = Evolution(UNITS, BUDGET, start(), Quadratic(), options=EvolutionOptions(generations=12), seed=5).run()
+    path = tmp_path / "search.json"
+    half = EvolutionOptions(generations=6)
+    Evolution(UNITS, BUDGET, start(), Quadratic(), options=half, seed=5, checkpoint=path).run()
+    fitness = Quadratic()
+    options = EvolutionOptions(generations=12)
+    resumed = Evolution(UNITS, BUDGET, start(), fitness, options=options, seed=5, checkpoint=path, resume=True).run()
+    assert (resumed[0] == whole[0]).all()
+    assert resumed[1] == whole[1]
+    assert 0 < fitness.tokens < whole[1][-1].tokens
+
+
+def test_a_killed_search_loses_at_most_a_generation(tmp_path: Path) -> None:
+    path = tmp_path / "search.json"
+    script = textwrap.dedent(
+        f"""
+        import os, signal, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_evolution import UNITS, BUDGET, Quadratic, start
+        from msp.search.evolution import Evolution, EvolutionOptions
+        from pathlib import Path
+        class Dying(Quadratic):
+            def __call__(self, levels, stage):
+                if self.tokens == 70:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return super().__call__(levels, stage)
+        Evolution(UNITS, BUDGET, start(), Dying(), options=EvolutionOptions(generations=9), checkpoint=Path({str(path)!r})).run()
+        """
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
+    assert json.loads(path.read_text())["generation"] == 3
+    options = EvolutionOptions(generations=9)
+    resumed = Evolution(UNITS, BUDGET, start(), Quadratic(), options=options, checkpoint=path, resume=True).run()
+    whole = Evolution(UNITS, BUDGET, start(), Quadratic(), options=options).run()
+    assert (resumed[0] == whole[0]).all()
+
+
+def test_a_checkpoint_of_another_search_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "search.json"
+    options = EvolutionOptions(generations=1)
+    Evolution(UNITS, BUDGET, start(), Quadratic(), options=options, checkpoint=path, identity="one").run()
+    with pytest.raises(MspError, match="another search"):
+        Evolution(UNITS, BUDGET, start(), Quadratic(), checkpoint=path, resume=True, identity="two")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"identity": 3}'])
+def test_a_broken_checkpoint_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "search.json"
+    path.write_text(content)
+    with pytest.raises(MspError, match="search"):
+        Evolution(UNITS, BUDGET, start(), Quadratic(), checkpoint=path, resume=True)
+
+
+def test_a_space_with_a_single_member_ends_the_search() -> None:
+    units = UNITS[:1]
+    levels, _ = Evolution(units, Budget.for_units(units, 5), [np.array([1])], lambda_fitness()).run()
+    assert levels.tolist() == [1]
+
+
+def lambda_fitness() -> Quadratic:
+    class Flat(Quadratic):
+        def __call__(self, levels: Levels, stage: int) -> float:
+            return 0.0
+
+    return Flat()
+
+
+@pytest.mark.parametrize("options", [{"offspring": 0}, {"survivors": 0.0}, {"generations": -1}])
+def test_impossible_options_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(UsageError):
+        EvolutionOptions(**options)  # type: ignore[arg-type]
+
+
+def test_crossover_takes_one_side_from_each_parent() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        child = crossover(np.zeros(9, dtype=np.int64), np.ones(9, dtype=np.int64), rng)
+        cut = int((child == 0).sum())
+        assert 0 < cut < 9
+        assert (child[:cut] == 0).all() and (child[cut:] == 1).all()
+
+
+@pytest.mark.parametrize("mutation", [swap, shift_group])
+def test_mutations_stay_in_range_and_leave_the_parent_alone(mutation) -> None:
+    rng = np.random.default_rng(1)
+    for level in (0, 2, 8):
+        parent = np.full(len(UNITS), level)
+        parent[0] = 1
+        for _ in range(50):
+            child = mutation(parent, UNITS, 2, rng)
+            assert ((child >= 0) & (child <= 8)).all()
+            assert (parent[1:] == level).all()
+
+
+def test_swaps_are_nearly_neutral_in_weight() -> None:
+    rng = np.random.default_rng(2)
+    parent = np.full(len(UNITS), 3)
+    changes = [abs(kept_weights(swap(parent, UNITS, 1, rng), UNITS) - kept_weights(parent, UNITS)) for _ in range(100)]
+    assert max(changes) <= 3 * 2 and any(changes)
