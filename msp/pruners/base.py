@@ -1,0 +1,219 @@
+"""What a pruner is, what it may ask for, and where pruners are found by name.
+
+A pruner of one's own takes a few lines::
+
+    @register_pruner
+    @dataclass(frozen=True)
+    class Activation(KeepingPruner):
+        name: ClassVar[str] = "activation"
+        needs: ClassVar[frozenset[str]] = frozenset({"input_sum_squares"})
+
+        def scoring(self, weight: Tensor, statistics: LinearStatistics) -> Scoring:
+            norms = self.require(statistics, "input_sum_squares", weight.shape[1:]).sqrt()
+            return Scoring(scores=norms.expand(weight.shape))
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from msp import ops
+from msp.errors import MspError, UsageError
+from msp.ops import PackedWeight
+from msp.patterns import NMPattern
+
+Warn = Callable[[str], object]
+
+
+@dataclass
+class LinearStatistics:
+    """What calibration and sensitivity know of one linear ``[R, K]``; None where it was not gathered."""
+
+    tokens: int = 0
+    """Tokens that ``input_sum_squares`` and ``hessian`` sum over."""
+    input_sum_squares: Tensor | None = None
+    """fp32 ``[K]``: sum over tokens of x^2."""
+    hessian: Tensor | None = None
+    """fp32 ``[K, K]``: sum over tokens of x x^T, neither averaged nor damped."""
+    fisher: Tensor | None = None
+    """fp32 ``[R, K]``: sum over sequences of the squared gradient of the sequence's loss."""
+    sequences: int = 0
+    """Sequences that ``fisher`` sums over."""
+
+
+STATISTICS = frozenset({"input_sum_squares", "hessian", "fisher"})
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The score of a weight, in the terms of ``ops.nm_select``: with nothing given, ``|w|``."""
+
+    column_scale: Tensor | None = None
+    row_term: Tensor | None = None
+    column_term: Tensor | None = None
+    importance: Tensor | None = None
+    scores: Tensor | None = None
+
+    def kwargs(self) -> dict[str, Tensor]:
+        """The scoring arguments for ``nm_select`` and ``nm_rank``."""
+        given = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: tensor for name, tensor in given if tensor is not None}
+
+
+class Pruner(Protocol):
+    """Decides which weights of a linear stay."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The fields of ``LinearStatistics`` it reads, a subset of ``STATISTICS``."""
+        ...
+
+    @property
+    def updates_weights(self) -> bool:
+        """Whether weights that stay get new values."""
+        ...
+
+    def scoring(self, weight: Tensor, statistics: LinearStatistics) -> Scoring:
+        """How the weights of a group are ranked; ``weight`` is ``[R, K]`` of any float dtype."""
+        ...
+
+    def prune(
+        self,
+        weight: Tensor,
+        statistics: LinearStatistics,
+        pattern: NMPattern,
+        *,
+        name: str = "",
+        warn: Warn | None = None,
+    ) -> PackedWeight:
+        """Prune ``weight [R, K]``; ``name`` is the linear's, for messages, which go to ``warn`` or to ``warnings``."""
+        ...
+
+
+class BasePruner(ABC):
+    """A pruner's look-up of statistics and its way to warn; not required, but shared by ours."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    updates_weights: ClassVar[bool] = False
+
+    @abstractmethod
+    def scoring(self, weight: Tensor, statistics: LinearStatistics) -> Scoring:
+        """How the weights of a group are ranked."""
+
+    def require(self, statistics: LinearStatistics, field: str, shape: Sequence[int]) -> Tensor:
+        """Field ``field`` of ``statistics``.
+
+        Raises:
+            MspError: it was not gathered, or is not of ``shape``.
+        """
+        tensor: Tensor | None = getattr(statistics, field)
+        if tensor is None:
+            raise MspError(f"pruner {self.name!r} needs the statistic {field!r}, which was not gathered")
+        if tensor.shape != torch.Size(shape):
+            raise MspError(
+                f"pruner {self.name!r}: statistic {field!r} has shape {list(tensor.shape)}, needed is {list(shape)}"
+            )
+        return tensor
+
+
+class KeepingPruner(BasePruner):
+    """A pruner that leaves the kept weights as they are: its scoring says all."""
+
+    def prune(
+        self,
+        weight: Tensor,
+        statistics: LinearStatistics,
+        pattern: NMPattern,
+        *,
+        name: str = "",
+        warn: Warn | None = None,
+    ) -> PackedWeight:
+        with named(name):
+            return ops.nm_select(weight, pattern, **self.scoring(weight, statistics).kwargs())
+
+
+class named:
+    """Puts the linear's name before the message of a ``ValueError`` raised inside."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self._name and isinstance(error, ValueError) and not str(error).startswith(f"{self._name}: "):
+            raise MspError(f"{self._name}: {error}") from error
+
+
+def tell(warn: Warn | None, message: str) -> None:
+    """Say ``message`` through ``warn``, or as a Python warning without one."""
+    if warn is None:
+        warnings.warn(message, stacklevel=3)
+    else:
+        warn(message)
+
+
+_registry: dict[str, Callable[..., Pruner]] = {}
+
+Factory = TypeVar("Factory", bound=Callable[..., Pruner])
+
+
+def register_pruner(factory: Factory) -> Factory:
+    """Make a pruner known to ``get_pruner`` under ``factory.name``; for use as a decorator.
+
+    Args:
+        factory: a pruner class, or a function with a ``name`` attribute that returns a pruner. Its keyword
+            arguments are the pruner's options.
+
+    Raises:
+        UsageError: it has no name, or another pruner has that name.
+    """
+    name = getattr(factory, "name", None)
+    if not isinstance(name, str) or not name:
+        raise UsageError(f"{factory!r} cannot be registered as a pruner: it has no `name`")
+    known = _registry.get(name)
+    if known is not None and _origin(known) != _origin(factory):
+        raise UsageError(f"a pruner named {name!r} is registered already: {_origin(known)}")
+    _registry[name] = factory
+    return factory
+
+
+def _origin(factory: Callable[..., Pruner]) -> str:
+    """Where a factory was defined: a module that is loaded again may register its pruners again."""
+    return f"{factory.__module__}.{factory.__qualname__}"
+
+
+def get_pruner(name: str, **options: Any) -> Pruner:
+    """The pruner called ``name`` with ``options``.
+
+    Raises:
+        UsageError: no such pruner, or no such option, listing those there are; or a value out of range.
+    """
+    if name not in _registry:
+        raise UsageError(f"pruner {name!r} is not one of {', '.join(pruner_names())}")
+    factory = _registry[name]
+    known = inspect.signature(factory).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    unknown = [] if takes_any else [option for option in options if option not in known]
+    if unknown:
+        choice = ", ".join(known) if known else "none"
+        raise UsageError(f"pruner {name!r} has no option {unknown[0]!r}; its options: {choice}")
+    return factory(**options)
+
+
+def pruner_names() -> tuple[str, ...]:
+    """The names of all registered pruners, sorted."""
+    return tuple(sorted(_registry))

@@ -1,0 +1,266 @@
+"""How much the loss feels each linear: Fisher traces and diagonals through hooks, with no ``.grad``.
+
+For a linear with inputs x ``[T, K]`` and gradients g ``[T, R]`` of its outputs, the weight's gradient
+over one sequence is ``g^T x``; the fisher ops square and sum it without ever forming it for the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import copy_context
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from msp import ops
+from msp.errors import MspError, UsageError
+from msp.model import Linear
+
+ProgressCallback = Callable[[int, int], object]
+Consume = Callable[[Linear, Tensor, Tensor], None]
+
+# Share of the free device memory that `fisher_diagonals` may fill with accumulators.
+RESIDENT_SHARE = 0.5
+
+
+def fisher_traces(
+    model: nn.Module,
+    linears: Sequence[Linear],
+    windows: Tensor,
+    *,
+    progress: ProgressCallback | None = None,
+) -> dict[str, float]:
+    """``S_l = (1/S) sum_s ||dL_s/dW_l||_F^2``: the trace of the empirical Fisher matrix per linear.
+
+    L_s is the mean next-token cross-entropy of sequence s, one squared gradient per sequence
+    (arXiv 2503.11164; DESIGN section 6). Costs a forward, a backward to the activations and the op;
+    memory beyond that backward is the inputs of ``linears`` for one sequence.
+
+    Args:
+        model: a causal LM; its mode, ``requires_grad`` flags and ``.grad`` are left as they were.
+        linears: what to measure; nothing else is hooked. One that the model never calls has trace 0.
+        windows: integer token ids ``[S, T]``, T >= 2.
+        progress: called as ``progress(done, total)`` after each sequence.
+
+    Raises:
+        UsageError: ``windows`` is empty, not ``[S, T]`` or not integers.
+        MspError: the loss or a gradient is NaN or infinite, naming the sequence or the linear.
+    """
+    traces = {linear.name: 0.0 for linear in linears}
+
+    def consume(linear: Linear, x: Tensor, g: Tensor) -> None:
+        traces[linear.name] += float(ops.fisher_trace(x, g))
+
+    scale = _each_sequence(model, linears, windows, consume, progress)
+    return {name: trace * scale for name, trace in traces.items()}
+
+
+def fisher_diagonals(
+    model: nn.Module,
+    linears: Sequence[Linear],
+    windows: Tensor,
+    *,
+    progress: ProgressCallback | None = None,
+) -> dict[str, Tensor]:
+    """``F_l = (1/S) sum_s (dL_s/dW_l)^2`` per linear: fp32 ``[R, K]`` in host memory.
+
+    Arguments, errors and the loss are those of ``fisher_traces``. On an accelerator, accumulators stay
+    on the device while they fit into half of its free memory; the others are added up on the host.
+    """
+    totals = {linear.name: torch.zeros(linear.shape, device=home) for linear, home in _homes(linears)}
+
+    def consume(linear: Linear, x: Tensor, g: Tensor) -> None:
+        total = totals[linear.name]
+        if total.device == x.device:
+            ops.fisher_diag_(total, x, g)
+        else:
+            total += ops.fisher_diag_(torch.zeros(linear.shape, device=x.device), x, g).to(total.device)
+
+    scale = _each_sequence(model, linears, windows, consume, progress)
+    return {name: total.mul_(scale).cpu() for name, total in totals.items()}
+
+
+def _homes(linears: Sequence[Linear]) -> Iterator[tuple[Linear, torch.device]]:
+    """Each linear with the device that keeps its accumulator."""
+    room: dict[torch.device, float] = {}
+    for linear in linears:
+        device = linear.weight.device
+        if device not in room:
+            room[device] = _free_memory(device) * RESIDENT_SHARE
+        needed = 4 * linear.weight.numel()
+        if needed <= room[device]:
+            room[device] -= needed
+            yield linear, device
+        else:
+            yield linear, torch.device("cpu")
+
+
+def _free_memory(device: torch.device) -> float:
+    if device.type == "cpu":
+        return float("inf")
+    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0.0
+
+
+def _each_sequence(
+    model: nn.Module,
+    linears: Sequence[Linear],
+    windows: Tensor,
+    consume: Consume,
+    progress: ProgressCallback | None,
+) -> float:
+    """Hand (x, g) of every linear and sequence to ``consume``; return what a sum of squares is to be scaled by.
+
+    The backward starts from the *sum* over tokens of the cross-entropy: the mean's gradients are T
+    times smaller and underflow in float16. The factor returned makes up for it.
+    """
+    if windows.ndim != 2 or windows.is_floating_point() or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise UsageError(
+            f"windows must be integer token ids [S, T] with S >= 1 and T >= 2; "
+            f"got {windows.dtype} of shape {list(windows.shape)}"
+        )
+    sequences, tokens = windows.shape
+    embeddings = _input_embeddings(model)
+    device = next(embeddings.parameters()).device
+    # The caller may be in inference mode, whose tensors no backward accepts.
+    with torch.inference_mode(False), torch.enable_grad(), _frozen(model), _Tap(embeddings, linears, consume) as tap:
+        for index in range(sequences):
+            window = windows[index : index + 1].clone().to(device)
+            logits = model(input_ids=window, use_cache=False).logits
+            targets = window[0, 1:].to(logits.device)
+            loss = functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum")
+            del logits
+            if not torch.isfinite(loss):
+                raise MspError(f"sequence {index}: the loss is {loss.item()}")
+            tap.backward(loss)
+            if progress is not None:
+                progress(index + 1, sequences)
+    return 1.0 / (sequences * (tokens - 1) ** 2)
+
+
+def _input_embeddings(model: nn.Module) -> nn.Module:
+    find = getattr(model, "get_input_embeddings", None)
+    embeddings = find() if callable(find) else None
+    if not isinstance(embeddings, nn.Module):
+        raise MspError(f"{type(model).__name__} does not say which module embeds its input tokens")
+    return embeddings
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter asking for a gradient; both as before afterwards."""
+    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        for parameter, _ in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, required in parameters:
+            parameter.requires_grad_(required)
+        for module, training in modes:
+            module.training = training
+
+
+class _Tap:
+    """Sees (x, g) of each linear during a forward and a backward, and passes them on.
+
+    A linear called several times in one forward gets its calls joined along T: its gradient is the
+    sum over calls. x and g are let go as soon as the last call's g is there.
+    """
+
+    def __init__(self, embeddings: nn.Module, linears: Sequence[Linear], consume: Consume) -> None:
+        self._embeddings = embeddings
+        self._linears = linears
+        self._consume = consume
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._sources: list[Tensor] = []
+        self._calls: dict[str, list[_Call]] = {}
+
+    def __enter__(self) -> _Tap:
+        hook = self._embeddings.register_forward_hook(lambda module, inputs, output: self._with_gradient(output))
+        self._handles.append(hook)
+        for linear in self._linears:
+            self._handles.append(linear.module.register_forward_hook(self._watch(linear)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._calls.clear()
+        self._sources.clear()
+
+    def backward(self, loss: Tensor) -> None:
+        """Run the backward from ``loss`` to the embeddings; every linear is consumed when it returns."""
+        torch.autograd.grad(loss, self._sources, allow_unused=True)
+        # Left over: linears of which one call's output did not reach the loss.
+        for linear in self._linears:
+            self._finish(linear)
+        self._calls.clear()
+        self._sources.clear()
+
+    def _with_gradient(self, output: Tensor) -> Tensor:
+        """``output`` as something gradients flow to: a leaf, behind a copy that may be changed in place."""
+        source = output.detach().requires_grad_()
+        self._sources.append(source)
+        return source.clone()
+
+    def _watch(self, linear: Linear) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            if not output.requires_grad:
+                # Its input does not depend on the embeddings (a relative position, say); its loss may.
+                output = self._with_gradient(output)
+            elif output._is_view():
+                # Changing a view in place rewrites the graph behind it and would drop the hook below.
+                output = output.clone()
+            call = _Call(inputs[0].detach())
+            calls = self._calls.setdefault(linear.name, [])
+            calls.append(call)
+            # Autograd calls back from threads of its own, which would not know of a forced backend.
+            context = copy_context()
+
+            def receive(g: Tensor) -> None:
+                call.g = g.detach()
+                if all(other.g is not None for other in calls):
+                    context.run(self._finish, linear)
+
+            output.register_hook(receive)
+            return output
+
+        return hook
+
+    def _finish(self, linear: Linear) -> None:
+        rows, columns = linear.shape
+        joined = [
+            (call.input(linear.name).reshape(-1, columns), call.g.reshape(-1, rows))
+            for call in self._calls.pop(linear.name, [])
+            if call.g is not None
+        ]
+        joined = [pair for pair in joined if len(pair[0])]
+        if not joined:
+            return
+        x, g = (torch.cat(parts)[None] if len(parts) > 1 else parts[0][None] for parts in zip(*joined, strict=True))
+        if x.dtype != g.dtype or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            x, g = x.float(), g.float()
+        try:
+            self._consume(linear, x, g)
+        except ValueError as error:
+            raise MspError(f"{linear.name}: {error}") from error
+
+
+class _Call:
+    """One call of a linear: its input, and later the gradient of its output."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x
+        self._version = x._version
+        self.g: Tensor | None = None
+
+    def input(self, name: str) -> Tensor:
+        # Kept without a copy, as autograd does, and so checked as autograd does.
+        if self._x._version != self._version:
+            raise MspError(f"{name}: the model overwrote this linear's input in place before the backward")
+        return self._x
