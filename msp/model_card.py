@@ -40,11 +40,13 @@ def model_card(info: PackedInfo, name: str) -> str:
     measured = list(_measured(recipe))
     if measured:
         sections.append("## Measured\n\n" + _table(("Measure", "Value"), measured))
-    made = [(label, recipe[key]) for key, label in MADE_WITH if recipe.get(key) is not None]
+    told = {**recipe, "model": _source(recipe.get("model"))}
+    made = [(label, told.get(key)) for key, label in MADE_WITH]
     known = {key for key, _ in MADE_WITH} | TOLD_ELSEWHERE
-    made += [(key.replace("_", " ").capitalize(), value) for key, value in recipe.items() if key not in known]
+    made += [(key.replace("_", " ").capitalize(), value) for key, value in told.items() if key not in known]
     made += [(f"{library} version", version) for library, version in info.manifest.versions.items()]
-    sections.append("## How it was made\n\n" + _table(("", ""), [(label, _plain(value)) for label, value in made]))
+    rows = [(label, _plain(value)) for label, value in made if value is not None]
+    sections.append("## How it was made\n\n" + _table(("", ""), rows))
     return "\n\n".join(sections) + "\n"
 
 
@@ -61,17 +63,27 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OR_HUB_ID")
 Without `import msp` transformers does not know the format and leaves the packed layers at random values."""
 
 
+def _source(model: object) -> str | None:
+    """The dense model's hub id, or of a path only the last part: the rest is nobody's business."""
+    if not isinstance(model, str) or not model:
+        return None
+    return model if _is_hub_id(model) else Path(model).name
+
+
+def _is_hub_id(model: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not Path(model).exists()
+
+
 def _front_matter(model: object) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- msp", "- nm-sparsity"]
-    # A path on somebody's disk is no base model; JSON strings are YAML strings.
-    if isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists():
-        lines.append(f"base_model: {json.dumps(model)}")
+    if isinstance(model, str) and _is_hub_id(model):
+        lines.append(f"base_model: {json.dumps(model)}")  # a JSON string is a YAML string
     return "\n".join([*lines, "---"])
 
 
 def _summary(info: PackedInfo) -> str:
-    model = info.recipe.get("model")
-    source = f" of `{Path(str(model)).name if Path(str(model)).exists() else model}`" if model else ""
+    model = _source(info.recipe.get("model"))
+    source = f" of `{model}`" if model else ""
     share = 1 - info.kept / info.weights if info.weights else 0.0
     return (
         f"An N:M sparse version{source}: {share:.1%} of the weights of its {len(info.linears)} linear layers are "

@@ -321,12 +321,15 @@ def test_model_card_has_front_matter_sizes_recipe_and_figures(model: PreTrainedM
         assert needed in card, needed
 
 
-@pytest.mark.parametrize("recipe", [{}, {"model": "/tmp"}, {"perplexity": 3.5, "note": "a|b\nc", "calibration": None}])
+@pytest.mark.parametrize(
+    "recipe", [{}, {"model": "/some/where/llama"}, {"perplexity": 3.5, "note": "a|b\nc", "calibration": None}]
+)
 def test_model_card_copes_with_a_sparse_recipe(model: PreTrainedModel, tmp_path: Path, recipe: dict[str, Any]) -> None:
     save_packed(model, None, tmp_path / "out", recipe=recipe)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model" not in card and "## Size" in card and "None" not in card
     assert ("3.5" in card) == ("perplexity" in recipe)
+    assert ("of `llama`" in card) == ("model" in recipe) and "/some/where" not in card
     assert all(line.endswith("|") for line in card.splitlines() if line.startswith("|"))
 
 
