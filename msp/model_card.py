@@ -45,7 +45,7 @@ def model_card(info: PackedInfo, name: str) -> str:
     known = {key for key, _ in MADE_WITH} | TOLD_ELSEWHERE
     made += [(key.replace("_", " ").capitalize(), value) for key, value in told.items() if key not in known]
     made += [(f"{library} version", version) for library, version in info.manifest.versions.items()]
-    rows = [(label, _plain(value)) for label, value in made if value is not None]
+    rows = [(label, _plain(value)) for label, value in made if value not in (None, {}, [])]
     sections.append("## How it was made\n\n" + _table(("", ""), rows))
     return "\n\n".join(sections) + "\n"
 

@@ -26,7 +26,7 @@ from msp.progress import NoProgress, Progress
 from msp.pruners import get_pruner
 from msp.search.evolution import EvolutionOptions
 from msp.sensitivity import fisher_traces
-from msp.sparse_linear import SparseLinear
+from msp.sparse_linear import SparseLinear, note_pattern
 from msp.workbench import Plan, Workbench, batch_size, make_plan
 
 FITNESS = ("kl", "perplexity")
@@ -301,6 +301,9 @@ def prune(
         with clock("evaluate"):
             quality = reference.measure(pruned, progress=listener)
         packed = {name: module.packed for name, module in pruned.named_modules() if isinstance(module, SparseLinear)}
+    for name, pattern in allocation.items():
+        if pattern.is_dense:
+            note_pattern(opened.model.get_submodule(name), pattern)
     replace_linears(opened.model, packed)
     bytes_ = {"dense": dense_bytes, "packed": _tensor_bytes(opened.model, opened.loaded.stored_dtype)}
     recipe = _recipe(settings, opened, tokens, plan, found)
