@@ -1,5 +1,25 @@
 """The ops: a plain-torch reference and faster backends behind one function each."""
 
 from msp.ops._dispatch import available_backends, force_backend, last_backend
+from msp.ops.fisher_diag import fisher_diag_
+from msp.ops.fisher_trace import fisher_trace
+from msp.ops.nm_keep import nm_keep
+from msp.ops.nm_linear import nm_linear
+from msp.ops.nm_rank import nm_rank
+from msp.ops.nm_select import nm_select
+from msp.ops.obs_prune import obs_prune
+from msp.ops.packed import PackedWeight
 
-__all__ = ["available_backends", "force_backend", "last_backend"]
+__all__ = [
+    "PackedWeight",
+    "available_backends",
+    "fisher_diag_",
+    "fisher_trace",
+    "force_backend",
+    "last_backend",
+    "nm_keep",
+    "nm_linear",
+    "nm_rank",
+    "nm_select",
+    "obs_prune",
+]

@@ -16,9 +16,7 @@ def check_inputs(op: str, x: Tensor, g: Tensor) -> None:
     if x.dtype != g.dtype:
         raise TypeError(f"{op}: x is {x.dtype} and g is {g.dtype}; they must have one dtype")
     if x.ndim != 3 or g.ndim != 3 or x.shape[:2] != g.shape[:2]:
-        raise ValueError(
-            f"{op}: x has shape {list(x.shape)} and g {list(g.shape)}, needed are [S, T, K] and [S, T, R]"
-        )
+        raise ValueError(f"{op}: x has shape {list(x.shape)} and g {list(g.shape)}, needed are [S, T, K] and [S, T, R]")
     if x.device != g.device:
         raise ValueError(f"{op}: x is on {x.device}, g on {g.device}")
     for name, tensor in (("x", x), ("g", g)):
