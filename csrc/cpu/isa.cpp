@@ -1,0 +1,84 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace msp {
+namespace {
+
+#if defined(MSP_X86)
+bool has(Isa isa) {
+    switch (isa) {
+        case Isa::kScalar:
+            return true;
+        case Isa::kAvx2:
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+        case Isa::kAvx512:
+            return has(Isa::kAvx2) && __builtin_cpu_supports("avx512f") &&
+                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2");
+    }
+    return false;
+}
+#else
+bool has(Isa isa) { return isa == Isa::kScalar; }
+#endif
+
+constexpr Isa kBestFirst[] = {Isa::kAvx512, Isa::kAvx2, Isa::kScalar};
+
+Isa best() {
+    for (Isa isa : kBestFirst) {
+        if (has(isa)) return isa;
+    }
+    return Isa::kScalar;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+    switch (isa) {
+        case Isa::kAvx512:
+            return "avx512";
+        case Isa::kAvx2:
+            return "avx2";
+        default:
+            return "scalar";
+    }
+}
+
+Isa isa() {
+    static const Isa found = best();
+    const char* forced = std::getenv("MSP_ISA");
+    if (forced == nullptr || *forced == '\0') return found;
+    std::string available;
+    for (Isa candidate : kBestFirst) {
+        if (!has(candidate)) continue;
+        if (std::string(forced) == isa_name(candidate)) return candidate;
+        available += (available.empty() ? "" : ", ") + std::string(isa_name(candidate));
+    }
+    throw std::runtime_error("MSP_ISA=" + std::string(forced) +
+                             " is not available on this machine; available: " + available);
+}
+
+std::vector<std::string> cpu_features() {
+    std::vector<std::string> features;
+#if defined(MSP_X86)
+#define MSP_FEATURE(name) \
+    if (__builtin_cpu_supports(name)) features.push_back(name)
+    MSP_FEATURE("avx2");
+    MSP_FEATURE("fma");
+    MSP_FEATURE("f16c");
+    MSP_FEATURE("avx512f");
+    MSP_FEATURE("avx512bw");
+    MSP_FEATURE("avx512dq");
+    MSP_FEATURE("avx512vl");
+    MSP_FEATURE("avx512vbmi");
+    MSP_FEATURE("avx512vbmi2");
+    MSP_FEATURE("avx512vnni");
+    MSP_FEATURE("avx512bf16");
+#undef MSP_FEATURE
+#endif
+    return features;
+}
+
+}  // namespace msp

@@ -1,0 +1,135 @@
+#include "parallel.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace msp {
+namespace {
+
+struct Job {
+    const std::function<void(int64_t, int64_t)>* body;
+    int64_t count;
+    int64_t grain;
+    int64_t ranges;
+    std::atomic<int64_t> next{0};
+    std::mutex mutex;
+    std::condition_variable all_done;
+    int64_t done = 0;
+
+    // `body` is alive while a range is out, since its owner waits for every range; it is not touched after.
+    void take_part() {
+        int64_t finished = 0;
+        for (int64_t range; (range = next.fetch_add(1, std::memory_order_relaxed)) < ranges; ++finished) {
+            (*body)(range* grain, std::min(count, (range + 1) * grain));
+        }
+        if (finished == 0) return;
+        std::lock_guard<std::mutex> lock(mutex);
+        done += finished;
+        if (done == ranges) all_done.notify_all();
+    }
+
+    void wait() {
+        std::unique_lock<std::mutex> lock(mutex);
+        all_done.wait(lock, [this] { return done == ranges; });
+    }
+};
+
+class Pool {
+  public:
+    // Asks `helpers` threads to join the job. Who comes late finds no range left and goes back to sleep, so a
+    // short loop never waits for a thread to wake up.
+    void offer(const std::shared_ptr<Job>& job, int helpers) {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            for (int i = 0; i < helpers; ++i) invitations_.push_back(job);
+            while (threads_ < std::min<int64_t>(kMaxThreads, static_cast<int64_t>(invitations_.size()))) {
+                try {
+                    std::thread([this] { serve(); }).detach();
+                } catch (const std::system_error&) {
+                    break;  // out of threads: those that exist, at least the caller, do the work
+                }
+                ++threads_;
+            }
+        }
+        for (int i = 0; i < helpers; ++i) wake_.notify_one();
+    }
+
+    // The job is finished: invitations that no thread has taken are void.
+    void withdraw(const std::shared_ptr<Job>& job) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        invitations_.erase(std::remove(invitations_.begin(), invitations_.end(), job), invitations_.end());
+    }
+
+  private:
+    static constexpr int64_t kMaxThreads = 1024;
+
+    void serve() {
+        for (;;) {
+            std::shared_ptr<Job> job;
+            {
+                std::unique_lock<std::mutex> lock(mutex_);
+                wake_.wait(lock, [this] { return !invitations_.empty(); });
+                job = std::move(invitations_.front());
+                invitations_.pop_front();
+            }
+            job->take_part();
+        }
+    }
+
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::deque<std::shared_ptr<Job>> invitations_;
+    int64_t threads_ = 0;
+};
+
+// Never destroyed: its threads sleep until the process ends. A child after fork has none of them and may have
+// inherited a locked mutex, so it starts with a new pool and leaves the old one alone.
+std::atomic<Pool*> pool_of_process{nullptr};
+
+Pool& pool() {
+    Pool* current = pool_of_process.load(std::memory_order_acquire);
+    if (current == nullptr) {
+        static const int registered = pthread_atfork(
+            nullptr, nullptr, [] { pool_of_process.store(nullptr, std::memory_order_release); });
+        (void)registered;
+        auto fresh = std::make_unique<Pool>();
+        if (pool_of_process.compare_exchange_strong(current, fresh.get(), std::memory_order_acq_rel)) {
+            current = fresh.release();
+        }
+    }
+    return *current;
+}
+
+}  // namespace
+
+void parallel_for(int64_t count, int64_t grain, int threads,
+                  const std::function<void(int64_t begin, int64_t end)>& body) {
+    if (count <= 0) return;
+    grain = std::max<int64_t>(1, grain);
+    const int64_t ranges = (count + grain - 1) / grain;
+    const int64_t helpers = std::min<int64_t>(threads, ranges) - 1;
+    if (helpers <= 0) {
+        body(0, count);
+        return;
+    }
+    auto job = std::make_shared<Job>();
+    job->body = &body;
+    job->count = count;
+    job->grain = grain;
+    job->ranges = ranges;
+    Pool& helpers_pool = pool();
+    helpers_pool.offer(job, static_cast<int>(helpers));
+    job->take_part();
+    job->wait();
+    helpers_pool.withdraw(job);
+}
+
+}  // namespace msp
