@@ -379,7 +379,7 @@ def compare(
     assert reference is not None
     described = {"model": opened.loaded.source, "sparsity": float(sparsity), "group_size": settings.group_size}
     described |= {"unit": settings.unit, "fitness": settings.fitness, **tokens.sources, "seed": list(seeds)}
-    return CompareResult([*rows, *_means(rows)], reference.quality.perplexity, described)
+    return CompareResult([*rows, *mean_rows(rows)], reference.quality.perplexity, described)
 
 
 def sensitivity(
@@ -512,7 +512,8 @@ def _recipe(options: PruneOptions, opened: _Opened, tokens: TokenSets, plan: Pla
     }
 
 
-def _means(rows: Sequence[CompareRow]) -> list[CompareRow]:
+def mean_rows(rows: Sequence[CompareRow]) -> list[CompareRow]:
+    """A mean row for every allocator and pruner among ``rows``, with the standard deviation over seeds."""
     means = []
     for key in dict.fromkeys((row.allocator, row.pruner) for row in rows):
         mine = [row for row in rows if (row.allocator, row.pruner) == key]
