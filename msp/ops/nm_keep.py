@@ -1,4 +1,4 @@
-"""``nm_keep``: a weight with everything of rank N and above set to zero."""
+"""A weight cut down to its n best of every group, by ranks computed once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from msp.ops._dispatch import Op
-from msp.ops.packed import DTYPES
 
 
 def reference(weight: Tensor, rank: Tensor, n: int, out: Tensor) -> None:
@@ -23,48 +22,60 @@ def triton(weight: Tensor, rank: Tensor, n: int, out: Tensor) -> None:
     kernels.nm_keep(weight, rank, n, out)
 
 
-@torch.library.custom_op("msp::nm_keep", mutates_args={"out"})
-def nm_keep_op(weight: Tensor, rank: Tensor, n: int, out: Tensor) -> None:
+@torch.library.custom_op("msp::nm_keep", mutates_args=())
+def nm_keep_op(weight: Tensor, rank: Tensor, n: int) -> Tensor:
+    out = weight.new_empty(weight.shape)
     op(weight, rank, n, out)
+    return out
 
 
 @nm_keep_op.register_fake
+def _(weight: Tensor, rank: Tensor, n: int) -> Tensor:
+    return weight.new_empty(weight.shape)
+
+
+@torch.library.custom_op("msp::nm_keep_", mutates_args=("out",))
+def nm_keep_into_op(weight: Tensor, rank: Tensor, n: int, out: Tensor) -> None:
+    op(weight, rank, n, out)
+
+
+@nm_keep_into_op.register_fake
 def _(weight: Tensor, rank: Tensor, n: int, out: Tensor) -> None:
-    return None
+    pass
 
 
 def nm_keep(weight: Tensor, rank: Tensor, n: int, *, out: Tensor | None = None) -> Tensor:
-    """``weight`` where ``rank < n``, else 0: how a candidate switches a linear to another level.
+    """``weight`` where ``rank < n``, zero elsewhere: how a candidate switches one linear.
 
     Args:
-        weight: ``[R, K]``, float32, float16 or bfloat16.
-        rank: uint8 ``[R, K]`` from ``nm_rank``.
-        n: weights kept per group.
-        out: written to if given, like ``weight`` in shape and dtype; it must not overlap ``weight``.
+        weight: ``[R, K]``; any strides.
+        rank: uint8 ``[R, K]``, from ``nm_rank``.
+        n: how many of every group to keep; 0 gives zeros.
+        out: where to write, with the shape, dtype and device of ``weight`` and memory of its own (any
+            strides); it may be a parameter, whose data is then overwritten.
 
     Returns:
-        ``out``, or a new tensor.
+        ``out``, or a new contiguous tensor.
 
     Raises:
-        TypeError, ValueError: a dtype, shape or device does not match; n is negative.
+        TypeError: a rank that is not uint8, an ``out`` of another dtype.
+        ValueError: shapes or devices that differ, a negative n.
     """
-    if weight.dtype not in DTYPES:
-        raise TypeError(f"nm_keep: weight is {weight.dtype}, needed is float32, float16 or bfloat16")
     if rank.dtype != torch.uint8:
-        raise TypeError(f"nm_keep: rank is {rank.dtype}, needed is torch.uint8")
+        raise TypeError(f"rank is {rank.dtype}, but must be uint8")
     if weight.ndim != 2:
-        raise ValueError(f"nm_keep: weight has shape {list(weight.shape)}, needed is [R, K]")
+        raise ValueError(f"weight has shape {list(weight.shape)}, but must be a matrix [out, in]")
     if n < 0:
-        raise ValueError(f"nm_keep: n is {n}, needed is 0 or more")
+        raise ValueError(f"n is {n}, but must be at least 0")
+    if out is not None and out.dtype != weight.dtype:
+        raise TypeError(f"out is {out.dtype}, but weight is {weight.dtype}")
+    for name, tensor in {"rank": rank, "out": out}.items():
+        if tensor is not None and tensor.shape != weight.shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, but weight has {list(weight.shape)}")
+        if tensor is not None and tensor.device != weight.device:
+            raise ValueError(f"{name} is on {tensor.device}, but weight is on {weight.device}")
     if out is None:
-        out = torch.empty_like(weight)
-    for name, tensor in (("rank", rank), ("out", out)):
-        if tensor.shape != weight.shape:
-            raise ValueError(f"nm_keep: {name} has shape {list(tensor.shape)}, needed is {list(weight.shape)}")
-        if tensor.device != weight.device:
-            raise ValueError(f"nm_keep: {name} is on {tensor.device}, weight on {weight.device}")
-    if out.dtype != weight.dtype:
-        raise TypeError(f"nm_keep: out is {out.dtype}, needed is {weight.dtype}")
-    if weight.numel():
-        nm_keep_op(weight, rank, n, out)
+        kept: Tensor = nm_keep_op(weight.detach(), rank, n)
+        return kept
+    nm_keep_into_op(weight.detach(), rank, n, out.detach())
     return out

@@ -1,84 +1,99 @@
-"""``nm_linear``: a linear layer from its packed weight."""
+"""``y = x W^T + b`` with W in packed form."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional
 
 from msp.ops._dispatch import Op
-from msp.ops.packed import PackedWeight, unpack_dense
+from msp.ops.packed import PackedWeight, unpack, unpack_bits
 
 
-def reference(x: Tensor, values: Tensor, bitmask: Tensor, n: int, m: int, bias: Tensor | None) -> Tensor:
-    return functional.linear(x, unpack_dense(values, bitmask, x.shape[-1]), bias)
+def reference(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
+    return F.linear(x, unpack(values, bitmask, x.shape[-1]), bias)
 
 
 op = Op("nm_linear", reference)
 
 
-@op.backend("triton", supports=lambda x, values, bitmask, n, m, bias: x.numel() > 0 and 0 < n < m)
-def triton(x: Tensor, values: Tensor, bitmask: Tensor, n: int, m: int, bias: Tensor | None) -> Tensor:
+@op.backend("triton")
+def triton(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
     from msp.triton_kernels import nm_linear as kernels
 
-    flat = kernels.nm_linear(x.reshape(-1, x.shape[-1]), values, bitmask, bias, n=n, group_size=m)
-    return flat.view(*x.shape[:-1], values.shape[0])
+    if n == m:
+        return F.linear(x, values, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    y = kernels.nm_linear(flat, values, bitmask, bias, n=n, group_size=m)
+    result: Tensor = y.view(*x.shape[:-1], values.shape[0])
+    return result
 
 
 @torch.library.custom_op("msp::nm_linear", mutates_args=())
-def nm_linear_op(x: Tensor, values: Tensor, bitmask: Tensor, n: int, m: int, bias: Tensor | None) -> Tensor:
+def nm_linear_op(
+    x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, columns: int
+) -> Tensor:
+    """``columns`` is K, which the parts alone do not tell when n is 0."""
     if n == 0 or x.numel() == 0:
-        # An empty linear costs no product.
-        empty = x.new_zeros(*x.shape[:-1], values.shape[0])
-        return empty if bias is None else empty + bias
-    return op(x, values, bitmask, n, m, bias)
+        y = x.new_zeros(*x.shape[:-1], values.shape[0])
+        return y if bias is None else y + bias
+    return op(x, values, bitmask, bias, n, m)
 
 
 @nm_linear_op.register_fake
-def _(x: Tensor, values: Tensor, bitmask: Tensor, n: int, m: int, bias: Tensor | None) -> Tensor:
+def _(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, columns: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0])
 
 
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
-    x, values, bitmask, _, _, bias = inputs
-    assert isinstance(x, Tensor) and isinstance(values, Tensor) and isinstance(bitmask, Tensor)
-    ctx.save_for_backward(values, bitmask)
-    ctx.columns = x.shape[-1]  # type: ignore[attr-defined]
-    ctx.has_bias = bias is not None  # type: ignore[attr-defined]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, bitmask, bias, _, _, ctx.columns = inputs
+    # activations are kept only where the values themselves are trained
+    ctx.save_for_backward(values, bitmask, x if values.requires_grad else None)
 
 
-def _backward(
-    ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
-) -> tuple[Tensor, None, None, None, None, Tensor | None]:
-    values, bitmask = ctx.saved_tensors  # type: ignore[attr-defined]
-    x_gradient = gradient @ unpack_dense(values, bitmask, ctx.columns)  # type: ignore[attr-defined]
-    bias_gradient = gradient.flatten(0, -2).sum(0) if ctx.has_bias else None  # type: ignore[attr-defined]
-    return x_gradient, None, None, None, None, bias_gradient
+def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    values, bitmask, x = ctx.saved_tensors
+    needs_x, needs_values, _, needs_bias = ctx.needs_input_grad[:4]
+    flat = grad_y.reshape(-1, grad_y.shape[-1])
+    grad_x = grad_values = None
+    if needs_x:
+        grad_x = grad_y @ unpack(values, bitmask, ctx.columns)
+    if needs_values:
+        grad_weight = flat.t() @ x.reshape(-1, ctx.columns)
+        grad_values = grad_weight[unpack_bits(bitmask, ctx.columns)].view(values.shape)
+    return grad_x, grad_values, None, flat.sum(0) if needs_bias else None, None, None, None
 
 
-nm_linear_op.register_autograd(_backward, setup_context=_setup)
+nm_linear_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def nm_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """``y = x W^T + b`` with W packed. Differentiable in x and b; the packed values are constants.
+    """``x W^T + b`` with W in packed form; gradients flow to ``x``, ``bias`` and the kept values.
 
     Args:
-        x: ``[..., K]`` in the dtype of the values.
-        packed: a weight ``[R, K]``; its bitmask is trusted (``PackedWeight.check`` looks at it).
-        bias: ``[R]`` in the same dtype, or None.
+        x: ``[..., K]``, in the dtype and on the device of ``packed``; any strides.
+        packed: a ``[R, K]`` weight. An empty one (N = 0) costs no product.
+        bias: ``[R]``, same dtype and device.
 
     Returns:
-        ``[..., R]``.
+        ``[..., R]`` in the dtype of ``x``; products are summed in fp32.
 
     Raises:
-        TypeError, ValueError: a dtype or shape does not match.
+        TypeError: dtypes differ.
+        ValueError: a shape or device that does not fit.
     """
     rows, columns = packed.shape
-    if x.dtype != packed.values.dtype:
-        raise TypeError(f"nm_linear: x is {x.dtype}, the packed values {packed.values.dtype}; they must have one dtype")
-    if x.ndim < 1 or x.shape[-1] != columns:
-        raise ValueError(f"nm_linear: x has shape {list(x.shape)}, needed is [..., {columns}]")
-    if bias is not None and (bias.shape != (rows,) or bias.dtype != x.dtype):
-        raise ValueError(f"nm_linear: bias is {bias.dtype} {list(bias.shape)}, needed is {x.dtype} {[rows]}")
-    result: Tensor = nm_linear_op(x, packed.values, packed.bitmask, packed.pattern.n, packed.pattern.m, bias)
-    return result
+    if x.ndim == 0 or x.shape[-1] != columns:
+        raise ValueError(f"x has shape {list(x.shape)}, but its last dimension must be {columns}")
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise ValueError(f"bias has shape {list(bias.shape)}, but must have [{rows}]")
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and tensor.dtype != packed.dtype:
+            raise TypeError(f"{name} is {tensor.dtype}, but the packed values are {packed.dtype}")
+        if tensor is not None and tensor.device != packed.device:
+            raise ValueError(f"{name} is on {tensor.device}, but the packed values are on {packed.device}")
+    pattern = packed.pattern
+    y: Tensor = nm_linear_op(x, packed.values, packed.bitmask, bias, pattern.n, pattern.m, columns)
+    return y

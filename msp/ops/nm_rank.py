@@ -1,4 +1,4 @@
-"""``nm_rank``: the rank of each weight inside its group; masks for every N are nested in it."""
+"""The rank of every weight inside its group: one byte from which the mask for every N follows."""
 
 from __future__ import annotations
 
@@ -6,74 +6,57 @@ import torch
 from torch import Tensor
 
 from msp.ops._dispatch import Op
-from msp.ops.packed import check_weight
-from msp.ops.scoring import check_terms, rank, score
-from msp.patterns import NMPattern
+from msp.ops.scoring import Terms, check_scoring, rank_in_groups, score
+from msp.patterns import check_group_size
 
 
-def reference(
-    weight: Tensor,
-    group_size: int,
-    kind: int,
-    column_scale: Tensor | None,
-    row_term: Tensor | None,
-    column_term: Tensor | None,
-    matrix: Tensor | None,
-) -> Tensor:
-    return rank(score(weight, kind, column_scale, row_term, column_term, matrix), group_size)
+def reference(weight: Tensor, terms: Terms, group_size: int) -> Tensor:
+    return rank_in_groups(score(weight, terms), group_size)
 
 
 op = Op("nm_rank", reference)
 
 
 @op.backend("triton")
-def triton(
-    weight: Tensor,
-    group_size: int,
-    kind: int,
-    column_scale: Tensor | None,
-    row_term: Tensor | None,
-    column_term: Tensor | None,
-    matrix: Tensor | None,
-) -> Tensor:
+def triton(weight: Tensor, terms: Terms, group_size: int) -> Tensor:
     from msp.triton_kernels import nm_rank as kernels
 
-    found = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    rank = weight.new_empty(weight.shape, dtype=torch.uint8)
     kernels.nm_rank(
         weight,
-        found,
+        rank,
         group_size=group_size,
-        kind=kind,
-        column_scale=column_scale,
-        row_term=row_term,
-        column_term=column_term,
-        matrix=matrix,
+        kind=terms.kind,
+        column_scale=terms.column_scale,
+        row_term=terms.row_term,
+        column_term=terms.column_term,
+        matrix=terms.matrix,
     )
-    return found
+    return rank
 
 
 @torch.library.custom_op("msp::nm_rank", mutates_args=())
 def nm_rank_op(
     weight: Tensor,
-    group_size: int,
-    kind: int,
     column_scale: Tensor | None,
     row_term: Tensor | None,
     column_term: Tensor | None,
-    matrix: Tensor | None,
+    importance: Tensor | None,
+    scores: Tensor | None,
+    group_size: int,
 ) -> Tensor:
-    return op(weight, group_size, kind, column_scale, row_term, column_term, matrix)
+    return op(weight, Terms(column_scale, row_term, column_term, importance, scores), group_size)
 
 
 @nm_rank_op.register_fake
 def _(
     weight: Tensor,
-    group_size: int,
-    kind: int,
     column_scale: Tensor | None,
     row_term: Tensor | None,
     column_term: Tensor | None,
-    matrix: Tensor | None,
+    importance: Tensor | None,
+    scores: Tensor | None,
+    group_size: int,
 ) -> Tensor:
     return weight.new_empty(weight.shape, dtype=torch.uint8)
 
@@ -88,22 +71,20 @@ def nm_rank(
     importance: Tensor | None = None,
     scores: Tensor | None = None,
 ) -> Tensor:
-    """The rank of each weight among the ``group_size`` consecutive ones of its group, 0 the best.
+    """How many weights of its group are better than each: uint8 ``[R, K]``, 0 for the best.
 
-    ``rank < N`` is the mask that ``nm_select`` keeps for N:M, for every N. Scores and errors as there.
+    Ranks in a group are 0 ... M-1, each once; equal scores go to the lower column. ``rank < n`` is the mask
+    that ``nm_select`` keeps at n:M, so the masks for all n are nested in one byte a weight.
 
     Args:
-        weight: ``[R, K]``, float32, float16 or bfloat16, K a multiple of ``group_size``.
-        group_size: M: 4, 8, 16 or 32.
+        weight: ``[R, K]`` fp32, fp16 or bf16, K a multiple of ``group_size``; any strides.
+        group_size: 4, 8, 16 or 32.
+        column_scale, row_term, column_term, importance, scores: the score, as in ``nm_select``.
 
-    Returns:
-        uint8 ``[R, K]``.
+    Raises:
+        TypeError, ValueError: as ``nm_select``; ``UsageError`` for another group size.
     """
-    check_weight("nm_rank", weight, NMPattern(0, group_size))
-    terms = check_terms("nm_rank", weight, column_scale, row_term, column_term, importance, scores)
-    if not weight.numel():
-        return weight.new_empty(weight.shape, dtype=torch.uint8)
-    found: Tensor = nm_rank_op(
-        weight, group_size, terms.kind, terms.column_scale, terms.row_term, terms.column_term, terms.matrix
-    )
-    return found
+    check_group_size(group_size)
+    terms = check_scoring(weight, group_size, column_scale, row_term, column_term, importance, scores)
+    rank: Tensor = nm_rank_op(weight.detach(), *terms, group_size)
+    return rank

@@ -1,49 +1,73 @@
-"""The packed form of an N:M sparse weight: kept values and one bit a weight."""
+"""The packed form of an N:M sparse weight: the kept values, and one bit a weight saying which they are."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional
 
 from msp.errors import MspError
 from msp.patterns import NMPattern
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+VALUE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def pack_bits(kept: Tensor) -> Tensor:
-    """bool ``[R, K]`` -> uint8 ``[R, ceil(K/8)]``: bit ``c % 8`` of byte ``c // 8`` is column c."""
-    rows, columns = kept.shape
-    bits = functional.pad(kept, (0, -columns % 8)).view(rows, -(-columns // 8), 8)
-    places = torch.arange(8, dtype=torch.uint8, device=kept.device)
-    return (bits.to(torch.uint8) << places).sum(-1, dtype=torch.uint8)
+    """Bool ``[R, K]`` to uint8 ``[R, ceil(K/8)]``: column c is bit ``c % 8`` of byte ``c // 8``; bits past K are 0."""
+    padded = F.pad(kept.to(torch.uint8), (0, -kept.shape[1] % 8))
+    place = torch.arange(8, device=kept.device, dtype=torch.uint8)
+    return (padded.view(len(kept), -1, 8) << place).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(bitmask: Tensor, columns: int) -> Tensor:
-    """uint8 ``[R, ceil(K/8)]`` -> bool ``[R, K]``."""
-    places = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
-    return ((bitmask[..., None] >> places) & 1).flatten(-2)[..., :columns].bool()
+    """The inverse of ``pack_bits``: bool ``[R, columns]``."""
+    place = torch.arange(8, device=bitmask.device, dtype=torch.uint8)
+    bits = (bitmask[:, :, None] >> place) & 1
+    return bits.bool().flatten(1)[:, :columns]
 
 
-def unpack_dense(values: Tensor, bitmask: Tensor, columns: int) -> Tensor:
-    """The dense weight ``[R, K]`` with zeros where nothing is kept."""
+def unpack(values: Tensor, bitmask: Tensor, columns: int) -> Tensor:
+    """Dense ``[R, columns]``: the values in order where a bit is set, zero elsewhere."""
     dense = values.new_zeros(values.shape[0], columns)
-    return dense.masked_scatter_(unpack_bits(bitmask, columns), values)
+    return dense.masked_scatter(unpack_bits(bitmask, columns), values)
 
 
-@dataclass(frozen=True)
+def count_bits(bitmask: Tensor, group_size: int) -> Tensor:
+    """Bits set in each group, uint8 ``[R, groups]``; for groups of 4 every half byte counts as one.
+
+    Sums neighbouring bits, then pairs, then half bytes, so nothing larger than the bitmask is made.
+    """
+    counts = bitmask - ((bitmask >> 1) & 0x55)
+    counts = (counts & 0x33) + ((counts >> 2) & 0x33)
+    if group_size == 4:
+        return torch.stack((counts & 15, counts >> 4), dim=-1).flatten(1)
+    counts = (counts + (counts >> 4)) & 15
+    return counts.view(len(counts), -1, group_size // 8).sum(-1, dtype=torch.uint8)
+
+
+def check_matrix(name: str, weight: Tensor, group_size: int) -> None:
+    """Raise unless ``weight`` is a ``[R, K]`` matrix that can be packed in groups of ``group_size``."""
+    if weight.dtype not in VALUE_DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in VALUE_DTYPES)
+        raise TypeError(f"{name} is {weight.dtype}, but must be one of {known}")
+    if weight.ndim != 2:
+        raise ValueError(f"{name} has shape {list(weight.shape)}, but must be a matrix [out, in]")
+    if weight.shape[1] % group_size:
+        raise ValueError(f"{name} has {weight.shape[1]} columns, but must have a multiple of {group_size}")
+
+
+@dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """An N:M sparse weight ``[R, K]``, K a multiple of M.
+    """An N:M sparse ``[R, K]`` weight.
 
     Attributes:
-        values: ``[R, K/M*N]``, the kept weights of each row in column order; float32, float16 or bfloat16.
-        bitmask: uint8 ``[R, ceil(K/8)]``; bit ``c % 8`` of byte ``c // 8`` is set where column c is kept, N
-            bits in every group of M, none behind column K.
-        pattern: N:M, N kept.
-        shape: ``(R, K)``.
+        values: ``[R, K/M*N]``, the kept weights of each row in column order (fp32, fp16 or bf16).
+        bitmask: uint8 ``[R, ceil(K/8)]``, bit ``c % 8`` of byte ``c // 8`` set where column c is kept:
+            exactly N bits a group, also where a kept weight is 0; bits past K are 0.
+        pattern: N:M.
+        shape: ``(R, K)``, K a multiple of M.
     """
 
     values: Tensor
@@ -52,23 +76,25 @@ class PackedWeight:
     shape: tuple[int, int]
 
     @classmethod
-    def from_mask(cls, weight: Tensor, kept: Tensor, pattern: NMPattern) -> PackedWeight:
-        """Pack ``weight [R, K]`` where ``kept`` (bool ``[R, K]``) is set; exactly N of every group must be.
+    def from_mask(cls, weight: Tensor, mask: Tensor, pattern: NMPattern) -> PackedWeight:
+        """Pack ``weight [R, K]`` where bool ``mask [R, K]`` is set: exactly N of every M.
 
         Raises:
-            ValueError: shapes differ, K is not a multiple of M, or a group keeps another number.
+            TypeError: a dtype that values or masks cannot have.
+            ValueError: a shape that does not fit, or a group with another number of kept weights.
         """
-        rows, columns = check_weight("PackedWeight", weight, pattern)
-        if kept.shape != weight.shape or kept.dtype != torch.bool:
-            raise ValueError(
-                f"PackedWeight: the mask is {kept.dtype} {list(kept.shape)}, needed is torch.bool {[rows, columns]}"
-            )
-        counts = kept.view(rows, columns // pattern.m, pattern.m).sum(-1)
+        check_matrix("weight", weight, pattern.m)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask is {mask.dtype}, but must be bool")
+        if mask.shape != weight.shape:
+            raise ValueError(f"mask has shape {list(mask.shape)}, but weight has {list(weight.shape)}")
+        rows, columns = weight.shape
+        counts = mask.view(rows, -1, pattern.m).sum(-1)
         wrong = int((counts != pattern.n).sum())
         if wrong:
-            raise ValueError(f"PackedWeight: {wrong} groups of the mask do not keep {pattern}")
-        values = weight.masked_select(kept).view(rows, columns // pattern.m * pattern.n)
-        return cls(values, pack_bits(kept), pattern, (rows, columns))
+            raise ValueError(f"mask keeps another number than {pattern.n} in {wrong} of {counts.numel()} groups")
+        values = weight.detach()[mask].view(rows, columns // pattern.m * pattern.n)
+        return cls(values, pack_bits(mask), pattern, (rows, columns))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,57 +106,55 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of values and bitmask."""
+        """Bytes of values and bitmask together, in memory as on disk."""
         return self.values.nbytes + self.bitmask.nbytes
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PackedWeight:
-        """The same weight elsewhere or in another dtype (of the values; the bitmask stays uint8)."""
-        values = self.values.to(device=device, dtype=dtype)
-        return PackedWeight(values, self.bitmask.to(device=device), self.pattern, self.shape)
-
-    def kept(self) -> Tensor:
-        """bool ``[R, K]``: which weights are kept."""
-        return unpack_bits(self.bitmask, self.shape[1])
+        """The same weight on another device, or with its values in another dtype."""
+        if dtype is not None and dtype not in VALUE_DTYPES:
+            raise TypeError(f"values cannot be {dtype}")
+        values = self.values.to(device=device or self.device, dtype=dtype or self.dtype)
+        return PackedWeight(values, self.bitmask.to(values.device), self.pattern, self.shape)
 
     def unpack(self) -> Tensor:
-        """The dense weight ``[R, K]``."""
-        return unpack_dense(self.values, self.bitmask, self.shape[1])
+        """The dense ``[R, K]`` weight, zeros where nothing is kept."""
+        return unpack(self.values, self.bitmask, self.shape[1])
 
-    def check(self, name: str = "packed weight") -> None:
-        """Raise ``MspError`` naming the tensor unless shapes, dtypes and the bits of every group are right."""
+    def kept(self) -> Tensor:
+        """Bool ``[R, K]``: which weights are kept."""
+        return unpack_bits(self.bitmask, self.shape[1])
+
+    def check(self, name: str = "") -> None:
+        """Raise ``MspError`` unless the parts fit together; no kernel checks them again.
+
+        Args:
+            name: the tensor's name, which starts the message.
+        """
+        prefix = f"{name}." if name else ""
         rows, columns = self.shape
-        m, n = self.pattern.m, self.pattern.n
+        n, m = self.pattern.n, self.pattern.m
         if columns % m:
-            raise MspError(f"{name}: {columns} columns are not a multiple of the group size {m}")
-        if self.values.dtype not in DTYPES:
-            raise MspError(f"{name}.values: dtype {self.values.dtype}, needed is float32, float16 or bfloat16")
+            raise MspError(f"{prefix}shape {rows}x{columns}: the columns are not a multiple of group size {m}")
+        if self.values.dtype not in VALUE_DTYPES:
+            raise MspError(f"{prefix}values are {self.values.dtype}, but must be float32, float16 or bfloat16")
         if self.bitmask.dtype != torch.uint8:
-            raise MspError(f"{name}.bitmask: dtype {self.bitmask.dtype}, needed is torch.uint8")
-        for part, tensor, needed in (
-            ("values", self.values, [rows, columns // m * n]),
-            ("bitmask", self.bitmask, [rows, -(-columns // 8)]),
-        ):
-            if list(tensor.shape) != needed:
-                raise MspError(f"{name}.{part}: shape {list(tensor.shape)}, needed is {needed}")
-        if self.bitmask.device != self.values.device:
-            raise MspError(f"{name}.bitmask: on {self.bitmask.device}, the values on {self.values.device}")
-        bits = unpack_bits(self.bitmask, self.bitmask.shape[1] * 8)
-        if bits[:, columns:].any():
-            raise MspError(f"{name}.bitmask: bits are set behind column {columns}")
-        wrong = (bits[:, :columns].reshape(rows, columns // m, m).sum(-1) != n).nonzero()
-        if len(wrong):
-            row, group = wrong[0].tolist()
+            raise MspError(f"{prefix}bitmask is {self.bitmask.dtype}, but must be uint8")
+        wanted = {"values": (rows, columns // m * n), "bitmask": (rows, -(-columns // 8))}
+        for part, size in wanted.items():
+            found = tuple(getattr(self, part).shape)
+            if found != size:
+                raise MspError(f"{prefix}{part} has shape {list(found)}, but {self.pattern} needs {list(size)}")
+        if self.values.device != self.bitmask.device:
+            raise MspError(f"{prefix}values are on {self.values.device}, but bitmask is on {self.bitmask.device}")
+        counts = count_bits(self.bitmask, m)
+        groups = columns // m
+        past = int(counts[:, groups:].sum())
+        if past:
+            raise MspError(f"{prefix}bitmask sets {past} bits past its {columns} columns")
+        wrong = counts[:, :groups] != n
+        if wrong.any():
+            row, group = (int(index) for index in wrong.nonzero()[0])
             raise MspError(
-                f"{name}.bitmask: {len(wrong)} groups do not keep {self.pattern}, the first at row {row}, group {group}"
+                f"{prefix}bitmask does not keep {n} of every {m} in {int(wrong.sum())} of {wrong.numel()} groups, "
+                f"the first in row {row}, group {group}, which keeps {int(counts[row, group])}"
             )
-
-
-def check_weight(op: str, weight: Tensor, pattern: NMPattern) -> tuple[int, int]:
-    """``(R, K)`` of a float weight whose K is a multiple of M; ``TypeError`` or ``ValueError`` otherwise."""
-    if weight.dtype not in DTYPES:
-        raise TypeError(f"{op}: weight is {weight.dtype}, needed is float32, float16 or bfloat16")
-    if weight.ndim != 2 or weight.shape[1] % pattern.m:
-        raise ValueError(
-            f"{op}: weight has shape {list(weight.shape)}, needed is [R, K] with K a multiple of {pattern.m}"
-        )
-    return weight.shape[0], weight.shape[1]

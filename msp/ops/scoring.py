@@ -1,105 +1,147 @@
-"""The score of a weight, shared by ``nm_select`` and ``nm_rank``: what the arguments mean and their checks."""
+"""How weights are ranked inside a group: the score formulas, their checks and the reference ranks."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-MAGNITUDE, SCALED, RELATIVE, FISHER, EXPLICIT = range(5)
+from msp.ops.packed import check_matrix
+
+MAGNITUDE, SCALED, RELATIVE, FISHER, GIVEN = range(5)
 
 
-@dataclass(frozen=True)
-class Terms:
-    """The checked terms of a score, float32 and contiguous, and the number of its formula."""
+class Terms(NamedTuple):
+    """What a score is made of besides the weight; all fp32 and contiguous once checked.
 
-    kind: int
+    ``column_scale [K]`` (s), ``row_term [R]`` (r), ``column_term [K]`` (c), ``importance [R, K]`` (F),
+    ``scores [R, K]``. No term: magnitude.
+    """
+
     column_scale: Tensor | None = None
     row_term: Tensor | None = None
     column_term: Tensor | None = None
-    matrix: Tensor | None = None
+    importance: Tensor | None = None
+    scores: Tensor | None = None
+
+    @property
+    def kind(self) -> int:
+        """The number by which kernels know the formula: 0 magnitude, 1 scaled, 2 RIA, 3 Fisher, 4 given."""
+        if self.scores is not None:
+            return GIVEN
+        if self.importance is not None:
+            return FISHER
+        if self.row_term is not None:
+            return RELATIVE
+        return MAGNITUDE if self.column_scale is None else SCALED
+
+    @property
+    def matrix(self) -> Tensor | None:
+        """The one ``[R, K]`` term there can be."""
+        return self.importance if self.scores is None else self.scores
 
 
-def check_terms(
-    op: str,
+def score(weight: Tensor, terms: Terms) -> Tensor:
+    """The fp32 scores ``[R, K]``; every backend multiplies in this order, so all agree to the bit."""
+    if terms.scores is not None:
+        return terms.scores
+    weight = weight.float()
+    if terms.importance is not None:
+        return weight * weight * terms.importance
+    result = weight.abs()
+    if terms.row_term is not None and terms.column_term is not None:
+        result = result * (terms.row_term[:, None] + terms.column_term)
+    if terms.column_scale is not None:
+        result = result * terms.column_scale
+    return result
+
+
+def rank_in_groups(scores: Tensor, group_size: int) -> Tensor:
+    """uint8 ``[R, K]``: how many of its group are better; of equals, the lower column is."""
+    groups = scores.reshape(len(scores), -1, group_size)
+    rank = torch.zeros_like(groups, dtype=torch.uint8)
+    for column in range(group_size):
+        this = groups[..., column, None]
+        rank[..., :column] += this > groups[..., :column]
+        rank[..., column + 1 :] += this >= groups[..., column + 1 :]
+    return rank.view(scores.shape)
+
+
+def check_scoring(
     weight: Tensor,
+    group_size: int,
     column_scale: Tensor | None,
     row_term: Tensor | None,
     column_term: Tensor | None,
     importance: Tensor | None,
     scores: Tensor | None,
 ) -> Terms:
-    """Raise ``ValueError`` unless the arguments form one score of ``weight``'s shape and all is finite."""
+    """The terms in fp32, after every check that ranking needs.
+
+    Raises:
+        TypeError: a dtype no weight or term can have.
+        ValueError: a shape or device that does not fit, terms that exclude each other, or NaN or
+            infinite weights, terms or scores (with their number).
+    """
+    check_matrix("weight", weight, group_size)
     rows, columns = weight.shape
-    vectors = [term is not None for term in (column_scale, row_term, column_term)]
-    if (importance is not None) + (scores is not None) + any(vectors) > 1:
-        raise ValueError(f"{op}: give vector terms, importance or scores, not several of them")
-    if (row_term is None) != (column_term is None):
-        raise ValueError(f"{op}: row_term and column_term go together")
-    checked: dict[str, Tensor | None] = {}
-    for name, term, shape in (
-        ("column_scale", column_scale, (columns,)),
-        ("row_term", row_term, (rows,)),
-        ("column_term", column_term, (columns,)),
-        ("importance", importance, (rows, columns)),
-        ("scores", scores, (rows, columns)),
-    ):
+    given = Terms(column_scale, row_term, column_term, importance, scores)
+    shapes = ((columns,), (rows,), (columns,), (rows, columns), (rows, columns))
+    for name, term, shape in zip(Terms._fields, given, shapes, strict=True):
+        if term is None:
+            continue
+        if not term.is_floating_point():
+            raise TypeError(f"{name} is {term.dtype}, but must be a floating point tensor")
+        if tuple(term.shape) != shape:
+            raise ValueError(f"{name} has shape {list(term.shape)}, but must have {list(shape)}")
+        if term.device != weight.device:
+            raise ValueError(f"{name} is on {term.device}, but weight is on {weight.device}")
+    named = [name for name, term in zip(Terms._fields, given, strict=True) if term is not None]
+    if ("row_term" in named) != ("column_term" in named):
+        raise ValueError(
+            f"{named[0] if len(named) == 1 else ' and '.join(named)}: row_term and column_term go together"
+        )
+    for alone in ("importance", "scores"):
+        if alone in named and len(named) > 1:
+            others = ", ".join(name for name in named if name != alone)
+            raise ValueError(f"{alone} excludes other terms, but {others} was given too")
+    terms = Terms(*(None if term is None else term.detach().float().contiguous() for term in given))
+    _check_finite(weight, terms)
+    return terms
+
+
+def _check_finite(weight: Tensor, terms: Terms) -> None:
+    """One read of each tensor: its extremes say whether it, and the scores made of it, are finite."""
+    largest = {"weight": _largest("weight", weight)}
+    for name, term in zip(Terms._fields, terms, strict=True):
         if term is not None:
-            if term.shape != shape:
-                raise ValueError(f"{op}: {name} has shape {list(term.shape)}, needed is {list(shape)}")
-            if term.device != weight.device:
-                raise ValueError(f"{op}: {name} is on {term.device}, weight on {weight.device}")
-            term = term.to(torch.float32).contiguous()
-            _check_finite(op, name, term)
-        checked[name] = term
-    _check_finite(op, "weight", weight)
-    kind = MAGNITUDE
-    if row_term is not None:
-        kind = RELATIVE
-    elif column_scale is not None:
-        kind = SCALED
-    elif importance is not None:
-        kind = FISHER
-    elif scores is not None:
-        kind = EXPLICIT
-    matrix = checked["importance"] if importance is not None else checked["scores"]
-    return Terms(kind, checked["column_scale"], checked["row_term"], checked["column_term"], matrix)
+            largest[name] = _largest(name, term)
+    if terms.scores is not None:
+        return
+    bound = largest["weight"]
+    if terms.importance is not None:
+        bound *= largest["weight"] * largest["importance"]
+    if terms.row_term is not None:
+        bound *= largest["row_term"] + largest["column_term"]
+    if terms.column_scale is not None:
+        bound *= largest["column_scale"]
+    # the bound pairs extremes that may never meet, so only the scores themselves can tell
+    if bound > torch.finfo(torch.float32).max / 2:
+        _require_finite("scores", score(weight, terms))
 
 
-def score(
-    weight: Tensor,
-    kind: int,
-    column_scale: Tensor | None,
-    row_term: Tensor | None,
-    column_term: Tensor | None,
-    matrix: Tensor | None,
-) -> Tensor:
-    """fp32 ``[R, K]``: ``|w|``, ``|w| s_j`` (Wanda), ``|w| (r_i + c_j) s_j`` (RIA), ``w^2 F_ij``, or given."""
-    if kind == EXPLICIT:
-        assert matrix is not None
-        return matrix
-    exact = weight.float()
-    if kind == FISHER:
-        assert matrix is not None
-        return exact * exact * matrix
-    found = exact.abs()
-    if kind == RELATIVE:
-        assert row_term is not None and column_term is not None
-        found = found * (row_term[:, None] + column_term)
-    return found if column_scale is None else found * column_scale
+def _largest(name: str, tensor: Tensor) -> float:
+    """The largest absolute value; NaN and infinity propagate through the extremes."""
+    if tensor.numel() == 0:
+        return 0.0
+    low, high = (float(extreme) for extreme in torch.aminmax(tensor.detach()))
+    if not abs(low) + abs(high) < float("inf"):
+        _require_finite(name, tensor)
+    return max(abs(low), abs(high))
 
 
-def rank(scores: Tensor, group_size: int) -> Tensor:
-    """uint8 ``[R, K]``: the rank of each score inside its group, 0 the highest, ties to the lower column."""
-    rows, columns = scores.shape
-    order = scores.reshape(rows, columns // group_size, group_size).argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(group_size, dtype=torch.uint8, device=scores.device).expand_as(order)
-    return torch.empty_like(places, memory_format=torch.contiguous_format).scatter_(-1, order, places).view(rows, columns)
-
-
-def _check_finite(op: str, name: str, tensor: Tensor) -> None:
-    finite = torch.isfinite(tensor)
-    if not finite.all():
-        bad = int(finite.numel() - finite.sum())
-        raise ValueError(f"{op}: {bad} of the {finite.numel()} values of {name} are NaN or infinite")
+def _require_finite(name: str, tensor: Tensor) -> None:
+    wrong = int((~torch.isfinite(tensor)).sum())
+    if wrong:
+        raise ValueError(f"{name}: {wrong} of {tensor.numel()} are NaN or infinite")

@@ -1,0 +1,258 @@
+"""What the group kernels share: groups held in registers, their scores and their ranks.
+
+A *unit* is the columns whose kept bits fill whole bytes: one group, or two groups of 4. A program
+takes ``UNITS`` of them, one a thread, as chunks of ``CHUNK`` columns, ``[UNITS, CHUNK]`` tiles that one thread
+loads with vector loads of 16 bytes. A thread then holds all columns of its units: splitting them
+off, comparing them and packing them needs no shuffle and no shared memory (the PTX has none).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .targets import ARCHITECTURES, CompileCase
+
+CHUNK = tl.constexpr(8)
+UNITS = tl.constexpr(128)
+
+
+def unit_columns(group_size: int) -> int:
+    return max(group_size, 8)
+
+
+def grid(rows: int, columns: int, group_size: int) -> tuple[int]:
+    """Programs for a ``[rows, columns]`` weight; ``locate`` tells each its units."""
+    return (triton.cdiv(rows * triton.cdiv(columns, unit_columns(group_size)), UNITS.value),)
+
+
+def device_of(tensor: torch.Tensor) -> Any:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device_of(tensor)
+
+
+@triton.jit
+def locate(rows, columns, UNIT: tl.constexpr):
+    """This program's units: row, first column, number counted over all rows, and whether they exist."""
+    units_per_row = tl.cdiv(columns, UNIT)
+    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+    row = unit // units_per_row
+    return row, (unit % units_per_row) * UNIT, unit, row < rows
+
+
+@triton.jit
+def load_chunk(ptr, start, step, left, right, GROUP: tl.constexpr):
+    """``ptr[start + i * step]`` for i < 8 as a ``[UNITS, 8]`` tile; zeros in the halves that do not exist.
+
+    Four-byte elements come in halves of 16 bytes. So do groups of 4, whose last half may be missing: a
+    mask that is one for all of a load keeps it a vector load whatever the row length.
+    """
+    HALF: tl.constexpr = CHUNK // 2
+    if ptr.dtype.element_ty.primitive_bitwidth == 32 or GROUP < CHUNK:
+        offset = start[:, None] + tl.arange(0, HALF)[None, :] * step
+        first = tl.load(ptr + offset, mask=left[:, None], other=0.0)
+        second = tl.load(ptr + offset + HALF * step, mask=right[:, None], other=0.0)
+        return tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), [start.shape[0], CHUNK])
+    else:
+        offset = start[:, None] + tl.arange(0, CHUNK)[None, :] * step
+        return tl.load(ptr + offset, mask=left[:, None], other=0.0)
+
+
+@triton.jit
+def score_chunk(
+    weight,
+    row,
+    column,
+    columns,
+    left,
+    right,
+    column_scale_ptr,
+    row_term_ptr,
+    column_term_ptr,
+    matrix_ptr,
+    GROUP: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """Scores of one chunk in fp32.
+
+    KIND: 0 ``|w|``, 1 ``|w| s_j``, 2 ``|w| (r_i + c_j) s_j`` (no s: 1), 3 ``w^2 F_ij``, 4 given as ``F_ij``.
+    """
+    weight = weight.to(tl.float32)
+    if KIND >= 3:
+        score = load_chunk(matrix_ptr, row.to(tl.int64) * columns + column, 1, left, right, GROUP)
+        if KIND == 3:
+            score = weight * weight * score
+    else:
+        score = tl.abs(weight)
+        if KIND == 2:
+            row_term = tl.load(row_term_ptr + row, mask=left, other=0.0)
+            score = score * (row_term[:, None] + load_chunk(column_term_ptr, column, 1, left, right, GROUP))
+        if column_scale_ptr is not None:
+            score = score * load_chunk(column_scale_ptr, column, 1, left, right, GROUP)
+    return score
+
+
+@triton.jit
+def load_and_score(
+    weight_ptr,
+    row,
+    first_column,
+    live,
+    columns,
+    stride_row,
+    stride_column,
+    column_scale_ptr,
+    row_term_ptr,
+    column_term_ptr,
+    matrix_ptr,
+    UNIT: tl.constexpr,
+    GROUP: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """The weights and the scores of this program's units, each a tuple of chunks."""
+    weights = ()
+    scores = ()
+    right = live
+    if GROUP < CHUNK:
+        right = live & (first_column + GROUP < columns)
+    for i in tl.static_range(UNIT // CHUNK):
+        column = first_column + i * CHUNK
+        start = row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+        weight = load_chunk(weight_ptr, start, stride_column, live, right, GROUP)
+        score = score_chunk(
+            weight,
+            row,
+            column,
+            columns,
+            live,
+            right,
+            column_scale_ptr,
+            row_term_ptr,
+            column_term_ptr,
+            matrix_ptr,
+            GROUP,
+            KIND,
+        )
+        weights = weights + (weight,)
+        scores = scores + (score,)
+    return weights, scores
+
+
+@triton.jit
+def split_columns(tile):
+    """The columns of a ``[G, C]`` tile, C a power of 2, as C vectors."""
+    G: tl.constexpr = tile.shape[0]
+    C: tl.constexpr = tile.shape[1]
+    if C == 1:
+        return (tl.reshape(tile, [G]),)
+    else:
+        even, odd = tl.split(tl.reshape(tile, [G, C // 2, 2]))
+        evens = split_columns(even)
+        odds = split_columns(odd)
+        columns = ()
+        for i in tl.static_range(C // 2):
+            columns = columns + (evens[i], odds[i])
+        return columns
+
+
+@triton.jit
+def split_chunks(chunks):
+    """The columns of all chunks in order, as vectors."""
+    columns = ()
+    for i in tl.static_range(len(chunks)):
+        columns = columns + split_columns(chunks[i])
+    return columns
+
+
+@triton.jit
+def join_columns(columns):
+    """The ``[G, C]`` tile whose columns are C vectors, C a power of 2: the inverse of ``split_columns``."""
+    C: tl.constexpr = len(columns)
+    if C == 1:
+        return columns[0][:, None]
+    else:
+        evens = ()
+        odds = ()
+        for i in tl.static_range(C // 2):
+            evens = evens + (columns[2 * i],)
+            odds = odds + (columns[2 * i + 1],)
+        return tl.reshape(tl.join(join_columns(evens), join_columns(odds)), [columns[0].shape[0], C])
+
+
+@triton.jit
+def rank_chunk(chunk, others, FIRST: tl.constexpr, GROUP: tl.constexpr):
+    """How many of its group are better than each weight of a chunk; ties go to the lower column.
+
+    ``chunk`` holds the scores from column FIRST of the unit on, ``others`` those of all the unit's columns.
+    All pairs are compared: for groups of at most 32 in registers that beats a sort, and no branch
+    or address depends on the data.
+    """
+    column = FIRST + tl.arange(0, CHUNK)[None, :]
+    rank = tl.zeros(chunk.shape, tl.int32)
+    for i in tl.static_range(FIRST // GROUP * GROUP, (FIRST + CHUNK + GROUP - 1) // GROUP * GROUP):
+        other = others[i][:, None]
+        if i < FIRST:
+            better = other >= chunk
+        elif i >= FIRST + CHUNK:
+            better = other > chunk
+        else:
+            better = (other > chunk) | ((other == chunk) & (i < column))
+        if GROUP < CHUNK:
+            better = better & (i // GROUP == column // GROUP)
+        rank += better.to(tl.int32)
+    return rank
+
+
+@triton.jit
+def demote_beyond_two_of_four(chunks):
+    """Scores with all but the best two of each aligned four at minus infinity.
+
+    Walking a group in rank order and refusing what is third in its quad keeps exactly the best of
+    those that rank below 2 in their quad, so the compliant selection is the plain one on these scores.
+    """
+    others = split_chunks(chunks)
+    demoted = ()
+    for i in tl.static_range(len(chunks)):
+        rank = rank_chunk(chunks[i], others, i * CHUNK, 4)
+        demoted = demoted + (tl.where(rank < 2, chunks[i], float("-inf")),)
+    return demoted
+
+
+def scoring_case(
+    kernel: Any,
+    dtype: str,
+    group_size: int,
+    kind: int,
+    *,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    architectures: tuple[int, ...] = ARCHITECTURES,
+) -> CompileCase:
+    """A compile case of a kernel that begins with ``load_and_score``, on a contiguous weight."""
+    pointers = ("column_scale_ptr", "row_term_ptr", "column_term_ptr", "matrix_ptr")
+    used = {0: (), 1: pointers[:1], 2: pointers[:3], 3: pointers[3:], 4: pointers[3:]}[kind]
+    return CompileCase(
+        f"{dtype}-group{group_size}-score{kind}",
+        kernel,
+        types={
+            "weight_ptr": f"*{dtype}",
+            **dict.fromkeys(used, "*fp32"),
+            "rows": "i32",
+            "columns": "i32",
+            "stride_row": "i32",
+            **types,
+        },
+        constants={
+            **{name: None for name in pointers if name not in used},
+            "stride_column": 1,
+            "GROUP": group_size,
+            "UNIT": unit_columns(group_size),
+            "KIND": kind,
+            **constants,
+        },
+        aligned=("columns", "stride_row"),
+        architectures=architectures,
+    )

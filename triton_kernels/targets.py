@@ -1,0 +1,129 @@
+"""Compiles every kernel for real GPUs, on any machine: ``python -m msp.triton_kernels.targets``.
+
+An op's file says how its kernels are launched by a function ``compile_cases()`` that yields ``CompileCase``
+objects: the types and alignment of the arguments as its launch function passes them, for the settings
+that differ most. Nothing is run and no driver is needed; the result has registers and spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ARCHITECTURES = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel with one set of argument types and constants.
+
+    Attributes:
+        name: what tells this case from the kernel's others, like ``bf16-2:8``.
+        kernel: a ``triton.jit`` function.
+        types: argument -> type for those that are passed at run time: ``*bf16``, ``*fp32``, ``i32``, ...
+        constants: argument -> value for ``tl.constexpr`` arguments, strides of 1, and pointers that are None.
+        aligned: integer arguments that are multiples of 16 in real models; pointers always are.
+        options: ``num_warps``, ``num_stages``, as at launch.
+        architectures: compute capabilities (90 is Hopper).
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any] = field(default_factory=dict)
+    aligned: tuple[str, ...] = ()
+    options: dict[str, int] = field(default_factory=lambda: {"num_warps": 4})
+    architectures: tuple[int, ...] = ARCHITECTURES
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a case became. ``local_bytes`` is stack and local memory a thread: 0 unless registers spill."""
+
+    op: str
+    kernel: str
+    name: str
+    architecture: int
+    cubin_bytes: int
+    shared_bytes: int
+    registers: int | None
+    local_bytes: int | None
+
+
+def all_cases() -> Iterator[tuple[str, CompileCase]]:
+    """Every op's cases, with the op's name."""
+    package = importlib.import_module(__package__)
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name == "targets":
+            continue
+        cases = getattr(importlib.import_module(f"{__package__}.{module.name}"), "compile_cases", None)
+        if cases is not None:
+            yield from ((module.name, case) for case in cases())
+
+
+def compile_case(op: str, case: CompileCase, architecture: int) -> Compiled:
+    """Compile one case to a cubin for one architecture; whatever the compiler raises goes through."""
+    names = case.kernel.arg_names
+    missing = set(names) ^ (set(case.types) | set(case.constants))
+    if missing:
+        raise ValueError(f"{op} {case.name}: arguments {sorted(missing)} do not match the kernel's")
+    signature = {name: case.types.get(name, "constexpr") for name in names}
+    aligned = [name for name, kind in case.types.items() if kind.startswith("*") or name in case.aligned]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(case.kernel, signature, case.constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=case.options)
+    registers, local = resource_usage(compiled.asm["cubin"])
+    return Compiled(
+        op,
+        case.kernel.__name__,
+        case.name,
+        architecture,
+        len(compiled.asm["cubin"]),
+        compiled.metadata.shared,
+        registers,
+        local,
+    )
+
+
+def resource_usage(cubin: bytes) -> tuple[int | None, int | None]:
+    """Registers and bytes of stack and local memory a thread, or Nones where Triton brings no cuobjdump."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.is_file():
+        return None, None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+
+
+def main() -> None:
+    """Print one JSON object a line for every case and architecture asked for."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--architecture", type=int, action="append", help="compute capability, like 90; default: all")
+    parser.add_argument("--op", action="append", help="only these ops")
+    options = parser.parse_args()
+    for op, case in all_cases():
+        for architecture in case.architectures:
+            wanted = not options.architecture or architecture in options.architecture
+            if wanted and (not options.op or op in options.op):
+                print(json.dumps(asdict(compile_case(op, case, architecture))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
