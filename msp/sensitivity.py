@@ -227,7 +227,7 @@ class _Tap:
                 if all(other.g is not None for other in calls):
                     context.run(self._finish, linear)
 
-            output.register_hook(receive)
+            output.register_hook(receive)  # type: ignore[no-untyped-call]
             return output
 
         return hook

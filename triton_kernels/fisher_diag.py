@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
+
+from .targets import CompileCase
 
 
 @triton.jit
@@ -59,6 +63,11 @@ def fisher_diag_kernel(
     tl.store(acc_tile_ptr, tl.load(acc_tile_ptr, mask=inside, other=0.0) + squares, mask=inside)
 
 
+GROUP_ROWS = 8
+OPTIONS = ("num_warps", "num_stages")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
 def tile_sizes(rows: int, columns: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
     """Tiles of the gradient and the warps that hold them: 128 x 128 for 16-bit tensor cores, 64 x 64
     for float32, which multiplies on the plain cores and has no registers to spare; never much larger
@@ -70,6 +79,20 @@ def tile_sizes(rows: int, columns: int, tokens: int, dtype: torch.dtype) -> dict
     return {"BLOCK_R": block_r, "BLOCK_K": block_k, "BLOCK_T": block_t, "num_warps": warps, "num_stages": 3}
 
 
+def constants_of(tiles: dict[str, int]) -> dict[str, int]:
+    return {name: size for name, size in tiles.items() if name not in OPTIONS}
+
+
+def options_of(tiles: dict[str, int]) -> dict[str, int]:
+    return {name: size for name, size in tiles.items() if name in OPTIONS}
+
+
+def narrower(tiles: dict[str, int]) -> dict[str, int]:
+    """The tiles for GPUs before Hopper. The gradient and the sum of squares are both held: without wgmma,
+    whose operands stay in shared memory, 128 x 128 of each spills."""
+    return {**tiles, "BLOCK_K": min(tiles["BLOCK_K"], 64)}
+
+
 def fisher_diag_(acc: torch.Tensor, x: torch.Tensor, g: torch.Tensor) -> None:
     """Add to ``acc`` float32 ``[R, K]`` (any strides) from x ``[S, T, K]`` and g ``[S, T, R]`` of one dtype."""
     sequences, tokens, columns = x.shape
@@ -77,9 +100,7 @@ def fisher_diag_(acc: torch.Tensor, x: torch.Tensor, g: torch.Tensor) -> None:
     x, g = x.contiguous(), g.contiguous()
     tiles = tile_sizes(rows, columns, tokens, x.dtype)
     if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 9:
-        # The gradient and the sum of squares are both held: without wgmma, whose operands stay in
-        # shared memory, 128 x 128 of each spills.
-        tiles["BLOCK_K"] = min(tiles["BLOCK_K"], 64)
+        tiles = narrower(tiles)
     grid = (triton.cdiv(rows, tiles["BLOCK_R"]) * triton.cdiv(columns, tiles["BLOCK_K"]),)
     with torch.cuda.device_of(acc):
         fisher_diag_kernel[grid](
@@ -94,6 +115,32 @@ def fisher_diag_(acc: torch.Tensor, x: torch.Tensor, g: torch.Tensor) -> None:
             g.stride(0),
             acc.stride(0),
             acc.stride(1),
-            GROUP_R=8,
+            GROUP_R=GROUP_ROWS,
             **tiles,
         )
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    for dtype in ("bf16", "fp32"):
+        wide = tile_sizes(4096, 4096, 2048, DTYPES[dtype])
+        for tiles, architectures in ((wide, (90, 100)), (narrower(wide), (80,))):
+            yield CompileCase(
+                name=f"{dtype}-{tiles['BLOCK_R']}x{tiles['BLOCK_K']}",
+                kernel=fisher_diag_kernel,
+                types={
+                    "acc_ptr": "*fp32",
+                    "x_ptr": f"*{dtype}",
+                    "g_ptr": f"*{dtype}",
+                    "sequences": "i32",
+                    "tokens": "i32",
+                    "rows": "i32",
+                    "columns": "i32",
+                    "x_sequence": "i32",
+                    "g_sequence": "i32",
+                    "acc_stride_row": "i32",
+                },
+                constants={"acc_stride_column": 1, "GROUP_R": GROUP_ROWS} | constants_of(tiles),
+                aligned=("tokens", "rows", "columns", "x_sequence", "g_sequence", "acc_stride_row"),
+                options=options_of(tiles),
+                architectures=architectures,
+            )

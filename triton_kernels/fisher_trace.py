@@ -6,11 +6,14 @@ give another result on each run.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 
-from .fisher_diag import tile_sizes
+from .fisher_diag import DTYPES, constants_of, options_of, tile_sizes
+from .targets import CompileCase
 
 
 @triton.jit
@@ -127,3 +130,22 @@ def fisher_trace_gram(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     with torch.cuda.device_of(x):
         fisher_trace_gram_kernel[grid](partial, x.contiguous(), g.contiguous(), tokens, rows, columns, **tiles)
     return partial.sum(dtype=torch.float64).float()
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    for dtype, sequences in (("bf16", 1), ("bf16", 4), ("fp32", 1)):
+        types = {"partial_ptr": "*fp32", "x_ptr": f"*{dtype}", "g_ptr": f"*{dtype}"}
+        types |= {"tokens": "i32", "rows": "i32", "columns": "i32"}
+        forms = [(fisher_trace_gram_kernel, gram_tile_sizes(2048, sequences, DTYPES[dtype]))]
+        if sequences == 1:
+            forms.append((fisher_trace_direct_kernel, tile_sizes(4096, 4096, 2048, DTYPES[dtype])))
+        for kernel, tiles in forms:
+            constants = constants_of(tiles)
+            yield CompileCase(
+                name="-".join([dtype, *map(str, constants.values())]),
+                kernel=kernel,
+                types=types,
+                constants=constants,
+                aligned=("tokens", "rows", "columns"),
+                options=options_of(tiles),
+            )

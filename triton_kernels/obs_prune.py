@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
+
+from .targets import CompileCase
+
+BLOCK_ROWS = 16
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -72,11 +78,10 @@ def obs_prune(
     kept = torch.empty((rows, columns), dtype=torch.int8, device=weight.device)
     # Errors lie column by column, so that each step of the sweep writes neighbouring addresses.
     errors = torch.empty((min(block_size, columns), rows), dtype=torch.float32, device=weight.device)
-    block_r = 16
     with torch.cuda.device_of(updated):
         for start in range(0, columns, block_size):
             stop = min(start + block_size, columns)
-            obs_sweep_kernel[(triton.cdiv(rows, block_r),)](
+            obs_sweep_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
                 updated,
                 kept,
                 errors,
@@ -87,10 +92,31 @@ def obs_prune(
                 stop - start,
                 n,
                 M=m,
-                BLOCK_R=block_r,
+                BLOCK_R=BLOCK_ROWS,
                 BLOCK_C=triton.next_power_of_2(min(block_size, columns)),
                 num_warps=4,
             )
             if stop < columns:
                 updated[:, stop:].addmm_(errors[: stop - start].t(), factor[start:stop, stop:], alpha=-1)
     return updated, kept.bool()
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    for m in (4, 8, 32):
+        yield CompileCase(
+            name=f"{m}",
+            kernel=obs_sweep_kernel,
+            types={
+                "weight_ptr": "*fp32",
+                "kept_ptr": "*i8",
+                "error_ptr": "*fp32",
+                "factor_ptr": "*fp32",
+                "rows": "i32",
+                "columns": "i32",
+                "start": "i32",
+                "width": "i32",
+                "n": "i32",
+            },
+            constants={"M": m, "BLOCK_R": BLOCK_ROWS, "BLOCK_C": 128},
+            aligned=("rows", "columns", "start", "width"),
+        )

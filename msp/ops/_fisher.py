@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from msp.ops.packed import VALUE_DTYPES
 
 
 def check_inputs(op: str, x: Tensor, g: Tensor) -> None:
     """Raise unless x ``[S, T, K]`` and g ``[S, T, R]`` agree in dtype, device, S and T and are finite."""
     for name, tensor in (("x", x), ("g", g)):
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in VALUE_DTYPES:
             raise TypeError(f"{op}: {name} is {tensor.dtype}, needed is float32, float16 or bfloat16")
     if x.dtype != g.dtype:
         raise TypeError(f"{op}: x is {x.dtype} and g is {g.dtype}; they must have one dtype")

@@ -39,7 +39,8 @@ op = Op("fisher_trace", reference)
 def triton(x: Tensor, g: Tensor, gram: bool) -> Tensor:
     from msp.triton_kernels import fisher_trace as kernels
 
-    return kernels.fisher_trace_gram(x, g) if gram else kernels.fisher_trace_direct(x, g)
+    trace: Tensor = kernels.fisher_trace_gram(x, g) if gram else kernels.fisher_trace_direct(x, g)
+    return trace
 
 
 @torch.library.custom_op("msp::fisher_trace", mutates_args=())
@@ -76,4 +77,5 @@ def fisher_trace(x: Tensor, g: Tensor, *, form: Literal["direct", "gram"] | None
         return torch.zeros((), device=x.device)
     gram = gram_is_cheaper(x.shape[1], g.shape[2], x.shape[2]) if form is None else form == "gram"
     # Rounding can take a sum that nearly cancels below the zero that a sum of squares is bounded by.
-    return fisher_trace_op(x, g, gram).clamp_min_(0)
+    trace: Tensor = fisher_trace_op(x, g, gram)
+    return trace.clamp_min_(0)

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from msp.ops._dispatch import Op
-from msp.ops.packed import PackedWeight
+from msp.ops.packed import PackedWeight, check_matrix
 from msp.patterns import NMPattern
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def reference(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> tuple[Tensor, Tensor]:
@@ -41,7 +39,8 @@ op = Op("obs_prune", reference)
 def triton(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> tuple[Tensor, Tensor]:
     from msp.triton_kernels import obs_prune as kernels
 
-    return kernels.obs_prune(weight, hinv_chol, n, m, block_size)
+    pruned: tuple[Tensor, Tensor] = kernels.obs_prune(weight, hinv_chol, n, m, block_size)
+    return pruned
 
 
 @torch.library.custom_op("msp::obs_prune", mutates_args=())
@@ -76,14 +75,9 @@ def obs_prune(weight: Tensor, hinv_chol: Tensor, pattern: NMPattern, *, block_si
         ValueError: shapes, devices, pattern or block size do not match; an input holds NaN or infinity
             (says how many); U's diagonal is not positive; an updated weight overflows the dtype.
     """
-    if weight.dtype not in DTYPES:
-        raise TypeError(f"obs_prune: weight is {weight.dtype}, needed is float32, float16 or bfloat16")
+    check_matrix("obs_prune: weight", weight, pattern.m)
     if hinv_chol.dtype != torch.float32:
         raise TypeError(f"obs_prune: hinv_chol is {hinv_chol.dtype}, needed is torch.float32")
-    if weight.ndim != 2 or weight.shape[1] % pattern.m:
-        raise ValueError(
-            f"obs_prune: weight has shape {list(weight.shape)}, needed is [R, K] with K a multiple of {pattern.m}"
-        )
     columns = weight.shape[1]
     if hinv_chol.shape != (columns, columns):
         raise ValueError(f"obs_prune: hinv_chol has shape {list(hinv_chol.shape)}, needed is {[columns, columns]}")
@@ -97,7 +91,10 @@ def obs_prune(weight: Tensor, hinv_chol: Tensor, pattern: NMPattern, *, block_si
     if bad:
         raise ValueError(f"obs_prune: {bad} of the {columns} diagonal entries of hinv_chol are not positive")
     if not weight.numel():
-        return PackedWeight.from_mask(weight, torch.zeros_like(weight, dtype=torch.bool), pattern)
+        bitmask = torch.zeros(len(weight), -(-columns // 8), dtype=torch.uint8, device=weight.device)
+        return PackedWeight(
+            weight.new_empty(len(weight), columns // pattern.m * pattern.n), bitmask, pattern, (len(weight), columns)
+        )
     updated, kept = obs_prune_op(weight, hinv_chol, pattern.n, pattern.m, block_size)
     _check_finite(f"weight, once updated and cast to {weight.dtype},", updated)
     return PackedWeight.from_mask(updated, kept, pattern)

@@ -62,7 +62,7 @@ class Scoring:
     importance: Tensor | None = None
     scores: Tensor | None = None
 
-    def kwargs(self) -> dict[str, Tensor]:
+    def kwargs(self) -> dict[str, Any]:
         """The scoring arguments for ``nm_select`` and ``nm_rank``."""
         given = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: tensor for name, tensor in given if tensor is not None}

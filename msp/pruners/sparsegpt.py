@@ -110,7 +110,8 @@ def inverse_cholesky(hessian: Tensor) -> Tensor | None:
     if failed.item() or not torch.isfinite(lower).all():
         return None
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse.flip(0, 1)
 
 
 def _wide(tensor: Tensor) -> Tensor:

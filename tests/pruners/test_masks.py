@@ -77,7 +77,7 @@ def test_keeps_what_a_dense_computation_keeps(name, shape, dtype):
 
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0])
 def test_the_exponent_of_ria(exponent):
-    weight, inputs, gradients, statistics = make(24, 64, torch.float32, seed=1)
+    weight, inputs, _, statistics = make(24, 64, torch.float32, seed=1)
     scores = ria(weight.double().numpy(), inputs.double().numpy(), None, exponent)
     packed = get_pruner("ria", exponent=exponent).prune(weight, statistics, NMPattern(2, 8))
     assert torch.equal(packed.kept(), best_of_each_group(scores, 2, 8))

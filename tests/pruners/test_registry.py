@@ -95,7 +95,7 @@ def test_a_name_belongs_to_one_pruner(registry):
         def scoring(self, weight, statistics):
             return Scoring()
 
-    with pytest.raises(UsageError, match="'wanda' is registered already: msp.pruners.wanda.WandaPruner"):
+    with pytest.raises(UsageError, match=r"'wanda' is registered already: msp\.pruners\.wanda\.WandaPruner"):
         register_pruner(Impostor)
     with pytest.raises(UsageError, match="has no `name`"):
         register_pruner(lambda: Impostor())
