@@ -26,7 +26,7 @@ from transformers import __version__ as transformers_version
 
 from msp import __version__
 from msp.errors import MspError
-from msp.manifest import QUANT_METHOD, VALUE_BYTES, Manifest
+from msp.manifest import QUANT_METHOD, WEIGHT_BYTES, Manifest
 from msp.model_card import model_card
 from msp.ops import PackedWeight
 from msp.patterns import Allocation, NMPattern
@@ -352,9 +352,9 @@ def read_info(path: str | Path) -> PackedInfo:
         pattern = manifest.patterns[name]
         (rows, columns), dense = manifest.shapes[name], pattern.is_dense
         dtype = headers[f"{name}.{'weight' if dense else 'values'}"].dtype
-        width = VALUE_BYTES.get(dtype)
+        width = WEIGHT_BYTES.get(dtype)
         if width is None:
-            raise MspError(f"{name}.weight: dtype {dtype}, needs {' or '.join(VALUE_BYTES)}")
+            raise MspError(f"{name}.weight: dtype {dtype}, needs {' or '.join(WEIGHT_BYTES)}")
         packed_bytes = pattern.kept(rows, columns) * width + (0 if dense else rows * math.ceil(columns / 8))
         linears.append(LinearInfo(name, pattern, (rows, columns), dtype, packed_bytes, rows * columns * width))
     tensor_bytes = sum(file.stat().st_size - _header_bytes(file) for file in files)

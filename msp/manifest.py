@@ -13,7 +13,9 @@ from msp.patterns import NMPattern
 
 FORMAT = 1
 QUANT_METHOD = "msp"
-VALUE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# The dtypes that weights are stored in, as safetensors spells them; packed values are in one of the first three.
+WEIGHT_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
+VALUE_DTYPES = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Manifest:
         """The shape and the possible dtypes (safetensors names) of each tensor of a packed linear."""
         (rows, columns), pattern = self.shapes[name], self.patterns[name]
         return {
-            f"{name}.values": ((rows, columns // pattern.m * pattern.n), tuple(VALUE_BYTES)),
+            f"{name}.values": ((rows, columns // pattern.m * pattern.n), VALUE_DTYPES),
             f"{name}.bitmask": ((rows, math.ceil(columns / 8)), ("U8",)),
         }
 

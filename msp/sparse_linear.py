@@ -17,8 +17,9 @@ from msp.patterns import NMPattern
 class SparseLinear(nn.Module):
     """``y = x W^T + b`` with ``W`` ``[out_features, in_features]`` in the packed form of one pattern.
 
-    ``values`` is a parameter, though a frozen one: it is weight, so ``model.dtype``, parameter counts and
-    offloading treat it as such, and a cast converts it. ``bitmask`` is a buffer: no cast may touch it.
+    ``values`` is a parameter: it is weight, so ``model.dtype``, parameter counts, casts and offloading treat
+    it as such, and it can be trained at its fixed positions. It starts frozen, so that adapters elsewhere
+    do not make every call keep its input. ``bitmask`` is a buffer: no cast or optimizer may touch it.
 
     A new module has values of zero at the first N positions of every group; ``from_packed`` is how to
     get one with content, and loading a state dict checks the positions before any kernel sees them.

@@ -169,7 +169,7 @@ def test_a_tokenizer_is_not_required(tmp_path: Path) -> None:
 
 def test_refuses_a_folder_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no model")
-    with pytest.raises(MspError, match="no config.json"):
+    with pytest.raises(MspError, match=r"no config\.json"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(MspError, match="not a model that transformers can read"):
@@ -196,7 +196,7 @@ def test_refuses_models_that_are_not_causal(tmp_path: Path) -> None:
 
 
 def test_refuses_an_unknown_dtype(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="float8.*auto, float32"):
+    with pytest.raises(UsageError, match=r"float8.*auto, float32"):
         load_model(tmp_path, dtype="float8")
 
 

@@ -43,10 +43,7 @@ class MspConfig(QuantizationConfigMixin):
 
 
 class MspQuantizer(HfQuantizer):
-    """Puts packed linears in the place of the allocated ones and checks what is loaded into them.
-
-    Not trainable: the kept positions are fixed, the values frozen, and no adapter library knows the module.
-    """
+    """Puts packed linears in the place of the allocated ones and checks what is loaded into them."""
 
     quantization_config: MspConfig
     _headers: Mapping[str, TensorHeader]
@@ -100,7 +97,13 @@ class MspQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Gradients pass through packed linears to whatever trains before them, such as adapters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """The kept values are frozen after loading but can be trained; the positions stay as they are."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
