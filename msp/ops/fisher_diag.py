@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from msp.ops._checks import check_gradients
 from msp.ops._dispatch import Op
-from msp.ops._fisher import check_inputs
 
 
 def reference(acc: Tensor, x: Tensor, g: Tensor) -> None:
@@ -53,7 +53,7 @@ def fisher_diag_(acc: Tensor, x: Tensor, g: Tensor) -> Tensor:
         TypeError: a dtype is not one of these.
         ValueError: shapes or devices do not match, or x or g hold NaN or infinity (says how many).
     """
-    check_inputs("fisher_diag_", x, g)
+    check_gradients("fisher_diag_", x, g)
     rows, columns = g.shape[2], x.shape[2]
     if acc.dtype != torch.float32:
         raise TypeError(f"fisher_diag_: acc is {acc.dtype}, needed is torch.float32")

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from msp.ops._checks import check_gradients
 from msp.ops._dispatch import Op
-from msp.ops._fisher import check_inputs
 
 TOKEN_TILE = 128
 
@@ -72,7 +72,7 @@ def fisher_trace(x: Tensor, g: Tensor, *, form: Literal["direct", "gram"] | None
     """
     if form not in (None, "direct", "gram"):
         raise ValueError(f"fisher_trace: form is {form!r}, needed is 'direct', 'gram' or None")
-    check_inputs("fisher_trace", x, g)
+    check_gradients("fisher_trace", x, g)
     if not (x.numel() and g.numel()):
         return torch.zeros((), device=x.device)
     gram = gram_is_cheaper(x.shape[1], g.shape[2], x.shape[2]) if form is None else form == "gram"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from msp.ops._checks import require_finite
 from msp.ops._dispatch import Op
 from msp.ops.packed import PackedWeight, check_matrix
 from msp.patterns import NMPattern
@@ -85,8 +86,8 @@ def obs_prune(weight: Tensor, hinv_chol: Tensor, pattern: NMPattern, *, block_si
         raise ValueError(f"obs_prune: hinv_chol is on {hinv_chol.device}, weight on {weight.device}")
     if block_size < 1 or block_size % pattern.m:
         raise ValueError(f"obs_prune: block_size is {block_size}, needed is a positive multiple of {pattern.m}")
-    _check_finite("weight", weight)
-    _check_finite("hinv_chol", hinv_chol)
+    require_finite("obs_prune", "weight", weight)
+    require_finite("obs_prune", "hinv_chol", hinv_chol)
     bad = int((hinv_chol.diagonal() <= 0).sum())
     if bad:
         raise ValueError(f"obs_prune: {bad} of the {columns} diagonal entries of hinv_chol are not positive")
@@ -96,12 +97,5 @@ def obs_prune(weight: Tensor, hinv_chol: Tensor, pattern: NMPattern, *, block_si
             weight.new_empty(len(weight), columns // pattern.m * pattern.n), bitmask, pattern, (len(weight), columns)
         )
     updated, kept = obs_prune_op(weight, hinv_chol, pattern.n, pattern.m, block_size)
-    _check_finite(f"weight, once updated and cast to {weight.dtype},", updated)
+    require_finite("obs_prune", f"weight, once updated and cast to {weight.dtype},", updated)
     return PackedWeight.from_mask(updated, kept, pattern)
-
-
-def _check_finite(name: str, tensor: Tensor) -> None:
-    finite = torch.isfinite(tensor)
-    if not finite.all():
-        bad = int(finite.numel() - finite.sum())
-        raise ValueError(f"obs_prune: {bad} of the {finite.numel()} values of {name} are NaN or infinite")

@@ -117,6 +117,11 @@ def test_counts_what_is_not_finite(name, value):
         fisher_trace(x, g)
 
 
+def test_finite_values_whose_sum_overflows_are_no_error():
+    x = torch.full((1, 4, 2), 2e38)
+    assert fisher_trace(x, torch.full((1, 4, 3), 1e-30)).item() == pytest.approx(6 * (4 * 2e8) ** 2, rel=1e-5)
+
+
 @pytest.mark.parametrize("gram", [False, True])
 def test_is_a_well_formed_torch_op(gram):
     torch.library.opcheck(fisher_trace_op, (*make((2, 3, 5, 7), torch.float32, 9), gram))
