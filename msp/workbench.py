@@ -224,6 +224,8 @@ class Workbench:
     def _stream(
         self, needs: frozenset[str], *, sequential: bool
     ) -> Iterator[tuple[Any, Mapping[str, LinearStatistics]]]:
+        if "fisher" in needs:
+            self.fisher_diagonals()  # needs the whole model, which is not there while blocks stream
         return stream_statistics(
             self.model,
             self.structure,

@@ -27,6 +27,8 @@ def swap(levels: Levels, units: Sequence[Unit], step: int, rng: np.random.Genera
     mutant = levels.copy()
     for _ in range(int(min(rng.integers(1, 4), rng.integers(1, 4)))):
         givers = [i for i, unit in enumerate(units) if mutant[i] > 0]
+        if not givers:
+            break  # a crossover, not repaired yet, may have left nothing to give
         giver = int(rng.choice(givers))
         takers = [i for i, unit in enumerate(units) if i != giver and mutant[i] < unit.group_size]
         if not takers:

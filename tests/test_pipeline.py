@@ -1,0 +1,245 @@
+"""From a dense model to a packed one, in every family, with every pruner and allocator."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, VOCABULARY, build, save, tokens
+from transformers import AutoModelForCausalLM
+
+import msp
+from msp import pipeline
+from msp.allocators import allocator_names
+from msp.data import save_tokens
+from msp.errors import MspError, UsageError
+from msp.model import find_structure
+from msp.ops import force_backend
+from msp.patterns import Allocation
+from msp.pruners import pruner_names
+from msp.sparse_linear import SparseLinear
+
+SMALL = {"window": 16, "calibration_tokens": 64, "fitness_tokens": 64, "test_tokens": 64, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "tokens.safetensors"
+    save_tokens(torch.randint(0, VOCABULARY, (4096,), generator=torch.Generator().manual_seed(7)), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "llama"
+    save("llama", path)
+    return path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_model_predicts_what_the_masked_dense_one_does(family: str, tmp_path: Path, text: str) -> None:
+    save(family, tmp_path / "dense")
+    with force_backend("reference"):
+        result = msp.prune(
+            tmp_path / "dense",
+            sparsity=0.6,
+            output=tmp_path / "out",
+            allocator="fisher-rank",
+            calibration=text,
+            **SMALL,
+        )
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        masked = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+        for linear in find_structure(masked).linears:
+            module = loaded.get_submodule(linear.name)
+            if isinstance(module, SparseLinear):
+                linear.weight.copy_(module.packed.unpack())
+        prompt = tokens(2, 9, seed=3)
+        with torch.no_grad():
+            expected, found = masked(input_ids=prompt).logits, loaded(input_ids=prompt).logits
+            in_process = result.model(input_ids=prompt).logits
+    if family == "falcon":  # its linears compute x @ W.t(), which may round differently
+        torch.testing.assert_close(found, expected)
+    else:
+        assert torch.equal(found, expected)
+    assert torch.equal(found, in_process)
+    assert 0 <= result.budget - result.kept
+    assert result.allocation.keys() | result.skipped.keys() >= {x.name for x in find_structure(masked).linears}
+
+
+def test_experts_that_are_no_linears_are_listed(text: str) -> None:
+    result = msp.prune(build("mixtral"), sparsity=0.5, allocator="uniform", calibration=text, **SMALL)
+    assert any("experts" in name for name in result.skipped)
+    assert all("not a linear" in reason for reason in result.skipped.values())
+
+
+@pytest.mark.parametrize("pruner", pruner_names())
+def test_every_pruner_prunes_to_the_allocation(pruner: str, llama: Path, text: str) -> None:
+    result = msp.prune(llama, sparsity=0.75, allocator="fisher-rank", pruner=pruner, calibration=text, **SMALL)
+    for name, pattern in result.allocation.items():
+        module = result.model.get_submodule(name)
+        assert isinstance(module, SparseLinear)
+        assert module.pattern == pattern
+        module.packed.check(name)
+    assert result.kl > 0
+
+
+@pytest.mark.parametrize("unit", ["linear", "block"])
+@pytest.mark.parametrize("allocator", allocator_names())
+def test_every_allocator_meets_the_budget(allocator: str, unit: str, llama: Path, text: str) -> None:
+    options = {**SMALL, "evaluations": 32}
+    result = msp.prune(llama, sparsity=0.7, allocator=allocator, unit=unit, calibration=text, **options)
+    shapes = {linear.name: linear.shape for linear in find_structure(build("llama")).linears}
+    total = sum(rows * columns for rows, columns in shapes.values())
+    assert result.budget == int(0.3 * total)
+    assert result.kept == result.allocation.kept(shapes) <= result.budget
+    steps = [rows * columns // 8 for rows, columns in shapes.values()]
+    smallest = min(steps) if unit == "linear" else sum(steps) // 2
+    assert result.budget - result.kept < smallest
+    if unit == "block":
+        blocks = {name.split(".")[2]: str(pattern) for name, pattern in result.allocation.items()}
+        assert {(n.split(".")[2], str(p)) for n, p in result.allocation.items()} == set(blocks.items())
+    assert bool(result.history) == allocator.startswith("msp")
+
+
+def test_the_result_is_plain_json(llama: Path, text: str) -> None:
+    result = msp.prune(llama, sparsity=0.75, calibration=text, **SMALL, evaluations=16)
+    data = json.loads(json.dumps(result.to_json()))
+    assert set(data) >= {
+        "density", "kept", "budget", "allocation", "skipped", "perplexity", "kl", "bytes", "seconds", "peak_memory",
+    }  # fmt: skip
+    assert Allocation.from_strings(data["allocation"]) == result.allocation
+    assert data["bytes"]["packed"] < data["bytes"]["dense"]
+    assert data["peak_memory"] > 2**20
+    assert set(data["seconds"]) >= {"load", "allocate", "prune", "evaluate"}
+
+
+def test_figures_are_those_of_the_packed_model(llama: Path, text: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = msp.prune(llama, sparsity=0.75, output=out, allocator="uniform", calibration=text, **SMALL)
+    # Held-out test windows are the first of the text.
+    again = pipeline.evaluate(out, evaluate=text, reference=llama, window=16, test_tokens=64, device="cpu")
+    assert again["perplexity"] == pytest.approx(result.perplexity["pruned"], rel=1e-6)
+    assert again["kl"] == pytest.approx(result.kl, rel=1e-6)
+    assert pipeline.evaluate(llama, evaluate=text, window=16, test_tokens=64)["perplexity"] == pytest.approx(
+        result.perplexity["dense"], rel=1e-6
+    )
+
+
+def test_half_precision_models_are_stored_as_they_came(tmp_path: Path, text: str) -> None:
+    save("llama", tmp_path / "dense", dtype=torch.bfloat16)
+    result = msp.prune(
+        tmp_path / "dense", sparsity=0.5, output=tmp_path / "out", pruner="sparsegpt", allocator="uniform",
+        calibration=text, **SMALL,
+    )  # fmt: skip
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    for name in result.allocation:
+        kept = result.model.get_submodule(name).packed
+        assert kept.dtype == torch.float32
+        assert torch.equal(loaded.get_submodule(name).packed.values.float(), kept.values)
+
+
+def test_an_interrupted_search_goes_on(llama: Path, text: str, tmp_path: Path) -> None:
+    options = {"sparsity": 0.7, "calibration": text, "work_dir": tmp_path, **SMALL}
+    whole = msp.prune(llama, evaluations=64, **{**options, "work_dir": None})
+    msp.prune(llama, evaluations=32, **options)
+    resumed = msp.prune(llama, evaluations=64, resume=True, **options)
+    assert resumed.allocation == whole.allocation
+    assert len(resumed.history) == len(whole.history) == 5
+    with pytest.raises(MspError, match="another search"):
+        msp.prune(llama, evaluations=64, resume=True, **{**options, "sparsity": 0.6})
+
+
+def test_equal_seeds_give_equal_models(llama: Path, text: str) -> None:
+    runs = [msp.prune(llama, sparsity=0.7, calibration=text, evaluations=32, seed=4, **SMALL) for _ in range(2)]
+    assert runs[0].allocation == runs[1].allocation
+    assert runs[0].kl == runs[1].kl
+
+
+def test_linears_that_do_not_divide_stay_dense_and_the_rest_pays(text: str) -> None:
+    model = build("llama")
+    config = model.config
+    config.intermediate_size = 68
+    odd = AutoModelForCausalLM.from_config(config)
+    result = msp.prune(odd, sparsity=0.5, allocator="ramp", calibration=text, **SMALL)
+    assert set(result.skipped) == {f"model.layers.{i}.mlp.down_proj" for i in range(2)}
+    assert all("68 input features" in reason for reason in result.skipped.values())
+    assert result.density == pytest.approx(0.5, abs=0.01)
+    with pytest.raises(UsageError, match="out of reach"):
+        msp.prune(AutoModelForCausalLM.from_config(config), sparsity=0.9, calibration=text, **SMALL)
+
+
+def test_comparisons_share_tokens_and_leave_the_model_dense(llama: Path, text: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    before = model(input_ids=tokens(1, 5, seed=0)).logits
+    result = msp.compare(
+        model,
+        sparsity=0.75,
+        allocators=["uniform", "msp"],
+        pruners=["magnitude", "wanda"],
+        seeds=[0, 1],
+        calibration=text,
+        evaluations=16,
+        **SMALL,
+    )
+    assert torch.equal(model(input_ids=tokens(1, 5, seed=0)).logits, before)
+    assert len(result.rows) == 2 * 2 * 2 + 4
+    means = [row for row in result.rows if row.seed == "mean"]
+    for mean in means:
+        mine = [
+            row for row in result.rows if (row.allocator, row.pruner) == (mean.allocator, mean.pruner) and row != mean
+        ]
+        assert mean.kl == pytest.approx(sum(row.kl for row in mine) / 2)
+        assert mean.spread is not None and mean.spread["kl"] >= 0
+        assert (mean.evaluations > 0) == (mean.allocator == "msp")
+    # Magnitude with uniform levels asks nothing of the calibration tokens: seeds cannot matter.
+    plain = next(row for row in means if (row.allocator, row.pruner) == ("uniform", "magnitude"))
+    assert plain.spread == {"kl": 0.0, "perplexity": 0.0}
+    json.dumps(result.to_json())
+
+
+def test_sensitivities_cover_every_linear(llama: Path, text: str) -> None:
+    result = pipeline.sensitivity(llama, calibration=text, window=16, calibration_tokens=64)
+    assert set(result.traces) == {linear.name for linear in find_structure(build("llama")).linears}
+    assert sum(result.blocks) == pytest.approx(sum(result.traces.values()))
+    assert all(trace > 0 for trace in result.traces.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 0.0}, "outside"),
+        ({"sparsity": 1.0}, "outside"),
+        ({"group_size": 6}, "4, 8, 16, 32"),
+        ({"allocator": "best"}, "known: .*uniform"),
+        ({"pruner": "axe"}, "wanda"),
+        ({"unit": "model"}, "linear, block"),
+        ({"fitness": "accuracy"}, "kl, perplexity"),
+        ({"evaluations": 0}, "at least one"),
+        ({"window": 4096}, "context"),
+        ({"device": "abacus"}, "abacus"),
+        ({"dtype": "int3"}, "int3"),
+        ({"resume": True}, "work_dir"),
+        ({"wibble": 1}, "wibble"),
+    ],
+)
+def test_wrong_requests_are_refused_by_name(options: dict, message: str, llama: Path, text: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        msp.prune(llama, **{"sparsity": 0.5, "calibration": text, **SMALL, **options})
+
+
+def test_a_packed_model_is_not_pruned_again(llama: Path, text: str, tmp_path: Path) -> None:
+    options = {"sparsity": 0.5, "allocator": "uniform", "calibration": text, **SMALL}
+    msp.prune(llama, output=tmp_path / "out", **options)
+    with pytest.raises(MspError, match="packed already"):
+        msp.prune(tmp_path / "out", **options)
+    with pytest.raises(MspError, match="exists"):
+        msp.prune(llama, output=tmp_path / "out", **options)
+
+
+def test_weights_that_are_not_numbers_are_named_before_any_work(text: str) -> None:
+    model = build("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    with pytest.raises(MspError, match=r"layers\.1\.mlp\.up_proj: 1 of"):
+        msp.prune(model, sparsity=0.5, calibration=text, **SMALL)
