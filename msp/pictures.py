@@ -131,7 +131,7 @@ def search_picture(history: Sequence[Mapping[str, Any]], path: str | Path, *, fi
     lowest = [step["best"] for step in history if math.isfinite(step["best"])]
     if lowest and max(step.get("mean") or 0 for step in history) > 20 * min(lowest) > 0:
         axes.set_yscale("log")
-    axes.set_xlabel("evaluations (forward passes over the fitness tokens)")
+    axes.set_xlabel("evaluations (candidates measured)")
     axes.set_ylabel("KL to dense, nats a token" if fitness == "kl" else "perplexity")
     axes.set_title("Search on the fitness tokens (lower is better)", loc="left")
     axes.legend(frameon=False)

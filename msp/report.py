@@ -131,7 +131,7 @@ def prune_report(result: PruneResult, output: object = None) -> RenderableType:
 
 
 def _levels(allocation: Mapping[str, str]) -> Table:
-    table = _table("Pattern", right=("Linears",), title="How many weights each linear keeps (N:M keeps N of M)")
+    table = _table("Pattern", right=("Linears",), title="Patterns (N:M keeps N of M)")
     table.add_column("", width=BAR_WIDTH)
     counts = Counter(allocation.values())
     most = max(counts.values(), default=1)
@@ -219,13 +219,8 @@ def figures_report(figures: Mapping[str, Any]) -> RenderableType:
     table = _table("", right=("",))
     table.show_header = False
     for key, value in figures.items():
-        if value is not None and not isinstance(value, (Mapping, list, tuple)):
-            table.add_row(key.replace("_", " ").capitalize(), Text(_figure(value)))
-        elif isinstance(value, Mapping):
-            for part, item in value.items():
-                table.add_row(
-                    f"{key.replace('_', ' ')}: {str(part).replace('_', ' ')}".capitalize(), Text(_figure(item))
-                )
+        for label, item in _flat(str(key), value):
+            table.add_row(label.replace("_", " ").capitalize(), Text(_figure(item)))
     return table
 
 
@@ -242,9 +237,10 @@ def packed_report(info: PackedInfo) -> RenderableType:
     kept = Text(f"{info.kept:,} of {info.weights:,} weights kept: density {info.kept / max(info.weights, 1):.2%}")
     made = _table("How it was made", right=())
     made.add_column("", overflow="fold")
-    for key, value in {**info.recipe, **{f"{k} version": v for k, v in info.manifest.versions.items()}}.items():
-        shown = to_json(value) if isinstance(value, (Mapping, list, tuple)) else _figure(value)
-        made.add_row(str(key).replace("_", " "), Text(shown))
+    recipe = {**info.recipe, "versions": info.manifest.versions}
+    for key, value in recipe.items():
+        for label, item in _flat(str(key), value):
+            made.add_row(label.replace("_", " "), Text(_figure(item)))
     return Group(table, kept, _levels(info.allocation.to_strings()), made)
 
 
@@ -309,6 +305,17 @@ def _figure(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return number(value) if isinstance(value, float) else str(value)
+
+
+def _flat(key: str, value: object) -> Iterator[tuple[str, object]]:
+    """Nested mappings as ``(path, value)`` pairs; what is not set is left out."""
+    if isinstance(value, Mapping):
+        for part, item in value.items():
+            yield from _flat(key if part == key else f"{key}: {part}", item)
+    elif isinstance(value, (list, tuple)):
+        yield key, ", ".join(map(str, value))
+    elif value is not None:
+        yield key, value
 
 
 def _bar(share: float) -> Text:

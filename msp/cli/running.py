@@ -74,7 +74,7 @@ def running(as_json: bool, debug: bool, *, on_interrupt: str = "interrupted") ->
         _fail(console, on_interrupt, FAILED, debug)
     except MspError as error:
         _fail(console, str(error), WRONG_USAGE if isinstance(error, UsageError) else FAILED, debug)
-    except Exception as error:  # noqa: BLE001 - the last line of defence: a user gets a line, not a traceback
+    except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         hint = "" if debug else " (run again with --debug for the traceback)"
         _fail(console, f"{type(error).__name__}: {lines[0]}{hint}", FAILED, debug)

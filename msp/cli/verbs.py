@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -152,7 +153,7 @@ def prune(
 
     Example: msp prune ./my-model -o ./my-model-75 --sparsity 0.75 --calibration notes.txt
     """
-    interrupted = "interrupted; nothing was written to OUT. Run the same command with --resume to go on"
+    interrupted = f"interrupted, {output} is not written; run the same command with --resume to go on"
     with running(as_json, debug, on_interrupt=interrupted) as session:
         _check_arithmetic(sparsity, group_size)
         _check_sources(calibration, evaluate)
@@ -175,7 +176,7 @@ def prune(
             dtype=dtype,
             device=device,
             resume=resume,
-            work_dir=work_dir if work_dir is not None else search_folder(output),
+            work_dir=work_dir if work_dir is not None else _search_folder(output),
             **_given(
                 calibration=calibration,
                 evaluate=evaluate,
@@ -186,6 +187,8 @@ def prune(
                 evaluations=evaluations,
             ),
         )
+        if work_dir is None:
+            shutil.rmtree(_search_folder(output), ignore_errors=True)
         drawn: list[Path] = []
         if pictures:
             from msp.pictures import prune_pictures
@@ -195,7 +198,7 @@ def prune(
         session.result(result.to_json(), Group(prune_report(result, output), *_files("Pictures", drawn)))
 
 
-def search_folder(output: Path) -> Path:
+def _search_folder(output: Path) -> Path:
     """Where the search for the model at ``output`` keeps its checkpoints: beside it, hidden."""
     return output.absolute().with_name(f".{output.absolute().name}.search")
 
@@ -239,7 +242,7 @@ def compare(
     """Compare ways to spend the same budget of weights, in one table.
 
     Every row prunes the same model to the same sparsity and is measured on the same test tokens, which nothing was
-    searched on. KL says how far the predictions moved from those of the dense model; lower is better, as for perplexity.
+    searched on. KL says how far the predictions moved from those of the dense model; lower is better.
 
     Example: msp compare ./my-model --sparsity 0.75 --allocators uniform,msp --pruners wanda,sparsegpt --seeds 3
     """
@@ -361,8 +364,8 @@ def evaluate(
 ) -> None:
     """Measure the perplexity of a model, dense or packed.
 
-    Perplexity is taken over non-overlapping windows of tokens. It depends on the text, the window and the tokenizer, which
-    are printed beside it: figures with other settings cannot be compared.
+    Perplexity is taken over non-overlapping windows of tokens. It depends on the text, the window and the tokenizer:
+    figures taken with other settings cannot be compared.
 
     Example: msp evaluate ./my-model-75 --evaluate test.txt --reference ./my-model
     """
@@ -436,8 +439,8 @@ def info(
 ) -> None:
     """Describe a model without loading its weights.
 
-    Of a packed model: bytes, the pattern of every layer (N:M keeps N of M) and how it was made. Of a dense one: what could
-    be pruned, and which group sizes M divide its layers.
+    Of a packed model: bytes, the pattern of every layer (N:M keeps N of M) and how it was made. Of a dense one: what
+    could be pruned, and which group sizes M divide its layers.
 
     Example: msp info ./my-model-75
     """
