@@ -43,8 +43,9 @@ MSP_HD constexpr int64_t first_group_of_unit(int64_t row, int64_t unit_in_row, i
     return row * (columns / group_size) + unit_in_row * (unit_columns(group_size) / group_size);
 }
 
-// Ranks below every finite score: what `compliant` rules out, and lanes past the end of a row.
-constexpr int32_t kRuledOut = INT32_MIN;
+// Ranks below every finite score: what `compliant` rules out, and lanes past the end of a row. Not the very
+// least integer, so that one below it can still be compared with.
+constexpr int32_t kRuledOut = INT32_MIN + 1;
 
 // An integer that orders as the finite float with these bits does; -0 and +0 are one value.
 MSP_HD constexpr int32_t ordered_key(uint32_t float_bits) {

@@ -14,7 +14,7 @@ bool has(Isa isa) {
         case Isa::kAvx2:
             return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
         case Isa::kAvx512:
-            return has(Isa::kAvx2) && __builtin_cpu_supports("avx512f") &&
+            return has(Isa::kAvx2) && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") &&
                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2");
     }

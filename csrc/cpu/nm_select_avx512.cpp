@@ -1,0 +1,273 @@
+// Compiled for AVX-512 with VBMI2 (see CMakeLists.txt) and only called where the CPU has it. Everything here
+// has internal linkage or is inlined: no code of this file may serve another.
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "nm_select.h"
+
+namespace msp {
+namespace {
+
+constexpr int kLanes = 16;
+
+// A compare-exchange of lanes i and i ^ Distance: lanes whose bit is set in `Low` keep the smaller key.
+template <int Distance, __mmask16 Low>
+__m512i exchange(__m512i keys) {
+    __m512i partner;
+    if constexpr (Distance == 1) partner = _mm512_shuffle_epi32(keys, _MM_PERM_CDAB);
+    if constexpr (Distance == 2) partner = _mm512_shuffle_epi32(keys, _MM_PERM_BADC);
+    if constexpr (Distance == 4) partner = _mm512_shuffle_i32x4(keys, keys, 0b10110001);
+    if constexpr (Distance == 8) partner = _mm512_shuffle_i32x4(keys, keys, 0b01001110);
+    return _mm512_mask_min_epi32(_mm512_max_epi32(keys, partner), Low, keys, partner);
+}
+
+constexpr __mmask16 low_lanes(int distance, int block) {
+    unsigned low = 0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const bool descending = (lane & block) == 0;
+        const bool second = (lane & distance) != 0;
+        if (descending == second) low |= 1u << lane;
+    }
+    return static_cast<__mmask16>(low);
+}
+
+// Bitonic merges: sorts every Block lanes that are bitonic, descending in even blocks and, unless the block
+// is a whole group (then Direction is 0), ascending in odd ones.
+template <int Distance, int Direction>
+__m512i merge(__m512i keys) {
+    keys = exchange<Distance, low_lanes(Distance, Direction)>(keys);
+    if constexpr (Distance > 1) keys = merge<Distance / 2, Direction>(keys);
+    return keys;
+}
+
+// Sorts each group of M lanes, descending.
+template <int M, int Block = 2>
+__m512i sort_descending(__m512i keys) {
+    keys = merge<Block / 2, Block == M ? 0 : Block>(keys);
+    if constexpr (Block < M) keys = sort_descending<M, Block * 2>(keys);
+    return keys;
+}
+
+// The bits of `above` and the lowest of `equal` that make n.
+uint32_t fill_up(uint32_t above, uint32_t equal, int n) {
+    return above | _pdep_u32(_bzhi_u32(~0u, n - _mm_popcnt_u32(above)), equal);
+}
+
+// For each group of M lanes its n largest keys, ties to the lower lane. `nth` holds in each lane the lane
+// where the sorted group has its n-th; Distinct: no group holds a key twice.
+template <int M, bool Distinct>
+__mmask16 select(__m512i keys, __m512i nth, int n) {
+    const __m512i threshold = _mm512_permutexvar_epi32(nth, sort_descending<M>(keys));
+    const __mmask16 kept = _mm512_cmpge_epi32_mask(keys, threshold);
+    if (Distinct || _mm_popcnt_u32(kept) == n * (kLanes / M)) return kept;
+
+    const uint32_t above = _mm512_cmpgt_epi32_mask(keys, threshold);
+    uint32_t exact = 0;
+    for (int lane = 0; lane < kLanes; lane += M) {
+        const uint32_t group = ((1u << M) - 1) << lane;
+        exact |= fill_up(above & group, kept & ~above & group, n);
+    }
+    return static_cast<__mmask16>(exact);
+}
+
+// The same for one group of 32 lanes, of which `keys0` holds the first half. `nth` is n - 1 mod 16.
+template <bool Distinct>
+uint32_t select32(__m512i keys0, __m512i keys1, __m512i nth, int n) {
+    const __m512i reverse = _mm512_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i sorted0 = sort_descending<16>(keys0);
+    const __m512i sorted1 = _mm512_permutexvar_epi32(reverse, sort_descending<16>(keys1));
+    // one half descending, one ascending: lane by lane, the maxima are the best 16 of all 32
+    const __m512i half =
+        n <= kLanes ? _mm512_max_epi32(sorted0, sorted1) : _mm512_min_epi32(sorted0, sorted1);
+    const __m512i threshold = _mm512_permutexvar_epi32(nth, merge<8, 0>(half));
+    const uint32_t kept0 = _mm512_cmpge_epi32_mask(keys0, threshold);
+    const uint32_t kept1 = _mm512_cmpge_epi32_mask(keys1, threshold);
+    const uint32_t kept = kept0 | kept1 << kLanes;
+    if (Distinct || _mm_popcnt_u32(kept) == n) return kept;
+
+    const uint32_t above0 = _mm512_cmpgt_epi32_mask(keys0, threshold);
+    const uint32_t above1 = _mm512_cmpgt_epi32_mask(keys1, threshold);
+    const uint32_t above = above0 | above1 << kLanes;
+    return fill_up(above, kept & ~above, n);
+}
+
+// 16 weights as stored, their values, and where they go. Lanes outside `live` are not touched in memory.
+template <Dtype D>
+struct Lanes;
+
+template <>
+struct Lanes<Dtype::kFloat32> {
+    using Vector = __m512i;
+    static Vector load(const uint32_t* from, __mmask16 live) { return _mm512_maskz_loadu_epi32(live, from); }
+    static __m512 to_float(Vector v) { return _mm512_castsi512_ps(v); }
+    static void store(uint32_t* to, Vector v, __mmask16 kept, __mmask16 places) {
+        _mm512_mask_storeu_epi32(to, places, _mm512_maskz_compress_epi32(kept, v));
+    }
+};
+
+// Compressing in a register and storing under a mask: compressing into memory is slow on AMD.
+struct Lanes16 {
+    using Vector = __m256i;
+    static Vector load(const uint16_t* from, __mmask16 live) { return _mm256_maskz_loadu_epi16(live, from); }
+    static void store(uint16_t* to, Vector v, __mmask16 kept, __mmask16 places) {
+        _mm256_mask_storeu_epi16(to, places, _mm256_maskz_compress_epi16(kept, v));
+    }
+};
+
+template <>
+struct Lanes<Dtype::kFloat16> : Lanes16 {
+    static __m512 to_float(Vector v) { return _mm512_cvtph_ps(v); }
+};
+
+template <>
+struct Lanes<Dtype::kBFloat16> : Lanes16 {
+    static __m512 to_float(Vector v) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+    }
+};
+
+__mmask16 not_finite(__m512 v) { return _mm512_fpclass_ps_mask(v, 0x99); }  // quiet or signalling NaN, +-inf
+
+__mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>(_bzhi_u32(0xffffu, count)); }
+
+struct Avx512 {
+    // 16 columns of a row: their weights and the keys that rank them.
+    template <Dtype D, int M, ScoreKind Kind>
+    struct Chunk {
+        typename Lanes<D>::Vector stored;
+        __m512i keys;
+        __mmask16 wrong;
+
+        Chunk(const NmSelect& op, int64_t row, float row_term, int64_t column, __mmask16 live) {
+            using Bits = typename Stored<D>::Bits;
+            const int64_t offset = row * op.columns + column;
+            stored = Lanes<D>::load(static_cast<const Bits*>(op.weight) + offset, live);
+            const __m512 w = Lanes<D>::to_float(stored);
+            __m512 score = _mm512_abs_ps(w);
+            if constexpr (Kind == ScoreKind::kRelative) {
+                const __m512 column_term = _mm512_maskz_loadu_ps(live, op.column_term + column);
+                score = _mm512_mul_ps(score, _mm512_add_ps(_mm512_set1_ps(row_term), column_term));
+            }
+            if constexpr (Kind == ScoreKind::kScaled || Kind == ScoreKind::kRelative) {
+                if (Kind == ScoreKind::kScaled || op.column_scale != nullptr) {
+                    score = _mm512_mul_ps(score, _mm512_maskz_loadu_ps(live, op.column_scale + column));
+                }
+            }
+            if constexpr (Kind == ScoreKind::kFisher || Kind == ScoreKind::kGiven) {
+                const __m512 entry = _mm512_maskz_loadu_ps(live, op.matrix + offset);
+                score = Kind == ScoreKind::kGiven ? entry : _mm512_mul_ps(_mm512_mul_ps(w, w), entry);
+            }
+            wrong = not_finite(score);
+            if constexpr (Kind == ScoreKind::kGiven) wrong |= not_finite(w);
+
+            if constexpr (Kind == ScoreKind::kMagnitude) {
+                keys = _mm512_castps_si512(score);
+            } else {
+                // ordered_key() of each lane; adding zero turns -0 into +0
+                const __m512i bits = _mm512_castps_si512(_mm512_add_ps(score, _mm512_setzero_ps()));
+                const __m512i flip = _mm512_srli_epi32(_mm512_srai_epi32(bits, 31), 1);
+                keys = _mm512_xor_si512(bits, flip);
+            }
+            if constexpr (distinct(D, Kind)) {
+                // columns in descending order, in bits that a 16-bit float widened to 32 leaves zero
+                const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+                const __m512i above = _mm512_set1_epi32(M == 32 && column % 32 == 0 ? 31 : 15);
+                keys = _mm512_add_epi32(keys, _mm512_sub_epi32(above, lane));
+            }
+            if (op.compliant) {
+                const __m512i second = _mm512_setr_epi32(1, 1, 1, 1, 5, 5, 5, 5, 9, 9, 9, 9, 13, 13, 13, 13);
+                const __mmask16 kept = select<4, distinct(D, Kind)>(keys, second, 2);
+                keys = _mm512_mask_mov_epi32(_mm512_set1_epi32(kRuledOut), kept, keys);
+            }
+        }
+    };
+
+    // Whether keys carry the column as well, so that no two of a group are equal. What `compliant` rules out
+    // is equal, but never near the n-th.
+    static constexpr bool distinct(Dtype dtype, ScoreKind kind) {
+        return kind == ScoreKind::kMagnitude && dtype != Dtype::kFloat32;
+    }
+
+    template <Dtype D, int M, ScoreKind Kind>
+    static int64_t run(const NmSelect& op, int64_t begin, int64_t end) {
+        using Bits = typename Stored<D>::Bits;
+        Bits* value = static_cast<Bits*>(op.values) + begin * values_per_row(op.columns, M, op.n);
+        int64_t wrong = 0;
+        for (int64_t row = begin; row < end; ++row) {
+            const float row_term = Kind == ScoreKind::kRelative ? op.row_term[row] : 0.0f;
+            uint8_t* byte = op.bitmask + row * bitmask_row_bytes(op.columns);
+            if constexpr (M == 32) {
+                wrong += row_of_pairs<D, Kind>(op, row, row_term, value, byte);
+            } else {
+                wrong += row_of_vectors<D, M, Kind>(op, row, row_term, value, byte);
+            }
+        }
+        return wrong;
+    }
+
+    template <Dtype D, int M, ScoreKind Kind>
+    static int64_t row_of_vectors(const NmSelect& op, int64_t row, float row_term,
+                                  typename Stored<D>::Bits*& value, uint8_t* byte) {
+        alignas(64) int32_t nth_lane[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) nth_lane[lane] = lane / M * M + (op.n > 0 ? op.n - 1 : 0);
+        const __m512i nth = _mm512_load_si512(nth_lane);
+        const int kept_of_all = op.n * (kLanes / M);
+        const __mmask16 all_places = first_lanes(kept_of_all);
+        const __mmask16 any = op.n > 0 ? 0xffff : 0;
+        int64_t wrong = 0;
+        int64_t column = 0;
+        for (; column + kLanes <= op.columns; column += kLanes) {
+            const Chunk<D, M, Kind> chunk(op, row, row_term, column, 0xffff);
+            wrong += _mm_popcnt_u32(chunk.wrong);
+            const uint16_t kept = select<M, distinct(D, Kind)>(chunk.keys, nth, op.n) & any;
+            Lanes<D>::store(value, chunk.stored, kept, all_places);
+            value += kept_of_all;
+            std::memcpy(byte, &kept, 2);
+            byte += 2;
+        }
+        if (column < op.columns) {
+            const int64_t left = op.columns - column;
+            const __mmask16 live = first_lanes(left);
+            const Chunk<D, M, Kind> chunk(op, row, row_term, column, live);
+            wrong += _mm_popcnt_u32(chunk.wrong & live);
+            const uint16_t kept = select<M, distinct(D, Kind)>(chunk.keys, nth, op.n) & any & live;
+            const int64_t count = left / M * op.n;
+            Lanes<D>::store(value, chunk.stored, kept, first_lanes(count));
+            value += count;
+            std::memcpy(byte, &kept, static_cast<size_t>(bitmask_row_bytes(left)));
+        }
+        return wrong;
+    }
+
+    // Groups of 32 columns, two vectors each.
+    template <Dtype D, ScoreKind Kind>
+    static int64_t row_of_pairs(const NmSelect& op, int64_t row, float row_term,
+                                typename Stored<D>::Bits*& value, uint8_t* byte) {
+        const __m512i nth = _mm512_set1_epi32((op.n + 31) % kLanes);
+        const uint32_t any = op.n > 0 ? ~0u : 0u;
+        int64_t wrong = 0;
+        for (int64_t column = 0; column < op.columns; column += 32) {
+            const Chunk<D, 32, Kind> chunk0(op, row, row_term, column, 0xffff);
+            const Chunk<D, 32, Kind> chunk1(op, row, row_term, column + kLanes, 0xffff);
+            wrong += _mm_popcnt_u32(chunk0.wrong) + _mm_popcnt_u32(chunk1.wrong);
+            const uint32_t kept = select32<distinct(D, Kind)>(chunk0.keys, chunk1.keys, nth, op.n) & any;
+            const int count0 = _mm_popcnt_u32(kept & 0xffffu);
+            Lanes<D>::store(value, chunk0.stored, static_cast<__mmask16>(kept), first_lanes(count0));
+            Lanes<D>::store(value + count0, chunk1.stored, static_cast<__mmask16>(kept >> kLanes),
+                            first_lanes(op.n - count0));
+            value += op.n;
+            std::memcpy(byte, &kept, 4);
+            byte += 4;
+        }
+        return wrong;
+    }
+};
+
+}  // namespace
+
+int64_t nm_select_rows_avx512(const NmSelect& op, int64_t begin, int64_t end) {
+    return specialise<Avx512>(op, begin, end);
+}
+
+}  // namespace msp

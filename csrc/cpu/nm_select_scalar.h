@@ -1,0 +1,47 @@
+// Single groups in plain C++: the scalar path, and what a vector path leaves at the end of a row.
+#pragma once
+
+#include "nm_select.h"
+
+namespace msp {
+
+// Selects the groups of `row` in columns [begin, end), both multiples of M and `begin` of 8 as well. `value`
+// is where the first kept weight goes; it moves on. Returns how many weights or scores are not finite.
+template <Dtype D, int M, ScoreKind Kind>
+MSP_HD int64_t nm_select_columns(const NmSelect& op, int64_t row, int64_t begin, int64_t end,
+                                 typename Stored<D>::Bits*& value) {
+    using Bits = typename Stored<D>::Bits;
+    const Bits* weight = static_cast<const Bits*>(op.weight) + row * op.columns;
+    const float* matrix = op.matrix == nullptr ? nullptr : op.matrix + row * op.columns;
+    uint8_t* byte = op.bitmask + row * bitmask_row_bytes(op.columns) + begin / 8;
+    const float row_term = Kind == ScoreKind::kRelative ? op.row_term[row] : 0.0f;
+    int64_t not_finite = 0;
+    for (int64_t first = begin; first < end; first += M) {
+        int32_t keys[M];
+        for (int c = 0; c < M; ++c) {
+            const int64_t column = first + c;
+            const float w = Stored<D>::to_float(weight[column]);
+            const float scale = op.column_scale == nullptr ? 1.0f : op.column_scale[column];
+            const float column_term = Kind == ScoreKind::kRelative ? op.column_term[column] : 0.0f;
+            const float entry = matrix == nullptr ? 0.0f : matrix[column];
+            const uint32_t bits = float_bits(score<Kind>(w, scale, row_term, column_term, entry));
+            not_finite += !is_finite(bits) || !is_finite(float_bits(w));
+            keys[c] = ordered_key(bits);
+        }
+        if (op.compliant) rule_out_beyond_two_of_four<M>(keys);
+        const uint32_t kept = select_group<M>(keys, op.n);
+        for (int c = 0; c < M; ++c) {
+            if (kept >> c & 1) *value++ = weight[first + c];
+        }
+        if (M >= 8) {
+            for (int b = 0; b < M / 8; ++b) *byte++ = static_cast<uint8_t>(kept >> 8 * b);
+        } else if (first % 8 == 0) {
+            *byte = static_cast<uint8_t>(kept);
+        } else {
+            *byte++ |= static_cast<uint8_t>(kept << 4);
+        }
+    }
+    return not_finite;
+}
+
+}  // namespace msp
