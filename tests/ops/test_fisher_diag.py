@@ -9,6 +9,7 @@ from msp.ops.fisher_diag import fisher_diag_op
 SHAPES = [(1, 1, 1, 1), (1, 1, 5, 7), (5, 1, 3, 130), (3, 17, 33, 20), (2, 70, 129, 66), (1, 131, 16, 48)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BACKENDS = ["reference", "triton"]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def skip_unless_served(backend: str, dtype: torch.dtype) -> None:

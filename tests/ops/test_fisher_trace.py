@@ -9,6 +9,7 @@ from msp.ops.fisher_trace import fisher_trace_op, gram_is_cheaper
 SHAPES = [(1, 1, 1, 1), (1, 1, 5, 7), (5, 1, 3, 130), (3, 17, 33, 20), (2, 70, 129, 66), (1, 300, 16, 20)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BACKENDS = ["reference", "triton"]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 FORMS = ["direct", "gram"]
 
 

@@ -8,8 +8,10 @@ from msp.ops import available_backends, force_backend, last_backend, nm_select, 
 from msp.ops.obs_prune import obs_prune_op
 from msp.patterns import NMPattern
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BACKENDS = ["reference", "triton"]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 # rows, columns, pattern, block size: single rows, a short last block, groups as wide as a block
 CASES = [
     (1, 4, "2:4", 4),
@@ -30,14 +32,13 @@ def skip_unless_served(backend: str) -> None:
 
 def make(rows, columns, dtype, seed):
     """A weight, and the inverse Hessian's factor of correlated inputs."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     mixing = torch.randn(columns, columns, dtype=torch.float64) / columns**0.5 + torch.eye(columns)
     x = torch.randn(3 * columns, columns, dtype=torch.float64) @ mixing
     hessian = 2 * x.T @ x / len(x)
     hessian += 0.01 * hessian.diagonal().mean() * torch.eye(columns)
     factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
-    return torch.randn(rows, columns).to(device, dtype), factor.float().to(device)
+    return torch.randn(rows, columns).to(DEVICE, dtype), factor.float().to(DEVICE)
 
 
 def published(weight, factor, n, m, block):
@@ -101,9 +102,9 @@ def test_the_block_size_changes_nothing_but_rounding(backend, seed):
 def test_with_uncorrelated_inputs_it_is_magnitude_pruning_and_ties_go_to_the_lower_column(backend, m):
     skip_unless_served(backend)
     torch.manual_seed(m)
-    weight = torch.randint(-2, 3, (11, 64)).float()  # full of ties
+    weight = torch.randint(-2, 3, (11, 64), device=DEVICE).float()  # full of ties
     with force_backend(backend):
-        packed = obs_prune(weight, torch.eye(64), NMPattern(m // 4, m))
+        packed = obs_prune(weight, torch.eye(64, device=DEVICE), NMPattern(m // 4, m))
     plain = nm_select(weight, NMPattern(m // 4, m))
     assert torch.equal(packed.bitmask, plain.bitmask)
     assert torch.equal(packed.values, plain.values)
@@ -161,10 +162,10 @@ def test_refuses_what_does_not_fit(change, error, message):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_says_when_an_updated_weight_overflows(backend):
     skip_unless_served(backend)
-    factor = torch.eye(8)
+    factor = torch.eye(8, device=DEVICE)
     factor[:, 7] = -10.0
     factor[7, 7] = 1.0
-    weight = torch.full((2, 8), 2e4, dtype=torch.float16)
+    weight = torch.full((2, 8), 2e4, dtype=torch.float16, device=DEVICE)
     weight[:, 7] = 6e4
     with force_backend(backend), pytest.raises(ValueError, match="2 of the 16 values of weight, once updated"):
         obs_prune(weight, factor, NMPattern(4, 8))
