@@ -71,7 +71,7 @@ class BlockStream(AbstractContextManager["BlockStream"]):
     ) -> None:
         self._model = model
         self._structure = structure
-        self._batches = list(windows.split(batch_size))
+        self._batches = list(torch.split(windows, batch_size))
         self._device = torch.device(device) if device is not None else _home(model)
         self._hidden: list[torch.Tensor | None] = [None] * len(self._batches)
         self._wrap: list[Callable[[Any], Any]] = []

@@ -69,7 +69,7 @@ class DenseReference:
         self.batch_size = batch_size
         self._log_probs: list[torch.Tensor] = []
         loss, predicted, dtype = 0.0, 0, torch.float32
-        batches = windows.split(batch_size)
+        batches = torch.split(windows, batch_size)
         with (progress or NoProgress()).stage(label, len(batches)) as advance:
             for index, (tokens, log_probs) in enumerate(_predictions(model, windows, batch_size)):
                 if index == 0:
@@ -111,7 +111,7 @@ class DenseReference:
 def perplexity(model: Any, windows: torch.Tensor, *, batch_size: int = 8, progress: Progress | None = None) -> Quality:
     """Perplexity alone, keeping nothing; ``kl`` is NaN."""
     loss, predicted = 0.0, 0
-    with (progress or NoProgress()).stage("Evaluating", len(windows.split(batch_size))) as advance:
+    with (progress or NoProgress()).stage("Evaluating", len(torch.split(windows, batch_size))) as advance:
         for index, (tokens, log_probs) in enumerate(_predictions(model, windows, batch_size)):
             loss += _loss(log_probs, tokens)
             predicted += log_probs.shape[0] * log_probs.shape[1]
@@ -122,7 +122,7 @@ def perplexity(model: Any, windows: torch.Tensor, *, batch_size: int = 8, progre
 def _predictions(model: Any, windows: torch.Tensor, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield ``(tokens [B, T], fp32 log-probabilities [B, T-1, V])`` batch by batch."""
     device = next(model.parameters()).device
-    for tokens in windows.split(batch_size):
+    for tokens in torch.split(windows, batch_size):
         tokens = tokens.to(device)
         with torch.inference_mode():
             logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]

@@ -133,7 +133,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _linear_sizes(module: nn.Module) -> list[int]:
-    return [child.weight.numel() for child in module.modules() if _is_linear(child)]
+    return [child.get_parameter("weight").numel() for child in module.modules() if _is_linear(child)]
 
 
 @dataclass

@@ -517,16 +517,15 @@ def mean_rows(rows: Sequence[CompareRow]) -> list[CompareRow]:
     means = []
     for key in dict.fromkeys((row.allocator, row.pruner) for row in rows):
         mine = [row for row in rows if (row.allocator, row.pruner) == key]
-        mean = {
-            name: statistics.fmean(getattr(row, name) for row in mine)
-            for name in ("density", "kl", "perplexity", "seconds")
-        }
+        density, kl, quality, seconds = (
+            statistics.fmean(getattr(row, name) for row in mine) for name in ("density", "kl", "perplexity", "seconds")
+        )
         spread = {
             name: statistics.stdev(getattr(row, name) for row in mine) if len(mine) > 1 else 0.0
             for name in ("kl", "perplexity")
         }
         evaluations = round(statistics.fmean(row.evaluations for row in mine))
-        means.append(CompareRow(*key, "mean", evaluations=evaluations, spread=spread, **mean))
+        means.append(CompareRow(*key, "mean", density, kl, quality, evaluations, seconds, spread))
     return means
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from msp.allocators.base import Allocated, Problem, register_allocator
+from msp.allocators.base import Allocated, Allocator, Problem, register_allocator
 from msp.allocators.fisher_rank import FisherRank, FisherRankLinear
 from msp.allocators.levels import Levels, repair
 from msp.allocators.ramp import Ramp
@@ -55,9 +55,9 @@ class Msp:
     spreads: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 
     def allocate(self, problem: Problem) -> Allocated:
-        makers = [FisherRank(spread) for spread in self.spreads]
-        others = [FisherRankLinear(0.2), Ramp(), Uniform()]
-        return search(problem, [maker.allocate(problem).levels for maker in (*makers, *others)])
+        makers: list[Allocator] = [FisherRank(spread) for spread in self.spreads]
+        makers += [FisherRankLinear(0.2), Ramp(), Uniform()]
+        return search(problem, [maker.allocate(problem).levels for maker in makers])
 
 
 @register_allocator

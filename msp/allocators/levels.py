@@ -107,7 +107,7 @@ def _close_gap(levels: Levels, units: Sequence[Unit], budget: Budget, turns: NDA
 
 
 def _apply_moves(levels: Levels, units: Sequence[Unit], moves: dict[int, int], steps: dict[int, list[int]]) -> Levels:
-    fixed = levels.copy()
+    fixed: Levels = levels.copy()
     for size, moved in moves.items():
         direction = 1 if moved > 0 else -1
         while moved:

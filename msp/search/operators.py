@@ -24,7 +24,7 @@ def swap(levels: Levels, units: Sequence[Unit], step: int, rng: np.random.Genera
     The count min(U{1..3}, U{1..3}) is EvoPress's (arXiv 2410.14649). Where the two units differ in size the
     taker gets the nearest number of levels, so that repair has little left to do.
     """
-    mutant = levels.copy()
+    mutant: Levels = levels.copy()
     for _ in range(int(min(rng.integers(1, 4), rng.integers(1, 4)))):
         givers = [i for i, unit in enumerate(units) if mutant[i] > 0]
         if not givers:
@@ -47,7 +47,7 @@ def shift_group(levels: Levels, units: Sequence[Unit], step: int, rng: np.random
     Layers of one kind resemble each other, and a change to one of them alone is lost in the noise of
     a small token set: moving them together is the larger step that swaps would take many turns to.
     """
-    mutant = levels.copy()
+    mutant: Levels = levels.copy()
     direction = int(rng.choice([-1, 1])) * int(rng.integers(1, step + 1))
     blocks = sorted({unit.block for unit in units})
     if rng.random() < 0.4:
