@@ -1,0 +1,479 @@
+"""The command line, as a user meets it: streams, exit codes, help, errors, and every verb on a real model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import typer.main
+from families import VOCABULARY, save
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import msp.pipeline
+from msp.cli import app
+from msp.data import save_tokens
+from msp.patterns import Allocation
+
+VERBS = ("prune", "compare", "sensitivity", "evaluate", "generate", "info")
+SMALL = [
+    "--window",
+    "16",
+    "--calibration-tokens",
+    "64",
+    "--fitness-tokens",
+    "64",
+    "--test-tokens",
+    "64",
+    "--device",
+    "cpu",
+]
+
+
+def msp_run(*arguments: object):
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
+
+
+def one_object(result) -> dict:
+    """The JSON object that is all of standard output."""
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("\n") == 1
+    found = json.loads(result.stdout, parse_constant=pytest.fail)
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def text(home: Path) -> Path:
+    generator = torch.Generator().manual_seed(7)
+    words = torch.randint(3, VOCABULARY, (4096,), generator=generator).tolist()
+    (home / "text.txt").write_text(" ".join(f"w{word}" for word in words))
+    return home / "text.txt"
+
+
+@pytest.fixture(scope="module")
+def llama(home: Path) -> Path:
+    save("llama", home / "llama")
+    return home / "llama"
+
+
+@pytest.fixture(scope="module")
+def packed(home: Path, llama: Path, text: Path) -> tuple[Path, dict]:
+    out = home / "packed"
+    result = msp_run(
+        "prune", llama, "-o", out, "--calibration", text, *SMALL, "--evaluations", 16, "--seed", 3, "--json"
+    )
+    return out, one_object(result)
+
+
+def test_help_and_version_do_not_import_torch():
+    code = (
+        "import sys\nfrom msp.cli import app\n"
+        "try: app(['--help'])\nexcept SystemExit as exit: assert not exit.code\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'numpy'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(verb in done.stdout for verb in VERBS)
+    done = subprocess.run([sys.executable, "-m", "msp", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"msp {msp.__version__}\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb: str):
+    shown = msp_run(verb, "--help")
+    assert shown.exit_code == 0
+    assert "Example: msp" in shown.stdout
+    command = typer.main.get_command(app).commands[verb]
+    for option in command.params:
+        assert option.name == "help" or getattr(option, "help", None), f"{verb} {option.name} has no help"
+    assert {"--json", "--debug"} <= {name for option in command.params for name in option.opts}
+
+
+def test_help_says_that_n_is_kept():
+    for arguments in (["--help"], ["prune", "--help"], ["info", "--help"]):
+        assert "keeps N of" in " ".join(msp_run(*arguments).stdout.split())
+
+
+def test_no_verb_shows_the_help():
+    shown = msp_run()
+    assert "Usage" in shown.stdout + shown.stderr
+
+
+def test_prune_json(packed: tuple[Path, dict], llama: Path):
+    out, data = packed
+    assert set(data) >= {
+        *("density", "kept", "budget", "allocation", "skipped", "perplexity", "kl", "bytes", "seconds", "peak_memory")
+    }
+    assert 0.24 < data["density"] <= 0.25
+    assert data["budget"] - data["kept"] >= 0
+    assert set(data["perplexity"]) == {"dense", "pruned"}
+    assert data["bytes"]["packed"] < data["bytes"]["dense"]
+    assert Allocation.from_strings(data["allocation"]).kept(_shapes(llama)) == data["kept"]
+    assert {path.name for path in (out / "pictures").iterdir()} == {"allocation.png", "sensitivity.png", "search.png"}
+    assert not [path for path in out.parent.iterdir() if "search" in path.name], "the search's checkpoint is gone"
+    assert AutoModelForCausalLM.from_pretrained(out).num_parameters() > 0
+
+
+def _shapes(model: Path) -> dict[str, tuple[int, int]]:
+    state = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    return {name.removesuffix(".weight"): tuple(weight.shape) for name, weight in state.items() if weight.ndim == 2}
+
+
+def test_prune_tells_a_reader_what_it_did(home: Path, llama: Path, text: Path):
+    out = home / "by-hand"
+    shown = msp_run(
+        *("prune", llama, "-o", out, "--calibration", text, *SMALL, "--allocator", "uniform", "--no-pictures"),
+        *("--pruner", "magnitude", "-s", 0.5, "-m", 4),
+    )
+    assert shown.exit_code == 0, shown.stderr
+    for word in ("Perplexity", "KL to dense", "2:4", "50.00%", "smaller", str(out)):
+        assert word in shown.stdout
+    assert "Pruning" in shown.stderr and "Pruning" not in shown.stdout
+    assert not (out / "pictures").exists()
+
+
+def test_info_of_packed_and_dense(packed: tuple[Path, dict], llama: Path):
+    out, pruned = packed
+    data = one_object(msp_run("info", out, "--json"))
+    assert data["packed"] is True
+    assert data["allocation"] == pruned["allocation"]
+    assert data["kept"] == pruned["kept"]
+    assert data["recipe"]["seed"] == 3
+    shown = msp_run("info", out).stdout
+    assert "How it was made" in shown and "wanda" in shown and "All tensors" in shown
+
+    data = one_object(msp_run("info", llama, "--json"))
+    assert data["packed"] is False
+    assert data["blocks"] == 2
+    assert data["parameters"] == AutoModelForCausalLM.from_pretrained(llama).num_parameters()
+    down = next(row for row in data["linears"] if row["kind"] == "mlp.down_proj")
+    assert down == {
+        "kind": "mlp.down_proj",
+        "shape": [32, 64],
+        "count": 2,
+        "weights": 4096,
+        "group_sizes": [4, 8, 16, 32],
+    }
+    assert "mlp.down_proj" in msp_run("info", llama).stdout
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_info_of_other_families(family: str, tmp_path: Path):
+    save(family, tmp_path / family)
+    data = one_object(msp_run("info", tmp_path / family, "--json"))
+    assert data["linears"]
+    assert bool(data["not_linear"]) == (family == "mixtral")
+    assert msp_run("info", tmp_path / family).exit_code == 0
+
+
+def test_evaluate(packed: tuple[Path, dict], llama: Path, text: Path):
+    out, _ = packed
+    common = ["--evaluate", text, "--window", 16, "--test-tokens", 320, "--device", "cpu", "--json"]
+    dense = one_object(msp_run("evaluate", llama, *common))
+    assert dense["perplexity"] > 1 and dense["tokens"] == 320 and dense["window"] == 16
+    pruned = one_object(msp_run("evaluate", out, *common, "--reference", llama))
+    assert pruned["kl"] > 0
+    same = one_object(msp_run("evaluate", llama, *common, "--reference", llama))
+    assert abs(same["kl"]) < 1e-5
+    assert same["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-5)
+    assert "Perplexity" in msp_run("evaluate", llama, *common[:-1]).stdout
+
+
+def test_generate(packed: tuple[Path, dict], llama: Path):
+    for model in (packed[0], llama):
+        common = ["generate", model, "w5 w6 w7", "--max-new-tokens", 9, "--device", "cpu"]
+        greedy = one_object(msp_run(*common, "--json"))
+        assert greedy["tokens"] == 9 and greedy["prompt"] == "w5 w6 w7" and greedy["tokens_per_second"] > 0
+        assert one_object(msp_run(*common, "--json", "--seed", 5))["text"] == greedy["text"], "greedy needs no seed"
+        sampled = [
+            one_object(msp_run(*common, "--json", "--temperature", 5, "--seed", seed))["text"] for seed in (1, 1, 2)
+        ]
+        assert sampled[0] == sampled[1] != sampled[2]
+        shown = msp_run(*common)
+        assert shown.stdout.startswith("w5 w6 w7") and "tokens/s" in shown.stderr
+
+
+def test_generate_stays_inside_the_context(llama: Path):
+    data = one_object(msp_run("generate", llama, "w5 " * 60, "--max-new-tokens", 50, "--device", "cpu", "--json"))
+    assert data["tokens"] == 4
+    failed = msp_run("generate", llama, "w5 " * 64, "--device", "cpu")
+    assert failed.exit_code == 1
+    assert "64 tokens and fills the model's context of 64" in failed.stderr
+
+
+def test_compare(home: Path, llama: Path, text: Path):
+    picture = home / "rows.png"
+    arguments = ["compare", llama, "--calibration", text, *SMALL, "--allocators", "uniform, ramp", "-o", picture]
+    data = one_object(msp_run(*arguments, "--pruners", "magnitude,wanda", "--seeds", 2, "--json"))
+    rows = data["rows"]
+    seen = {(row["allocator"], row["pruner"], row["seed"]) for row in rows}
+    assert len(seen) == len(rows) == 12
+    for row in rows:
+        assert set(row) >= {"allocator", "pruner", "seed", "density", "kl", "perplexity", "evaluations", "seconds"}
+        assert (row["spread"] is not None) == (row["seed"] == "mean")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+    shown = msp_run(*arguments, "--seeds", 2).stdout
+    assert "±" in shown and shown.count("uniform") == 1
+    every = msp_run(*arguments, "--seeds", 2, "--every-seed").stdout
+    assert every.count("uniform") == 3
+
+
+def test_sensitivity(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["sensitivity", llama, "--calibration", text, "--window", 16, "--calibration-tokens", 64]
+    data = one_object(msp_run(*arguments, "--json"))
+    assert len(data["traces"]) == 14 and min(data["traces"].values()) > 0
+    assert sum(data["blocks"]) == pytest.approx(sum(data["traces"].values()))
+    assert (tmp_path / "llama-sensitivity.png").read_bytes().startswith(b"\x89PNG")
+    shown = msp_run(*arguments).stdout
+    assert "Sensitivity by depth" in shown and "mlp.down_proj" in shown
+
+
+# Each names what is wrong, leaves with the right code and comes before the model is loaded.
+EARLY = [
+    (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "-s", "1"], 2, "sparsity 1 is outside"),
+    (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "-s", "-0.5"], 2, "outside (0, 1)"),
+    (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "-s", "half"], 2, "sparsity"),
+    (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "-m", "5"], 2, "choose one of 4, 8, 16, 32"),
+    (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--allocator", "best"], 2, "fisher-knapsack"),
+    (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--pruner", "secateurs"], 2, "sparsegpt"),
+    (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--fitness", "luck"], 2, "kl, perplexity"),
+    (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--evaluations", "0"], 2, "at least one"),
+    (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--device", "abacus"], 2, "abacus"),
+    (["prune", "M", "-o", "OUT", "--calibration", "hub:x"], 2, "hub:DATASET"),
+    (["prune", "M", "-o", "OUT", "--calibration", "GONE"], 1, "no such file"),
+    (["prune", "M", "-o", "OUT", "--calibration", "EMPTY"], 1, "is empty"),
+    (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--evaluate", "GONE"], 1, "no such file"),
+    (["prune", "M", "-o", "TAKEN", "--calibration", "TEXT"], 1, "exists"),
+    (["prune", "M", "--calibration", "TEXT"], 2, "--output"),
+    (["prune", "M", "-o", "OUT", "--colour", "red"], 2, "--colour"),
+    (["compare", "M", "--calibration", "TEXT", "--seeds", "0"], 2, "seeds"),
+    (["compare", "M", "--calibration", "TEXT", "--allocators", ","], 2, "--allocators names none"),
+    (["compare", "M", "--calibration", "TEXT", "--pruners", "ria,ria"], 2, "ria more than once"),
+    (["compare", "M", "--calibration", "TEXT", "--allocators", "uniform,best"], 2, "fisher-knapsack"),
+    (["compare", "M", "--calibration", "TEXT", "-o", "rows.gif"], 2, "not a .png"),
+    (["compare", "M", "--calibration", "TEXT", "-o", "no/such/folder/rows.png"], 1, "there is no folder"),
+    (["sensitivity", "M", "--calibration", "GONE"], 1, "no such file"),
+    (["evaluate", "M", "--evaluate", "GONE"], 1, "no such file"),
+    (["generate", "M", "x", "--max-new-tokens", "0"], 2, "max-new-tokens"),
+    (["generate", "M", "x", "--temperature", "-1"], 2, "temperature"),
+    (["prun"], 2, "prun"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"), EARLY, ids=lambda value: None if isinstance(value, int) else str(value)[:60]
+)
+def test_wrong_requests_fail_before_the_model_is_loaded(
+    arguments: Sequence[str], code: int, message: str, llama: Path, text: Path, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr("msp.pipeline.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "precious.txt").write_text("x")
+    (tmp_path / "empty.txt").touch()
+    places = {"M": llama, "OUT": tmp_path / "out", "TEXT": text, "TAKEN": tmp_path / "taken"}
+    places |= {"EMPTY": tmp_path / "empty.txt", "GONE": tmp_path / "gone.txt"}
+    failed = msp_run(*(places.get(argument, argument) for argument in arguments))
+    assert failed.exit_code == code, failed.stderr
+    assert message in failed.stderr
+    assert "Traceback" not in failed.stderr and not failed.stdout
+    assert (tmp_path / "taken" / "precious.txt").read_text() == "x"
+    assert not (tmp_path / "out").exists()
+
+
+LATE = [
+    (["prune", "FOLDER", "-o", "OUT", "--calibration", "TEXT"], 1, "no config.json"),
+    (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--calibration-tokens", "9999"], 1, "is too short"),
+    (["prune", "M", "-o", "OUT", "--calibration", "BROKEN"], 1, "not UTF-8 text: byte 3"),
+    (["prune", "M", "-o", "OUT", "--calibration", "FOREIGN"], 1, "belong to another model"),
+    (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--window", "4096"], 2, "longer than the model's context"),
+    (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--unit", "row"], 2, "linear, block"),
+    (["prune", "PACKED", "-o", "OUT", "--calibration", "TEXT"], 1, "packed already"),
+    (["evaluate", "FOLDER", "--evaluate", "TEXT"], 1, "no config.json"),
+    (["generate", "FOLDER", "x"], 1, "no config.json"),
+    (["info", "FOLDER"], 1, "no config.json"),
+    (["info", "GONE"], 1, "gone.txt"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"), LATE, ids=lambda value: None if isinstance(value, int) else str(value)[:60]
+)
+def test_models_and_texts_that_do_not_serve(
+    arguments: Sequence[str], code: int, message: str, llama: Path, text: Path, packed, tmp_path: Path
+):
+    (tmp_path / "broken.txt").write_bytes(b"w5 \xff")
+    save_tokens([1, 2, VOCABULARY] * 999, tmp_path / "foreign.safetensors")
+    (tmp_path / "folder").mkdir()
+    places = {"M": llama, "OUT": tmp_path / "out", "TEXT": text, "PACKED": packed[0], "GONE": tmp_path / "gone.txt"}
+    places |= {"BROKEN": tmp_path / "broken.txt", "FOREIGN": tmp_path / "foreign.safetensors"}
+    places |= {"FOLDER": tmp_path / "folder"}
+    small = SMALL if arguments[0] == "prune" else []
+    failed = msp_run(arguments[0], *small, *(places.get(argument, argument) for argument in arguments[1:]))
+    assert failed.exit_code == code, failed.stderr
+    assert message in failed.stderr
+    assert "Traceback" not in failed.stderr and not failed.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_force_replaces_a_model(llama: Path, text: Path, tmp_path: Path):
+    arguments = [
+        "prune",
+        llama,
+        "-o",
+        tmp_path / "out",
+        "--calibration",
+        text,
+        *SMALL,
+        "--allocator",
+        "uniform",
+        "--json",
+    ]
+    assert one_object(msp_run(*arguments))["density"] == 0.25
+    assert msp_run(*arguments).exit_code == 1
+    assert one_object(msp_run(*arguments, "--force", "--sparsity", 0.5))["density"] == 0.5
+    assert one_object(msp_run("info", tmp_path / "out", "--json"))["recipe"]["sparsity"] == 0.5
+
+
+@pytest.fixture
+def faked(monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path):
+    """Runs `msp prune` with another pipeline.prune."""
+
+    def run(prune, *extra: str):
+        monkeypatch.setattr(msp.pipeline, "prune", prune)
+        return msp_run("prune", "anything", "-o", tmp_path / "out", "--calibration", text, "--no-pictures", *extra)
+
+    return run
+
+
+def test_an_unexpected_error_is_one_line_and_a_hint(faked):
+    def prune(*_, **__):
+        raise RuntimeError("boom\nwith details")
+
+    failed = faked(prune)
+    assert failed.exit_code == 1
+    assert failed.stderr.strip() == "msp: RuntimeError: boom (run again with --debug for the traceback)"
+    failed = faked(prune, "--debug")
+    assert failed.exit_code == 1
+    assert "Traceback" in failed.stderr and "with details" in failed.stderr
+
+
+def test_an_interrupt_says_how_to_go_on(faked):
+    def prune(*_, **__):
+        raise KeyboardInterrupt
+
+    failed = faked(prune)
+    assert failed.exit_code == 1
+    assert "interrupted" in failed.stderr and "--resume" in failed.stderr and not failed.stdout
+
+
+def _result(**changes) -> msp.pipeline.PruneResult:
+    given = {
+        "density": 0.25,
+        "kept": 2,
+        "budget": 2,
+        "allocation": Allocation.from_strings({"b.0.a": "2:8"}),
+        "skipped": {},
+        "perplexity": {"dense": 4.0, "pruned": float("inf")},
+        "kl": float("nan"),
+        "bytes": {"dense": 32, "packed": 9},
+        "seconds": {"load": 1.0},
+        "peak_memory": 5,
+        "history": [],
+        "sensitivities": None,
+        "recipe": {},
+        "model": None,
+        "tokenizer": None,
+    }
+    return msp.pipeline.PruneResult(**given | changes)
+
+
+def test_standard_output_is_one_object_whatever_libraries_print(faked):
+    def prune(*_, progress, **__):
+        with progress.stage("Working", 2) as advance:
+            print("a library prints")
+            warnings.warn("a weight looks odd", UserWarning, stacklevel=1)
+            warnings.warn("renamed soon", FutureWarning, stacklevel=1)
+            advance(2, best=0.25)
+        return _result()
+
+    done = faked(prune, "--json")
+    data = one_object(done)
+    assert data["perplexity"] == {"dense": 4.0, "pruned": None} and data["kl"] is None
+    assert "a library prints" in done.stderr and "warning: a weight looks odd" in done.stderr
+    assert "Working" in done.stderr and "best 0.25" in done.stderr
+    assert "renamed soon" not in done.stderr
+    assert "∞" in faked(prune).stdout
+
+
+def test_options_left_out_keep_the_defaults_of_the_pipeline(faked):
+    seen = {}
+
+    def prune(model, **options):
+        seen.update(options)
+        return _result()
+
+    assert faked(prune).exit_code == 0
+    assert not {"window", "test_tokens", "fitness_tokens", "calibration_tokens", "evaluations", "evaluate"} & set(seen)
+    assert faked(prune, "--test-tokens", "12").exit_code == 0
+    assert seen["test_tokens"] == 12
+
+
+def test_ctrl_c_leaves_nothing_and_resumes(llama: Path, text: Path, tmp_path: Path):
+    """A real interrupt in the middle of a real search, and the same command again with --resume."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "msp", "prune", str(llama), "-o", str(out), "--calibration", str(text)]
+    command += [*SMALL, "--no-pictures", "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    checkpoint = tmp_path / ".out.search" / "search.json"
+    long = subprocess.Popen(
+        [*command, "--evaluations", "100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and long.poll() is None and not _generations(checkpoint) > 2:
+        time.sleep(0.05)
+    long.send_signal(signal.SIGINT)
+    stdout, stderr = long.communicate(timeout=120)
+    assert long.returncode == 1, stderr
+    assert "interrupted" in stderr and "--resume" in stderr and "Traceback" not in stderr and not stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.search"]
+    kept = json.loads(checkpoint.read_text())["generation"]
+    assert kept > 2
+
+    other = subprocess.run(
+        [*command, "--evaluations", "16", "--resume", "--seed", "1"], capture_output=True, env=environment
+    )
+    assert other.returncode == 1 and b"another search" in other.stderr
+    resumed = [*command, "--evaluations", str(16 * (kept + 2)), "--resume"]
+    done = subprocess.run(resumed, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    history = json.loads(done.stdout)["history"]
+    assert [step["generation"] for step in history] == list(range(kept + 3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def _generations(checkpoint: Path) -> int:
+    try:
+        return int(json.loads(checkpoint.read_text())["generation"])
+    except (OSError, ValueError):
+        return 0
