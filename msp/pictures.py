@@ -88,8 +88,7 @@ def allocation_picture(allocation: Mapping[str, NMPattern], path: str | Path, *,
         kept[cell] = np.mean(values)
 
     top = max(1, min(group, math.ceil(float(np.nanmax(kept)))))
-    colours = ListedColormap(colormaps["viridis"](np.linspace(0.08, 1.0, top + 1)))
-    colours.set_bad(LEFT_DENSE)
+    colours = ListedColormap(colormaps["viridis"](np.linspace(0.08, 1.0, top + 1))).with_extremes(bad=LEFT_DENSE)
     figure, axes = _figure(max(5.0, min(20.0, 2.8 + 0.36 * blocks)), max(2.2, 1.5 + 0.34 * len(kinds)))
     image = axes.imshow(
         np.ma.masked_invalid(kept),
@@ -124,12 +123,14 @@ def search_picture(history: Sequence[Mapping[str, Any]], path: str | Path, *, fi
     """Best and mean fitness of the population against evaluations spent."""
     spent = [step["evaluations"] for step in history]
     figure, axes = _figure(7, 4)
-    for index, (key, label) in enumerate((("best", "best so far"), ("mean", "mean of the population"))):
-        values = [step.get(key) for step in history]
-        if any(value is not None for value in values):
-            axes.plot(spent, [math.nan if v is None else v for v in values], label=label, color=COLOURS[index])
-    lowest = [step["best"] for step in history if math.isfinite(step["best"])]
-    if lowest and max(step.get("mean") or 0 for step in history) > 20 * min(lowest) > 0:
+    shown: list[float] = []
+    for colour, (key, label) in zip(
+        COLOURS, (("best", "best so far"), ("mean", "mean of the population")), strict=False
+    ):
+        values = [float(step[key]) for step in history]
+        shown += filter(math.isfinite, values)
+        axes.plot(spent, values, label=label, color=colour)
+    if shown and max(shown) > 20 * min(shown) > 0:
         axes.set_yscale("log")
     axes.set_xlabel("evaluations (candidates measured)")
     axes.set_ylabel("KL to dense, nats a token" if fitness == "kl" else "perplexity")
