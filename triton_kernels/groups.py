@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .targets import ARCHITECTURES, CompileCase
+from .targets import CompileCase
 
 CHUNK = tl.constexpr(8)
 UNITS = tl.constexpr(128)
@@ -229,7 +229,6 @@ def scoring_case(
     *,
     types: dict[str, str],
     constants: dict[str, Any],
-    architectures: tuple[int, ...] = ARCHITECTURES,
 ) -> CompileCase:
     """A compile case of a kernel that begins with ``load_and_score``, on a contiguous weight."""
     pointers = ("column_scale_ptr", "row_term_ptr", "column_term_ptr", "matrix_ptr")
@@ -254,5 +253,4 @@ def scoring_case(
             **constants,
         },
         aligned=("columns", "stride_row"),
-        architectures=architectures,
     )

@@ -100,6 +100,5 @@ def nm_rank(
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    for dtype, group_size, kind in (("bf16", 8, 0), ("fp32", 4, 4), ("fp16", 16, 1)):
+    for dtype, group_size, kind in (("bf16", 8, 0), ("fp32", 4, 4), ("bf16", 32, 0)):
         yield scoring_case(nm_rank_kernel, dtype, group_size, kind, types={"rank_ptr": "*u8"}, constants={})
-    yield scoring_case(nm_rank_kernel, "bf16", 32, 0, types={"rank_ptr": "*u8"}, constants={}, architectures=(90,))

@@ -129,8 +129,9 @@ def compile_cases() -> Iterator[CompileCase]:
         ("fp32", 8, 3, True),
         ("bf16", 4, 0, False),
         ("fp16", 16, 2, False),
+        ("bf16", 32, 0, False),
     ):
-        word = {8: "*u8", 16: "*i16"}[unit_columns(group_size)]
+        word = {torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32"}[WORD_DTYPES[unit_columns(group_size)]]
         yield scoring_case(
             nm_select_kernel,
             dtype,
@@ -139,13 +140,3 @@ def compile_cases() -> Iterator[CompileCase]:
             types={"values_ptr": f"*{dtype}", "bitmask_ptr": word, "n": "i32"},
             constants={"COMPLIANT": compliant},
         )
-    # a minute on three architectures, for the rarest of groups
-    yield scoring_case(
-        nm_select_kernel,
-        "bf16",
-        32,
-        0,
-        types={"values_ptr": "*bf16", "bitmask_ptr": "*i32", "n": "i32"},
-        constants={"COMPLIANT": False},
-        architectures=(90,),
-    )

@@ -2,7 +2,8 @@
 
 An op's file says how its kernels are launched by a function ``compile_cases()`` that yields ``CompileCase``
 objects: the types and alignment of the arguments as its launch function passes them, for the settings
-that differ most. Nothing is run and no driver is needed; the result has registers and spills.
+that differ most, the commonest first. Every architecture gets a kernel's first case and Hopper gets all,
+unless ``--full`` asks for everything. Nothing is run and no driver is needed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-ARCHITECTURES = (80, 90, 100)
+HOPPER = 90
+ARCHITECTURES = (80, HOPPER, 100)
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class CompileCase:
         constants: argument -> value for ``tl.constexpr`` arguments, strides of 1, and pointers that are None.
         aligned: integer arguments that are multiples of 16 in real models; pointers always are.
         options: ``num_warps``, ``num_stages``, as at launch.
-        architectures: compute capabilities (90 is Hopper).
+        architectures: compute capabilities that launch it like this.
     """
 
     name: str
@@ -112,17 +114,26 @@ def resource_usage(cubin: bytes) -> tuple[int | None, int | None]:
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
-def main() -> None:
-    """Print one JSON object a line for every case and architecture asked for."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--architecture", type=int, action="append", help="compute capability, like 90; default: all")
-    parser.add_argument("--op", action="append", help="only these ops")
-    options = parser.parse_args()
+def plan(full: bool = False) -> Iterator[tuple[str, CompileCase, int]]:
+    """What to compile: op, case and architecture."""
+    covered = set()
     for op, case in all_cases():
         for architecture in case.architectures:
-            wanted = not options.architecture or architecture in options.architecture
-            if wanted and (not options.op or op in options.op):
-                print(json.dumps(asdict(compile_case(op, case, architecture))), flush=True)
+            kernel = op, case.kernel.__name__, architecture
+            if full or architecture == HOPPER or kernel not in covered:
+                yield op, case, architecture
+            covered.add(kernel)
+
+
+def main() -> None:
+    """Print one JSON object a line for every kernel, case and architecture."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--full", action="store_true", help="compile every case for every architecture")
+    parser.add_argument("--op", action="append", help="only these ops")
+    options = parser.parse_args()
+    for op, case, architecture in plan(options.full):
+        if not options.op or op in options.op:
+            print(json.dumps(asdict(compile_case(op, case, architecture))), flush=True)
 
 
 if __name__ == "__main__":

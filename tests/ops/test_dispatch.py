@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import sys
+import threading
+import types
+
+import pytest
+import torch
+
+from msp.errors import UsageError
+from msp.ops import _dispatch, available_backends, force_backend, last_backend, nm_select
+from msp.ops._dispatch import Op
+from msp.patterns import NMPattern
+
+
+@pytest.fixture(autouse=True)
+def no_forced_backend(monkeypatch):
+    monkeypatch.delenv("MSP_BACKEND", raising=False)
+
+
+@pytest.fixture
+def make_op():
+    """Ops under names of their own, which answer with the backend that served; forgotten afterwards."""
+    made = []
+
+    def make(*backends, **options):
+        op = Op(f"toy_{len(made)}", lambda x: "reference")
+        made.append(op)
+        for name in backends:
+            op.register(name, lambda x, name=name: name, available=lambda: True, **options)
+        return op
+
+    yield make
+    for op in made:
+        del _dispatch._ops[op.name]
+
+
+CPU = torch.zeros(1)
+META = torch.zeros(1, device="meta")
+
+
+def chosen(op, device_type):
+    """The automatic choice for a device this machine need not have."""
+    return op._choose(device_type, (CPU,), {})
+
+
+def test_prefers_the_native_backend_of_the_device(make_op):
+    op = make_op("cuda", "cpu", "triton")
+    assert chosen(op, "cuda") == "cuda"
+    assert chosen(op, "cpu") == "cpu"
+    assert chosen(op, "xpu") == "triton"
+    assert chosen(op, "meta") == "reference"
+    assert chosen(make_op("triton"), "cuda") == "triton"
+    assert chosen(make_op("triton"), "cpu") == "reference"
+    assert op.available() == ("cuda", "cpu", "triton", "reference")
+
+
+def test_passes_over_what_is_not_available_or_declines(make_op):
+    op = make_op("triton", supports=lambda x: False)
+    op.register("cuda", lambda x: "cuda", available=lambda: False)
+    assert chosen(op, "cuda") == "reference"
+    assert op.available() == ("triton", "reference")
+    with force_backend("cuda"), pytest.raises(RuntimeError, match="lacks it; available: triton, reference"):
+        chosen(op, "cuda")
+    with force_backend("triton"), pytest.raises(RuntimeError, match="does not support these arguments"):
+        chosen(op, "cuda")
+
+
+def test_chooses_by_the_first_tensor_wherever_it_stands(make_op):
+    op = make_op("cpu")
+    assert op(CPU) == "cpu"
+    assert op(x=META) == "reference"
+
+
+def test_reports_what_served_last(make_op):
+    op = make_op("cpu")
+    assert last_backend(op.name) is None
+    op(CPU)
+    assert last_backend(op.name) == "cpu"
+    with force_backend("reference"):
+        op(CPU)
+    assert last_backend(op.name) == "reference"
+
+
+def test_a_failed_call_is_not_reported(make_op):
+    op = make_op()
+
+    def fails(x):
+        raise ZeroDivisionError
+
+    op(CPU)
+    op.register("cpu", fails, available=lambda: True)
+    with pytest.raises(ZeroDivisionError):
+        op(CPU)
+    assert last_backend(op.name) == "reference"
+
+
+def test_forcing_nests_and_ends(make_op):
+    op = make_op("cpu")
+    with force_backend("reference"):
+        assert op(CPU) == "reference"
+        with force_backend("cpu"):
+            assert op(CPU) == "cpu"
+        with force_backend(None):
+            assert op(CPU) == "reference"
+        assert op(CPU) == "reference"
+    assert op(CPU) == "cpu"
+    with pytest.raises(KeyError), force_backend("reference"):
+        raise KeyError
+    assert op(CPU) == "cpu"
+
+
+def test_the_environment_forces_and_the_context_wins(make_op, monkeypatch):
+    op = make_op("cpu")
+    monkeypatch.setenv("MSP_BACKEND", " Reference ")
+    assert op(CPU) == "reference"
+    with force_backend("cpu"):
+        assert op(CPU) == "cpu"
+    for automatic in ("", "auto"):
+        monkeypatch.setenv("MSP_BACKEND", automatic)
+        assert op(CPU) == "cpu"
+    monkeypatch.setenv("MSP_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match=f"{op.name}: backend 'cuda' was forced, but it has no such implementation"):
+        op(CPU)
+    monkeypatch.setenv("MSP_BACKEND", "fortran")
+    with pytest.raises(RuntimeError, match="backend 'fortran' was forced.*available: cpu, reference"):
+        op(CPU)
+
+
+def test_a_forced_backend_must_be_able_to_read_the_device(make_op, monkeypatch):
+    op = make_op("cuda", "triton")
+    with force_backend("cuda"), pytest.raises(RuntimeError, match="it cannot serve tensors on cpu"):
+        op(CPU)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with force_backend("triton"), pytest.raises(RuntimeError, match="it cannot serve tensors on cpu"):
+        op(CPU)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with force_backend("triton"):
+        assert op(CPU) == "triton"
+
+
+def test_threads_do_not_see_each_other(make_op):
+    op = make_op("cpu")
+    inside, done = threading.Event(), threading.Event()
+    seen = {}
+
+    def other():
+        with force_backend("reference"):
+            inside.set()
+            done.wait(10)
+            seen["result"] = op(CPU)
+        seen["last"] = last_backend(op.name)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(10)
+    assert op(CPU) == "cpu"
+    done.set()
+    thread.join(10)
+    assert seen == {"result": "reference", "last": "reference"}
+    assert last_backend(op.name) == "cpu"
+
+
+def test_unknown_names_are_usage_errors(make_op):
+    with pytest.raises(UsageError, match="backend 'tritno' is not one of cuda, cpu, triton, reference"):
+        force_backend("tritno").__enter__()
+    with pytest.raises(UsageError, match="backend 'metal'"):
+        make_op().register("metal", lambda x: x)
+    for ask in (last_backend, available_backends):
+        with pytest.raises(UsageError, match=r"op 'nm_selekt' is not one of .*nm_select"):
+            ask("nm_selekt")
+
+
+@pytest.mark.parametrize(
+    "op", ["nm_select", "nm_rank", "nm_keep", "nm_linear", "fisher_diag_", "fisher_trace", "obs_prune"]
+)
+def test_every_op_has_a_reference(op):
+    assert available_backends(op)[-1] == "reference"
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Installs a stand-in for ``msp._cpu``, or its absence."""
+
+    def install(module):
+        # None makes the import fail, as on a machine without it
+        monkeypatch.setitem(sys.modules, "msp._cpu", module)
+        _dispatch.compiled_module.cache_clear()
+
+    yield install
+    monkeypatch.undo()
+    _dispatch.compiled_module.cache_clear()
+
+
+def test_works_without_the_compiled_module(compiled):
+    compiled(None)
+    assert "cpu" not in available_backends("nm_select")
+    nm_select(torch.randn(2, 8), NMPattern(2, 8))
+    assert last_backend("nm_select") == "reference"
+    with (
+        force_backend("cpu"),
+        pytest.raises(RuntimeError, match="nm_select: backend 'cpu' was forced, but this machine"),
+    ):
+        nm_select(torch.randn(2, 8), NMPattern(2, 8))
+
+
+def test_a_compiled_module_without_the_op_does_not_serve_it(compiled):
+    compiled(types.ModuleType("msp._cpu"))
+    assert "cpu" not in available_backends("nm_select")
+
+
+def test_nm_select_calls_its_binding_as_agreed(compiled):
+    calls = []
+    module = types.ModuleType("msp._cpu")
+    module.nm_select = lambda *arguments: calls.append(arguments)
+    compiled(module)
+    weight = torch.randn(3, 16).bfloat16()
+    scale, row_term, column_term = torch.rand(16), torch.rand(3), torch.rand(16)
+    matrix = torch.rand(3, 16)
+    cases = [
+        ({}, 0, (0, 0, 0, 0)),
+        ({"column_scale": scale}, 1, (scale.data_ptr(), 0, 0, 0)),
+        ({"row_term": row_term, "column_term": column_term}, 2, (0, row_term.data_ptr(), column_term.data_ptr(), 0)),
+        ({"importance": matrix}, 3, (0, 0, 0, matrix.data_ptr())),
+        ({"scores": matrix}, 4, (0, 0, 0, matrix.data_ptr())),
+    ]
+    for terms, kind, pointers in cases:
+        packed = nm_select(weight, NMPattern(3, 8), **terms, compliant=True)
+        expected = (weight.data_ptr(), 2, 3, 16, 8, 3, True, kind, *pointers)
+        expected += (packed.values.data_ptr(), packed.bitmask.data_ptr(), torch.get_num_threads())
+        assert calls.pop() == expected
+    # up to 2 of a group no selection can break the rule, so the walk is not asked for
+    nm_select(weight, NMPattern(2, 8), compliant=True)
+    assert calls.pop()[6] is False
+    for dtype, code in ((torch.float32, 0), (torch.float16, 1)):
+        nm_select(weight.to(dtype), NMPattern(2, 8))
+        assert calls.pop()[1] == code
