@@ -323,7 +323,7 @@ def table(rows: list[Row]) -> Table:
     for row in rows:
         smaller = f" ({rows[0].disk / row.disk:.2f}x smaller)" if row is not rows[0] else ""
         shown.add_row(
-            row.label,
+            Text(row.label),
             f"{row.density:.2%}",
             number(row.kl),
             number(row.perplexity),
