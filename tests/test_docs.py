@@ -1,0 +1,149 @@
+"""The examples in the documents work as printed."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import typer.main
+from families import VOCABULARY, save
+
+import msp.pipeline
+from msp.allocators import base as allocators
+from msp.cli import app
+from msp.errors import UsageError
+from msp.ops import _dispatch, available_backends, force_backend, last_backend
+from msp.patterns import NMPattern
+from msp.pruners import base
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {"window": 16, "calibration_tokens": 64, "fitness_tokens": 64, "test_tokens": 64, "device": "cpu"}
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def example(name: str) -> str:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    match = re.search(rf"<!-- example:{name} -->\n```python\n(.*?)```", text, re.DOTALL)
+    assert match, name
+    code = match[1]
+    assert len(code.splitlines()) < 60
+    return code
+
+
+def load(name: str, code: str, folder: Path) -> ModuleType:
+    """Import ``code`` as module ``name``, from a file: Triton reads a kernel's source from there."""
+    path = folder / f"{name}.py"
+    path.write_text(code, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the model and the text that the documents speak of."""
+    save("llama", tmp_path / "path" / "to" / "model")
+    generator = torch.Generator().manual_seed(11)
+    words = torch.randint(3, VOCABULARY, (4096,), generator=generator).tolist()
+    (tmp_path / "notes.txt").write_text(" ".join(f"w{word}" for word in words))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/guide.md"])
+def test_the_python_examples_run(document: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    prune = functools.partial(msp.pipeline.prune, **SMALL, evaluations=16)
+    monkeypatch.setattr(msp.pipeline, "prune", prune)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for code in blocks:
+        exec(compile(code, document, "exec"), {})
+        assert (workplace / "model-75" / "model.safetensors").is_file()
+        assert msp.read_info("model-75").kept > 0
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_commands_parse(document: Path):
+    text = document.read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    lines += re.findall(r"`(msp [a-z]+ [^`]+)`", text)
+    verbs = typer.main.get_command(app).commands
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["msp"]:
+            verbs[words[1]].make_context(words[1], words[2:])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_paths_lead_somewhere(document: Path):
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (document.parent / link).exists(), link
+    invented = re.compile(r"nm_energy|balanced\.py|ends\.py|<|benchmarks/bench_")
+    for path in re.findall(r"`((?:msp|triton_kernels|csrc|tests|benchmarks|docs|\.ci)/[\w./<>-]*)`", text):
+        assert invented.search(path) or "csrc/c" in path or (ROOT / path).exists(), path
+
+
+def test_the_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for document in DOCUMENTS:
+        for targets in re.findall(r"^make ([a-z -]+?)\s*(?:#.*)?$", document.read_text(encoding="utf-8"), re.MULTILINE):
+            for target in targets.split():
+                assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_pruner_prunes(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("msp.pruners.base._registry", dict(base._registry))
+    load("balanced", example("pruner"), workplace)
+    result = msp.prune(
+        "path/to/model", sparsity=0.5, pruner="balanced", calibration="notes.txt", evaluations=16, **SMALL
+    )
+    assert 0.49 < result.density <= 0.5
+
+    generator = torch.Generator().manual_seed(5)
+    weight, sums = torch.randn(6, 32, generator=generator), torch.rand(32, generator=generator) * 9
+    statistics = base.LinearStatistics(tokens=1, input_sum_squares=sums)
+    for power in (0.0, 0.3, 1.0):
+        score = (weight.abs() * sums.sqrt() ** power).reshape(6, 4, 8)
+        expected = (score >= score.sort(descending=True).values[..., 2:3]).reshape(6, 32)
+        packed = base.get_pruner("balanced", power=power).prune(weight, statistics, NMPattern(3, 8))
+        assert torch.equal(packed.kept(), expected)
+    with pytest.raises(UsageError, match="power 2 is outside"):
+        base.get_pruner("balanced", power=2)
+
+
+def test_the_allocator_allocates(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("msp.allocators.base._REGISTRY", dict(allocators._REGISTRY))
+    load("ends", example("allocator"), workplace)
+    result = msp.prune("path/to/model", sparsity=0.6, allocator="ends", calibration="notes.txt", **SMALL)
+    assert 0.39 < result.density <= 0.4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_op_and_its_kernel_agree(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("msp.ops._dispatch._ops", dict(_dispatch._ops))
+    load("msp.triton_kernels.nm_energy", example("kernel"), tmp_path)
+    # torch's registry cannot forget, so that every run of this test needs a name of its own
+    op = load("nm_energy_example", example("op").replace("msp::nm_energy", f"msp_docs::nm_energy_{dtype}"), tmp_path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weight = torch.randn(7, 48, generator=torch.Generator().manual_seed(2)).to(device, getattr(torch, dtype))
+    expected = weight.double().square().reshape(7, 6, 8).sum(-1)
+    backends = available_backends("nm_energy")
+    assert set(backends) >= {"reference", "triton"}
+    for backend in backends:
+        with force_backend(backend):
+            torch.testing.assert_close(op.nm_energy(weight, 8).double(), expected, rtol=1e-5, atol=1e-5)
+        assert last_backend("nm_energy") == backend
+    torch.library.opcheck(op.nm_energy_op, (weight, 8))
+    with pytest.raises(ValueError, match="multiple of 5"):
+        op.nm_energy(weight, 5)
