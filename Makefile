@@ -1,54 +1,72 @@
-# `make demo` and `make test` work on a fresh clone; both keep their environment in .venv and share it.
-
+# The interpreter that makes .venv; everything else runs inside it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
-PYTEST_ARGS ?=
+NATIVE := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+CXX_FILES := $(filter %.h %.cpp %.cu,$(NATIVE))
+SANITIZED := build/sanitize
 
-.PHONY: help demo test lint format types build wheel sanitize gpu-check quality clean
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 
-help: ## show the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(NATIVE)
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(INSTALLED) ## train a small model, prune it two ways, compare and generate
+build: $(INSTALLED) ## make .venv and the compiled modules (the other targets do so themselves)
+
+demo: $(INSTALLED) ## train a small model, prune it two ways, compare, generate: minutes, nothing downloaded
 	$(BIN)/python -m msp.demo
 
-test: $(INSTALLED) ## all tests, with coverage of msp/
-	$(BIN)/python -m pytest --cov=msp --cov-report=term:skip-covered $(PYTEST_ARGS)
+test: $(INSTALLED) ## the whole test suite; ARGS="tests/ops -k select" for less
+	$(BIN)/python -m pytest $(ARGS)
+
+coverage: $(INSTALLED) ## the test suite, with the share of msp it runs; fails below 90 %
+	$(BIN)/python -m pytest --cov=msp --cov-report=term-missing:skip-covered --cov-fail-under=90 $(ARGS)
 
 lint: $(INSTALLED) ## ruff and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
-format: $(INSTALLED) ## rewrite the sources as lint wants them
+format: $(INSTALLED) ## let ruff and clang-format change what lint complains of
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(NATIVE)
+	$(BIN)/clang-format -i $(CXX_FILES)
 
-types: $(INSTALLED) ## mypy --strict
+types: $(INSTALLED) ## mypy --strict on msp
 	$(BIN)/mypy --strict msp
 
-build: $(INSTALLED) ## install in place, with the compiled modules
+wheel: $(INSTALLED) ## a wheel in dist/; MSP_CUDA=0|1 and MSP_CUDA_ARCHS as in setup.py
+	rm -rf build/lib.* build/bdist.*
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
-wheel: $(INSTALLED) ## a wheel in dist/; MSP_CUDA=0 leaves the CUDA module out
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+# Preloaded, since the interpreter itself has no sanitizer; libstdc++ too, for its exceptions to be seen.
+# An interpreter never frees all it allocates, so leaks are not looked for.
+sanitize: $(INSTALLED) ## the C++ kernels under the address, undefined-behaviour and thread sanitizers
+	PATH="$(CURDIR)/$(BIN):$$PATH" MSP_SANITIZE=1 MSP_CUDA=0 \
+	    $(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/lib \
+	    $(BIN)/pytest --import-mode=importlib -p no:cacheprovider tests/test_native.py
+	mkdir -p $(SANITIZED)
+	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -pthread -Icsrc tests/native/parallel_stress.cpp csrc/cpu/parallel.cpp \
+	    -o $(SANITIZED)/parallel_stress
+	$(SANITIZED)/parallel_stress
 
-sanitize: $(INSTALLED) ## native code under the address and undefined-behaviour sanitizers
-	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/sanitize $(BIN)/python
+gpu-check: $(INSTALLED) ## the ops on this machine's GPU; result in benchmarks/results/gpu-check-<date>.json
+	$(BIN)/python .ci/gpu_check.py
 
-gpu-check: $(INSTALLED) ## the kernels on a real GPU; ONLY=name runs a part
-	$(BIN)/python benchmarks/gpu_check.py $(if $(ONLY),--only $(ONLY))
+bench: $(INSTALLED) ## every benchmarks/bench_*.py
+	set -e; for bench in benchmarks/bench_*.py; do $(BIN)/python $$bench; done
 
-quality: $(INSTALLED) ## measure the README's quality table (hours on a CPU; resumes)
-	$(BIN)/python benchmarks/quality.py
+clean: ## remove what was built; .venv stays
+	rm -rf build dist *.egg-info .coverage coverage.xml .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f msp/*.so
 
-clean: ## everything that was built or installed here
-	rm -rf $(VENV) build dist *.egg-info msp/*.so demo-output .cache .pytest_cache .mypy_cache .ruff_cache
+.PHONY: help build demo test coverage lint format types wheel sanitize gpu-check bench clean

@@ -40,21 +40,21 @@ class CMakeBuild(build_ext):
     """Builds all extensions with one CMake project and copies each to where setuptools wants it."""
 
     def run(self) -> None:
-        build = Path(self.build_temp).resolve()
+        sanitize = os.environ.get("MSP_SANITIZE") == "1"
+        # not build_temp, which an editable installation makes anew each time
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{'-sanitize' if sanitize else ''}"
         build.mkdir(parents=True, exist_ok=True)
         ninja = shutil.which("ninja") or "ninja"
         cuda = any(extension.name == "msp._cuda" for extension in self.extensions)
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
-        # an isolated build brings its own ninja and pybind11, gone the next time: a cache of them is void
-        if not _cache_names(build, ninja):
-            configure.append("--fresh")
+        # named each time: an isolated build brings its own ninja and pybind11, gone the next time
         configure += [
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DMSP_OUTPUT={build}",
             f"-DMSP_CUDA={'ON' if cuda else 'OFF'}",
-            f"-DMSP_SANITIZE={'ON' if os.environ.get('MSP_SANITIZE') == '1' else 'OFF'}",
+            f"-DMSP_SANITIZE={'ON' if sanitize else 'OFF'}",
         ]
         if cuda:
             configure.append(f"-DCMAKE_CUDA_COMPILER={find_nvcc()}")
@@ -71,11 +71,6 @@ class CMakeBuild(build_ext):
         """What the source distribution needs beside the Python files."""
         native = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu")]
         return [str(p.relative_to(ROOT)) for p in [ROOT / "CMakeLists.txt", *sorted(native)]]
-
-
-def _cache_names(build: Path, ninja: str) -> bool:
-    cache = build / "CMakeCache.txt"
-    return cache.is_file() and f"={ninja}\n" in cache.read_text()
 
 
 extensions = [Extension("msp._cpu", sources=[])]

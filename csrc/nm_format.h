@@ -10,11 +10,14 @@
 
 #if defined(__CUDACC__)
 #define MSP_HD __host__ __device__ __forceinline__
-#define MSP_UNROLL _Pragma("unroll")
 #else
 // Files compiled for different instruction sets share these functions, so none may be emitted as a symbol
 // that the linker could take from a file of another set.
 #define MSP_HD inline __attribute__((always_inline))
+#endif
+#if defined(__CUDA_ARCH__)
+#define MSP_UNROLL _Pragma("unroll")
+#else
 #define MSP_UNROLL
 #endif
 

@@ -1,0 +1,147 @@
+"""The source distribution builds, its wheel holds what it should, and both kinds of installation import."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("msp", "triton_kernels", "csrc", "CMakeLists.txt", "MANIFEST.in", "README.md", "constraints.txt")
+SETUP = ("pyproject.toml", "setup.py")
+
+IMPORTS = """
+import importlib.metadata, pathlib, sys
+import msp, msp._cpu, msp.triton_kernels, msp.patterns
+from msp.triton_kernels import nm_select
+home = pathlib.Path(sys.argv[1]).resolve()
+for module in (msp, msp._cpu, msp.triton_kernels):
+    found = pathlib.Path(module.__file__).resolve()
+    assert home in found.parents, f"{module.__name__} comes from {found}, not from {home}"
+assert importlib.metadata.version("msp") == msp.__version__
+assert [e.value for e in importlib.metadata.entry_points(group="console_scripts", name="msp")] == ["msp.cli:main"]
+print(msp._cpu.isa())
+"""
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MSP_ISA", "MSP_SANITIZE")}
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**env, "MSP_CUDA": "0", **environment},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def copy_source(target: Path) -> Path:
+    target.mkdir()
+    for name in (*SOURCES, *SETUP):
+        source = ROOT / name
+        if source.is_dir():
+            # a link to triton_kernels inside msp is a convenience of one checkout and no part of the package
+            unwanted = shutil.ignore_patterns("*.so", "__pycache__")
+            shutil.copytree(source, target / name, symlinks=True, ignore=unwanted)
+        elif source.exists():
+            shutil.copy(source, target / name)
+    link = target / "msp" / "triton_kernels"
+    if link.is_symlink():
+        link.unlink()
+    return target
+
+
+def fresh_environment(folder: Path) -> Path:
+    """A virtual environment that sees this one's packages, but not the msp installed here."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    python = folder / "bin" / "python"
+    scheme = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip()
+    # added by a .pth file, so that the .pth files in there, the editable msp's among them, do not run
+    (Path(scheme) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    return python
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for module in ("setuptools", "pybind11", "ninja"):
+        pytest.importorskip(module)
+    return copy_source(tmp_path_factory.mktemp("source") / "msp")
+
+
+@pytest.fixture(scope="module")
+def sdist(source: Path) -> Path:
+    backend = "import setuptools.build_meta as backend; backend.build_sdist('dist')"
+    run(sys.executable, "-c", backend, cwd=source)
+    (archive,) = (source / "dist").glob("msp-*.tar.gz")
+    return archive
+
+
+@pytest.fixture(scope="module")
+def unpacked(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder)
+    return folder / sdist.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module")
+def wheel(unpacked: Path) -> Path:
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index")
+    run(*pip, "--wheel-dir", unpacked.parent, unpacked, cwd=unpacked.parent)
+    (path,) = unpacked.parent.glob("msp-*.whl")
+    return path
+
+
+def test_source_distribution_holds_the_kernels(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    kernels = {path.relative_to(ROOT).as_posix() for path in (ROOT / "triton_kernels").glob("*.py")}
+    native = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "csrc").rglob("*")
+        if path.suffix in (".h", ".cpp", ".cu", ".cuh")
+    }
+    assert len(kernels) > 1 and len(native) > 5
+    assert not (kernels | native | {"CMakeLists.txt", "setup.py", "pyproject.toml"}) - names
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+    assert all(name.startswith("msp/") for name in names), names
+    python = {path.relative_to(ROOT).as_posix() for path in (ROOT / "msp").rglob("*.py")}
+    python |= {f"msp/triton_kernels/{path.name}" for path in (ROOT / "triton_kernels").glob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == python
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    assert [name for name in names if name.endswith(".so")] == [f"msp/_cpu{suffix}"]
+    assert "msp/py.typed" in names
+
+
+def test_wheel_imports(wheel: Path, tmp_path: Path) -> None:
+    python = fresh_environment(tmp_path / "venv")
+    run(
+        sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path
+    )  # fmt: skip
+    assert run(python, "-c", IMPORTS, tmp_path / "venv", cwd=tmp_path).strip() in ("scalar", "avx2", "avx512")
+    help_text = run(tmp_path / "venv" / "bin" / "msp", "--help", cwd=tmp_path)
+    assert "Usage" in help_text
+
+
+def test_editable_installation_imports(unpacked: Path, wheel: Path, tmp_path: Path) -> None:
+    python = fresh_environment(tmp_path / "venv")
+    # after the wheel, whose compiled objects it takes over
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index")
+    run(*pip, "--no-build-isolation", "--editable", unpacked, cwd=tmp_path)
+    run(python, "-c", IMPORTS, unpacked, cwd=tmp_path)
