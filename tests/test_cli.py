@@ -422,6 +422,20 @@ def test_standard_output_is_one_object_whatever_libraries_print(faked):
     assert "∞" in faked(prune).stdout
 
 
+def test_no_result_is_lost_for_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def prune(*_, output, **__):
+        output.mkdir()
+        (output / "pictures").write_text("a file where a folder should be")
+        return _result()
+
+    monkeypatch.setattr(msp.pipeline, "prune", prune)
+    calibration = ["--calibration", tmp_path / "text.txt"]
+    calibration[1].write_text("w5 w6")
+    done = msp_run("prune", "anything", "-o", tmp_path / "new", *calibration, "--json")
+    assert one_object(done)["density"] == 0.25
+    assert "warning: no pictures" in done.stderr
+
+
 def test_options_left_out_keep_the_defaults_of_the_pipeline(faked):
     seen = {}
 

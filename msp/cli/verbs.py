@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -194,13 +196,22 @@ def prune(
             from msp.pictures import prune_pictures
 
             with session.progress.stage("Drawing pictures"):
-                drawn = prune_pictures(result, output / "pictures")
+                drawn = _draw(lambda: prune_pictures(result, output / "pictures"))
         session.result(result.to_json(), Group(prune_report(result, output), *_files("Pictures", drawn)))
 
 
 def _search_folder(output: Path) -> Path:
     """Where the search for the model at ``output`` keeps its checkpoints: beside it, hidden."""
     return output.absolute().with_name(f".{output.absolute().name}.search")
+
+
+def _draw(draw: Callable[[], list[Path]]) -> list[Path]:
+    """The pictures that ``draw`` writes; where it cannot, a warning: no result is lost for a picture."""
+    try:
+        return draw()
+    except OSError as error:
+        warnings.warn(f"no pictures: {error}", stacklevel=2)
+        return []
 
 
 def _files(label: str, paths: list[Path]) -> list[Text]:
@@ -277,7 +288,7 @@ def compare(
                 evaluations=evaluations,
             ),
         )
-        drawn = [compare_picture(result, picture)]
+        drawn = _draw(lambda: [compare_picture(result, picture)])
         report = compare_report(result, every_seed=every_seed)
         session.result(result.to_json(), Group(report, *_files("Picture", drawn)))
 
@@ -333,7 +344,7 @@ def sensitivity(
         result = pipeline.sensitivity(
             model, seed=seed, dtype=dtype, device=device, progress=session.progress, **options
         )
-        drawn = [sensitivity_picture(result.traces, picture)]
+        drawn = _draw(lambda: [sensitivity_picture(result.traces, picture)])
         session.result(result.to_json(), Group(sensitivity_report(result), *_files("Picture", drawn)))
 
 
