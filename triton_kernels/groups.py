@@ -6,6 +6,9 @@ loads with vector loads of 16 bytes. A thread then holds all columns of its unit
 off, comparing them and packing them needs no shuffle and no shared memory (the PTX has none).
 """
 
+# Triton's language has no starred expressions
+# ruff: noqa: RUF005
+
 from __future__ import annotations
 
 from typing import Any

@@ -48,7 +48,7 @@ def _(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, bitmask, bias, _, _, ctx.columns = inputs
+    x, values, bitmask, _, _, _, ctx.columns = inputs
     # activations are kept only where the values themselves are trained
     ctx.save_for_backward(values, bitmask, x if values.requires_grad else None)
 

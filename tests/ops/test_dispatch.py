@@ -123,7 +123,7 @@ def test_the_environment_forces_and_the_context_wins(make_op, monkeypatch):
     with pytest.raises(RuntimeError, match=f"{op.name}: backend 'cuda' was forced, but it has no such implementation"):
         op(CPU)
     monkeypatch.setenv("MSP_BACKEND", "fortran")
-    with pytest.raises(RuntimeError, match="backend 'fortran' was forced.*available: cpu, reference"):
+    with pytest.raises(RuntimeError, match=r"backend 'fortran' was forced.*available: cpu, reference"):
         op(CPU)
 
 

@@ -25,14 +25,13 @@ def by_loop(weight, rank, n):
     return result.to(weight.device, weight.dtype)
 
 
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("case", [(1, 4, 4), (17, 132, 4), (5, 40, 8), (33, 16, 16), (2, 64, 32)], ids=str)
 @pytest.mark.parametrize("dtype", by_hand.DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_keeps_what_ranks_below_n(backend, dtype, case, seed, device):
+def test_keeps_what_ranks_below_n(backend, dtype, case, device):
     by_hand.need("nm_keep", backend, device)
     rows, columns, m = case
-    weight, rank = make(rows, columns, m, dtype, device, seed)
+    weight, rank = make(rows, columns, m, dtype, device, seed=rows)
     for n in (0, 1, m - 1, m):
         out = torch.full_like(weight, torch.nan)
         with force_backend(backend):

@@ -218,14 +218,24 @@ def test_counts_what_is_not_finite(name, bad):
         nm_select(pattern=NMPattern(2, 8), **arguments)
 
 
-def test_counts_scores_that_overflow():
+@pytest.mark.parametrize("kind", ["wanda", "ria", "fisher"])
+def test_counts_scores_that_overflow(kind):
+    weight = torch.ones(2, 8)
+    weight[0, :3] = 1e15
+    large = torch.full((8,), 1e25)
+    terms = {
+        "wanda": {"column_scale": large},
+        "ria": {"row_term": torch.full((2,), 1e25), "column_term": torch.zeros(8)},
+        "fisher": {"importance": large.expand(2, 8)},
+    }[kind]
+    with pytest.raises(ValueError, match="scores: 3 of 16 are NaN or infinite"):
+        nm_select(weight, NMPattern(2, 8), **terms)
+
+
+def test_extremes_that_never_meet_do_no_harm():
     weight = torch.ones(2, 8)
     weight[0, :3] = 1e25
-    with pytest.raises(ValueError, match="scores: 3 of 16 are NaN or infinite"):
-        nm_select(weight, NMPattern(2, 8), importance=torch.ones(2, 8))
-    # the largest weight and the largest scale never meet, so every score is finite
     scale = torch.tensor([1e-25] * 3 + [1e25] * 5)
-    weight[1, :3] = 0
     assert nm_select(weight, NMPattern(2, 8), column_scale=scale).kept()[:, 3:5].all()
 
 
