@@ -19,7 +19,8 @@ def register_with_transformers() -> None:
     """
     if QUANTIZERS in sys.modules and not getattr(sys.modules[QUANTIZERS].__spec__, "_initializing", False):
         importlib.import_module("msp.integrations.transformers")
-    elif not any(isinstance(finder, _RegisterAfterImport) for finder in sys.meta_path):
+    # by name: after a reload of msp the finder that is there is of the class that was
+    elif not any(type(finder).__name__ == _RegisterAfterImport.__name__ for finder in sys.meta_path):
         sys.meta_path.insert(0, _RegisterAfterImport())
 
 
