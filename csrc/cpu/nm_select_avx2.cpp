@@ -29,7 +29,7 @@ constexpr Compact make_compact() {
 
 constexpr Compact compact = make_compact();
 
-__m128i compact_index(unsigned mask) {
+MSP_HD __m128i compact_index(unsigned mask) {
     return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(compact.index[mask]));
 }
 
@@ -40,46 +40,48 @@ struct Lanes;
 template <>
 struct Lanes<Dtype::kFloat32> {
     using Vector = __m256i;
-    static Vector load(const uint32_t* from) {
+    static MSP_HD Vector load(const uint32_t* from) {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     }
-    static __m256 to_float(Vector v) { return _mm256_castsi256_ps(v); }
-    static Vector compress(Vector v, unsigned mask) {
+    static MSP_HD __m256 to_float(Vector v) { return _mm256_castsi256_ps(v); }
+    static MSP_HD Vector compress(Vector v, unsigned mask) {
         return _mm256_permutevar8x32_epi32(v, _mm256_cvtepu8_epi32(compact_index(mask)));
     }
-    static void store(uint32_t* to, Vector v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v); }
+    static MSP_HD void store(uint32_t* to, Vector v) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v);
+    }
 };
 
 struct Lanes16 {
     using Vector = __m128i;
-    static Vector load(const uint16_t* from) {
+    static MSP_HD Vector load(const uint16_t* from) {
         return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     }
-    static Vector compress(Vector v, unsigned mask) {
+    static MSP_HD Vector compress(Vector v, unsigned mask) {
         const __m128i lane = compact_index(mask);
         const __m128i byte = _mm_slli_epi16(_mm_unpacklo_epi8(lane, lane), 1);  // no carry: lanes are below 8
         return _mm_shuffle_epi8(v, _mm_add_epi8(byte, _mm_set1_epi16(0x0100)));
     }
-    static void store(uint16_t* to, Vector v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), v); }
+    static MSP_HD void store(uint16_t* to, Vector v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), v); }
 };
 
 template <>
 struct Lanes<Dtype::kFloat16> : Lanes16 {
-    static __m256 to_float(Vector v) { return _mm256_cvtph_ps(v); }
+    static MSP_HD __m256 to_float(Vector v) { return _mm256_cvtph_ps(v); }
 };
 
 template <>
 struct Lanes<Dtype::kBFloat16> : Lanes16 {
-    static __m256 to_float(Vector v) {
+    static MSP_HD __m256 to_float(Vector v) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
     }
 };
 
-unsigned bits_of(__m256i lanes) {
+MSP_HD unsigned bits_of(__m256i lanes) {
     return static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(lanes)));
 }
 
-unsigned not_finite(__m256 v) {
+MSP_HD unsigned not_finite(__m256 v) {
     const __m256i infinity = _mm256_set1_epi32(0x7f800000);
     const __m256i exponent = _mm256_and_si256(_mm256_castps_si256(v), infinity);
     return bits_of(_mm256_cmpeq_epi32(exponent, infinity));
@@ -88,7 +90,7 @@ unsigned not_finite(__m256 v) {
 // How many keys of its group of M beat each key, ties to the lower column. A group, or two of 4, is in
 // `count` vectors. Every column is held against every other: with 8 lanes that costs no more than a sort.
 template <int M, int count>
-void rank(const __m256i (&keys)[count], __m256i (&ranks)[count]) {
+MSP_HD void rank(const __m256i (&keys)[count], __m256i (&ranks)[count]) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     const __m256i group = M == 4 ? _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4) : _mm256_setzero_si256();
     for (int v = 0; v < count; ++v) ranks[v] = _mm256_setzero_si256();
@@ -108,7 +110,8 @@ void rank(const __m256i (&keys)[count], __m256i (&ranks)[count]) {
 
 struct Avx2 {
     template <Dtype D, ScoreKind Kind>
-    static __m256 score_of(const NmSelect& op, int64_t offset, float row_term, int64_t column, __m256 w) {
+    static MSP_HD __m256 score_of(const NmSelect& op, int64_t offset, float row_term, int64_t column,
+                                  __m256 w) {
         __m256 score = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), w);
         if constexpr (Kind == ScoreKind::kRelative) {
             const __m256 column_term = _mm256_loadu_ps(op.column_term + column);
@@ -127,7 +130,7 @@ struct Avx2 {
     }
 
     // ordered_key() of each lane; adding zero turns -0 into +0.
-    static __m256i ordered_keys(__m256 score) {
+    static MSP_HD __m256i ordered_keys(__m256 score) {
         const __m256i bits = _mm256_castps_si256(_mm256_add_ps(score, _mm256_setzero_ps()));
         return _mm256_xor_si256(bits, _mm256_srli_epi32(_mm256_srai_epi32(bits, 31), 1));
     }

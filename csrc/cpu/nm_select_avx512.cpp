@@ -13,7 +13,7 @@ constexpr int kLanes = 16;
 
 // A compare-exchange of lanes i and i ^ Distance: lanes whose bit is set in `Low` keep the smaller key.
 template <int Distance, __mmask16 Low>
-__m512i exchange(__m512i keys) {
+MSP_HD __m512i exchange(__m512i keys) {
     __m512i partner;
     if constexpr (Distance == 1) partner = _mm512_shuffle_epi32(keys, _MM_PERM_CDAB);
     if constexpr (Distance == 2) partner = _mm512_shuffle_epi32(keys, _MM_PERM_BADC);
@@ -35,7 +35,7 @@ constexpr __mmask16 low_lanes(int distance, int block) {
 // Bitonic merges: sorts every Block lanes that are bitonic, descending in even blocks and, unless the block
 // is a whole group (then Direction is 0), ascending in odd ones.
 template <int Distance, int Direction>
-__m512i merge(__m512i keys) {
+MSP_HD __m512i merge(__m512i keys) {
     keys = exchange<Distance, low_lanes(Distance, Direction)>(keys);
     if constexpr (Distance > 1) keys = merge<Distance / 2, Direction>(keys);
     return keys;
@@ -43,25 +43,21 @@ __m512i merge(__m512i keys) {
 
 // Sorts each group of M lanes, descending.
 template <int M, int Block = 2>
-__m512i sort_descending(__m512i keys) {
+MSP_HD __m512i sort_descending(__m512i keys) {
     keys = merge<Block / 2, Block == M ? 0 : Block>(keys);
     if constexpr (Block < M) keys = sort_descending<M, Block * 2>(keys);
     return keys;
 }
 
 // The bits of `above` and the lowest of `equal` that make n.
-uint32_t fill_up(uint32_t above, uint32_t equal, int n) {
+MSP_HD uint32_t fill_up(uint32_t above, uint32_t equal, int n) {
     return above | _pdep_u32(_bzhi_u32(~0u, n - _mm_popcnt_u32(above)), equal);
 }
 
-// For each group of M lanes its n largest keys, ties to the lower lane. `nth` holds in each lane the lane
-// where the sorted group has its n-th; Distinct: no group holds a key twice.
-template <int M, bool Distinct>
-__mmask16 select(__m512i keys, __m512i nth, int n) {
-    const __m512i threshold = _mm512_permutexvar_epi32(nth, sort_descending<M>(keys));
-    const __mmask16 kept = _mm512_cmpge_epi32_mask(keys, threshold);
-    if (Distinct || _mm_popcnt_u32(kept) == n * (kLanes / M)) return kept;
-
+// Bits of lanes whose key is not below the threshold, all but the n best of each group of M taken back. Ties
+// at the threshold are rare, so this stays out of the loops.
+template <int M>
+__attribute__((noinline)) __mmask16 settle_ties(__m512i keys, __m512i threshold, uint32_t kept, int n) {
     const uint32_t above = _mm512_cmpgt_epi32_mask(keys, threshold);
     uint32_t exact = 0;
     for (int lane = 0; lane < kLanes; lane += M) {
@@ -71,9 +67,19 @@ __mmask16 select(__m512i keys, __m512i nth, int n) {
     return static_cast<__mmask16>(exact);
 }
 
+// For each group of M lanes its n largest keys, ties to the lower lane. `nth` holds in each lane the lane
+// where the sorted group has its n-th; Distinct: no group holds a key twice.
+template <int M, bool Distinct>
+MSP_HD __mmask16 select(__m512i keys, __m512i nth, int n) {
+    const __m512i threshold = _mm512_permutexvar_epi32(nth, sort_descending<M>(keys));
+    const __mmask16 kept = _mm512_cmpge_epi32_mask(keys, threshold);
+    if (Distinct || __builtin_expect(_mm_popcnt_u32(kept) == n * (kLanes / M), 1)) return kept;
+    return settle_ties<M>(keys, threshold, kept, n);
+}
+
 // The same for one group of 32 lanes, of which `keys0` holds the first half. `nth` is n - 1 mod 16.
 template <bool Distinct>
-uint32_t select32(__m512i keys0, __m512i keys1, __m512i nth, int n) {
+MSP_HD uint32_t select32(__m512i keys0, __m512i keys1, __m512i nth, int n) {
     const __m512i reverse = _mm512_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i sorted0 = sort_descending<16>(keys0);
     const __m512i sorted1 = _mm512_permutexvar_epi32(reverse, sort_descending<16>(keys1));
@@ -84,7 +90,7 @@ uint32_t select32(__m512i keys0, __m512i keys1, __m512i nth, int n) {
     const uint32_t kept0 = _mm512_cmpge_epi32_mask(keys0, threshold);
     const uint32_t kept1 = _mm512_cmpge_epi32_mask(keys1, threshold);
     const uint32_t kept = kept0 | kept1 << kLanes;
-    if (Distinct || _mm_popcnt_u32(kept) == n) return kept;
+    if (Distinct || __builtin_expect(_mm_popcnt_u32(kept) == n, 1)) return kept;
 
     const uint32_t above0 = _mm512_cmpgt_epi32_mask(keys0, threshold);
     const uint32_t above1 = _mm512_cmpgt_epi32_mask(keys1, threshold);
@@ -99,9 +105,11 @@ struct Lanes;
 template <>
 struct Lanes<Dtype::kFloat32> {
     using Vector = __m512i;
-    static Vector load(const uint32_t* from, __mmask16 live) { return _mm512_maskz_loadu_epi32(live, from); }
-    static __m512 to_float(Vector v) { return _mm512_castsi512_ps(v); }
-    static void store(uint32_t* to, Vector v, __mmask16 kept, __mmask16 places) {
+    static MSP_HD Vector load(const uint32_t* from, __mmask16 live) {
+        return _mm512_maskz_loadu_epi32(live, from);
+    }
+    static MSP_HD __m512 to_float(Vector v) { return _mm512_castsi512_ps(v); }
+    static MSP_HD void store(uint32_t* to, Vector v, __mmask16 kept, __mmask16 places) {
         _mm512_mask_storeu_epi32(to, places, _mm512_maskz_compress_epi32(kept, v));
     }
 };
@@ -109,27 +117,31 @@ struct Lanes<Dtype::kFloat32> {
 // Compressing in a register and storing under a mask: compressing into memory is slow on AMD.
 struct Lanes16 {
     using Vector = __m256i;
-    static Vector load(const uint16_t* from, __mmask16 live) { return _mm256_maskz_loadu_epi16(live, from); }
-    static void store(uint16_t* to, Vector v, __mmask16 kept, __mmask16 places) {
+    static MSP_HD Vector load(const uint16_t* from, __mmask16 live) {
+        return _mm256_maskz_loadu_epi16(live, from);
+    }
+    static MSP_HD void store(uint16_t* to, Vector v, __mmask16 kept, __mmask16 places) {
         _mm256_mask_storeu_epi16(to, places, _mm256_maskz_compress_epi16(kept, v));
     }
 };
 
 template <>
 struct Lanes<Dtype::kFloat16> : Lanes16 {
-    static __m512 to_float(Vector v) { return _mm512_cvtph_ps(v); }
+    static MSP_HD __m512 to_float(Vector v) { return _mm512_cvtph_ps(v); }
 };
 
 template <>
 struct Lanes<Dtype::kBFloat16> : Lanes16 {
-    static __m512 to_float(Vector v) {
+    static MSP_HD __m512 to_float(Vector v) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
     }
 };
 
-__mmask16 not_finite(__m512 v) { return _mm512_fpclass_ps_mask(v, 0x99); }  // quiet or signalling NaN, +-inf
+MSP_HD __mmask16 not_finite(__m512 v) {
+    return _mm512_fpclass_ps_mask(v, 0x99);
+}  // quiet or signalling NaN, +-inf
 
-__mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>(_bzhi_u32(0xffffu, count)); }
+MSP_HD __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>(_bzhi_u32(0xffffu, count)); }
 
 struct Avx512 {
     // 16 columns of a row: their weights and the keys that rank them.
@@ -139,7 +151,7 @@ struct Avx512 {
         __m512i keys;
         __mmask16 wrong;
 
-        Chunk(const NmSelect& op, int64_t row, float row_term, int64_t column, __mmask16 live) {
+        MSP_HD Chunk(const NmSelect& op, int64_t row, float row_term, int64_t column, __mmask16 live) {
             using Bits = typename Stored<D>::Bits;
             const int64_t offset = row * op.columns + column;
             stored = Lanes<D>::load(static_cast<const Bits*>(op.weight) + offset, live);

@@ -12,7 +12,7 @@ import pytest
 
 # 128 threads of 128 registers: four blocks, or 16 warps, on a multiprocessor
 MOST_REGISTERS = 128
-KERNEL = re.compile(r"nm_select_kernel.*Dtype(\d)ELi(\d+)E.*ScoreKind(\d)ELb([01])E")
+KERNEL = re.compile(r"nm_select_kernel\w*DtypeE(\d)ELi(\d+)E\w*ScoreKindE(\d)ELb([01])E")
 
 
 @pytest.fixture(scope="module")
