@@ -6,12 +6,12 @@
 namespace msp {
 namespace {
 
-template <Dtype D, int M, ScoreKind Kind, bool Vectors>
+template <Dtype D, int M, ScoreKind Kind>
 __global__ void __launch_bounds__(kSelectThreads) nm_select_kernel(const __grid_constant__ NmSelect op) {
     using Block = SelectBlock<D, M, Kind>;
     extern __shared__ Bytes16 shared[];
     auto* values = reinterpret_cast<typename Block::Bits*>(shared);
-    Block::template select<Vectors>(op, blockIdx.x, threadIdx.x, values);
+    Block::select(op, blockIdx.x, threadIdx.x, values);
     __syncthreads();
     Block::write(op, blockIdx.x, threadIdx.x, values);
 }
@@ -22,9 +22,8 @@ cudaError_t launch(const NmSelect& op, cudaStream_t stream) {
     const int64_t blocks = (Block::units(op) + kSelectThreads - 1) / kSelectThreads;
     if (blocks == 0) return cudaSuccess;
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    auto* kernel =
-        Block::loads_vectors(op) ? nm_select_kernel<D, M, Kind, true> : nm_select_kernel<D, M, Kind, false>;
-    kernel<<<static_cast<unsigned>(blocks), kSelectThreads, Block::shared_bytes(op.n), stream>>>(op);
+    nm_select_kernel<D, M, Kind>
+        <<<static_cast<unsigned>(blocks), kSelectThreads, Block::shared_bytes(op.n), stream>>>(op);
     return cudaGetLastError();
 }
 

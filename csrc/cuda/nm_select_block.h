@@ -122,14 +122,18 @@ struct SelectBlock {
 
     // First phase: thread `thread` selects its unit, writes its mask bytes and puts its kept values into
     // `shared`, where the block's groups lie one after the other.
-    template <bool Vectors>
     static MSP_HD void select(const NmSelect& op, int64_t block, int thread, Bits* shared) {
         const int64_t first_unit = block * kSelectThreads;
         const int64_t unit = first_unit + thread;
         if (unit >= units(op)) return;
         const Place at = place(op, unit);
         Bits weight[kUnit];
-        load<Vectors>(op, at, weight);
+        const bool vectors = loads_vectors(op);
+        if (vectors) {
+            load<true>(op, at, weight);
+        } else {
+            load<false>(op, at, weight);
+        }
 
         Bits* slot = shared + (at.group - place(op, first_unit).group) * op.n;
         uint32_t mask = 0;
@@ -137,7 +141,12 @@ struct SelectBlock {
         for (int group = 0; group < kGroups; ++group) {
             if (group < at.groups) {
                 int32_t keys[M];
-                rank_keys<Vectors>(op, at.row, at.column + group * M, weight + group * M, keys);
+                const int64_t column = at.column + group * M;
+                if (vectors) {
+                    rank_keys<true>(op, at.row, column, weight + group * M, keys);
+                } else {
+                    rank_keys<false>(op, at.row, column, weight + group * M, keys);
+                }
                 if (op.compliant) rule_out_beyond_two_of_four<M>(keys);
                 const uint32_t kept = select_group<M>(keys, op.n);
                 mask |= kept << (group * M);

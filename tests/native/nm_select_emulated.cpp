@@ -12,15 +12,9 @@ namespace {
 using namespace msp;
 
 struct Emulated {
+    // Threads of a phase run last to first: none may lean on what a lower one did.
     template <Dtype D, int M, ScoreKind Kind>
     static int64_t run(const NmSelect& op, int64_t, int64_t) {
-        return SelectBlock<D, M, Kind>::loads_vectors(op) ? blocks<D, M, Kind, true>(op)
-                                                          : blocks<D, M, Kind, false>(op);
-    }
-
-    // Threads of a phase run last to first: none may lean on what a lower one did.
-    template <Dtype D, int M, ScoreKind Kind, bool Vectors>
-    static int64_t blocks(const NmSelect& op) {
         using Block = SelectBlock<D, M, Kind>;
         const int64_t count = (Block::units(op) + kSelectThreads - 1) / kSelectThreads;
         const size_t bytes = static_cast<size_t>(Block::shared_bytes(op.n));
@@ -28,12 +22,12 @@ struct Emulated {
             std::vector<Bytes16> shared(bytes / 16 + 2);
             std::memset(shared.data(), 0xEE, shared.size() * 16);
             auto* values = reinterpret_cast<typename Block::Bits*>(shared.data());
-            for (int t = kSelectThreads; t-- > 0;) Block::template select<Vectors>(op, block, t, values);
+            for (int t = kSelectThreads; t-- > 0;) Block::select(op, block, t, values);
             const auto* end = reinterpret_cast<const unsigned char*>(shared.data()) + bytes;
             if (std::any_of(end, end + 16, [](unsigned char byte) { return byte != 0xEE; })) return -1;
             for (int t = kSelectThreads; t-- > 0;) Block::write(op, block, t, values);
         }
-        return Vectors;
+        return Block::loads_vectors(op);
     }
 };
 
