@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ def measure(name: str, seed: int) -> None:
 
     torch.set_num_threads(1)
     setting = SETTINGS[name]
+    commit = _commit()  # of the code that runs, not of what is committed meanwhile
     with tempfile.TemporaryDirectory() as folder:
         result = msp.compare(
             SHARED / setting.model,
@@ -100,7 +101,8 @@ def measure(name: str, seed: int) -> None:
             device="cpu",
         )
     versions = {"msp": msp.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    content = {"commit": _commit(), "versions": versions, "dense_perplexity": result.dense_perplexity}
+    content = {"commit": commit, "versions": versions, "setting": asdict(setting)}
+    content["dense_perplexity"] = result.dense_perplexity
     content["rows"] = [row for row in result.to_json()["rows"] if row["seed"] != "mean"]
     RESULTS.mkdir(parents=True, exist_ok=True)
     _path(name, seed).write_text(to_json(content) + "\n", encoding="utf-8")
@@ -146,12 +148,12 @@ def table() -> str:
         means = mean_rows([CompareRow(**row) for cell in cells for row in cell["rows"]])
         best_kl, best_perplexity = min(m.kl for m in means), min(m.perplexity for m in means)
         dense = cells[0]["dense_perplexity"]
-        parts.append(f"**{setting.title}**, Wanda, {len(cells)} seeds (dense perplexity {dense:.1f}):\n")
+        parts.append(f"**{setting.title}**, Wanda, {_seeds(len(cells))} (dense perplexity {dense:.1f}):\n")
         parts.append("| allocator | density | KL | perplexity | candidates |\n|---|---|---|---|---|")
         for mean in means:
             assert mean.spread is not None
             kl, perplexity = (
-                f"{value:.{digits}f} ± {mean.spread[key]:.{digits}f}"
+                f"{value:.{digits}f}" + (f" ± {mean.spread[key]:.{digits}f}" if len(cells) > 1 else "")
                 for key, value, digits in (("kl", mean.kl, 3), ("perplexity", mean.perplexity, 1))
             )
             kl = f"**{kl}**" if mean.kl == best_kl else kl
@@ -159,6 +161,10 @@ def table() -> str:
             parts.append(f"| {mean.allocator} | {mean.density:.2%} | {kl} | {perplexity} | {mean.evaluations:,} |")
         parts.append("")
     return "\n".join(parts)
+
+
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"{count} seeds"
 
 
 def write_readme() -> None:

@@ -96,7 +96,8 @@ class BlockStream(AbstractContextManager["BlockStream"]):
         Blocks must be advanced in order: block ``index`` reads what ``index - 1`` left.
         """
         self._active = index
-        for self._batch, tokens in enumerate(self._batches):
+        for batch, tokens in enumerate(self._batches):
+            self._batch = batch
             try:
                 with torch.no_grad():
                     self._model(input_ids=tokens.to(_home(self._model)), use_cache=False)

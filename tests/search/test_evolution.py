@@ -105,7 +105,8 @@ def test_a_killed_search_loses_at_most_a_generation(tmp_path: Path) -> None:
                 if self.tokens == 70:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return super().__call__(levels, stage)
-        Evolution(UNITS, BUDGET, start(), Dying(), options=EvolutionOptions(generations=9), checkpoint=Path({str(path)!r})).run()
+        options = EvolutionOptions(generations=9)
+        Evolution(UNITS, BUDGET, start(), Dying(), options=options, checkpoint=Path({str(path)!r})).run()
         """
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
