@@ -30,10 +30,6 @@ class Running:
         self._as_json = as_json
         self._shown: tuple[Any, RenderableType] | None = None
 
-    @property
-    def as_json(self) -> bool:
-        return self._as_json
-
     def result(self, data: Any, report: RenderableType) -> None:
         """What the verb found: ``data`` for ``--json``, ``report`` for a reader."""
         self._shown = (data, report)
