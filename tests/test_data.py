@@ -121,6 +121,8 @@ def test_text_longer_than_the_context_does_not_warn(tmp_path: Path, caplog):
     path.write_text("the fox " * 100)
     import transformers
 
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()
     transformers.logging.enable_propagation()
     try:
         TokenSource.parse(str(path)).read(make_tokenizer(), VOCABULARY)
@@ -129,6 +131,7 @@ def test_text_longer_than_the_context_does_not_warn(tmp_path: Path, caplog):
         assert "longer than" in caplog.text, "the tokenizer would have warned"
     finally:
         transformers.logging.disable_propagation()
+        transformers.logging.set_verbosity(before)
 
 
 @pytest.mark.parametrize(("bos", "eos"), [(True, True), (False, True), (False, False)])
