@@ -186,7 +186,7 @@ struct Avx2 {
                     *byte++ = static_cast<uint8_t>(kept);
                 }
             }
-            wrong += nm_select_columns<D, M, Kind>(op, row, whole, op.columns, value);
+            if constexpr (M == 4) wrong += nm_select_columns<D, M, Kind>(op, row, whole, op.columns, value);
         }
         return wrong;
     }

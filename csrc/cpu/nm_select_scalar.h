@@ -5,6 +5,14 @@
 
 namespace msp {
 
+// Which of a group are kept. `static`, as each instruction set needs one of its own; not inlined into every
+// combination of dtype and score, which the compiler would take minutes for.
+template <int M>
+__attribute__((noinline)) static uint32_t kept_of_group(int32_t (&keys)[M], int n, bool compliant) {
+    if (compliant) rule_out_beyond_two_of_four<M>(keys);
+    return select_group<M>(keys, n);
+}
+
 // Selects the groups of `row` in columns [begin, end), both multiples of M and `begin` of 8 as well. `value`
 // is where the first kept weight goes; it moves on. Returns how many weights or scores are not finite.
 template <Dtype D, int M, ScoreKind Kind>
@@ -28,8 +36,7 @@ MSP_HD int64_t nm_select_columns(const NmSelect& op, int64_t row, int64_t begin,
             not_finite += !is_finite(bits) || !is_finite(float_bits(w));
             keys[c] = ordered_key(bits);
         }
-        if (op.compliant) rule_out_beyond_two_of_four<M>(keys);
-        const uint32_t kept = select_group<M>(keys, op.n);
+        const uint32_t kept = kept_of_group<M>(keys, op.n, op.compliant);
         for (int c = 0; c < M; ++c) {
             if (kept >> c & 1) *value++ = weight[first + c];
         }
