@@ -62,11 +62,16 @@ sanitize: $(INSTALLED) ## the C++ kernels under the address, undefined-behaviour
 gpu-check: $(INSTALLED) ## the ops on this machine's GPU; result in benchmarks/results/gpu-check-<date>.json
 	$(BIN)/python .ci/gpu_check.py
 
-bench: $(INSTALLED) ## every benchmarks/bench_*.py
-	set -e; for bench in benchmarks/bench_*.py; do $(BIN)/python $$bench; done
+BENCHES := $(wildcard benchmarks/bench_*.py)
+bench: $(INSTALLED) ## every benchmarks/bench_<op>.py on this machine
+	$(if $(BENCHES),,$(error there is no benchmarks/bench_<op>.py yet))
+	set -e; for bench in $(BENCHES); do $(BIN)/python $$bench; done
+
+quality: $(INSTALLED) ## measure the quality table: hours on a CPU, resumes where it stopped
+	$(BIN)/python benchmarks/quality.py
 
 clean: ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info .coverage coverage.xml .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f msp/*.so
 
-.PHONY: help build demo test coverage lint format types wheel sanitize gpu-check bench clean
+.PHONY: help build demo test coverage lint format types wheel sanitize gpu-check bench quality clean

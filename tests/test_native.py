@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -300,6 +301,13 @@ def test_concurrent_callers() -> None:
     assert not wrong
 
 
+def run_python(code: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A crash in there is a failure here. Not in the current folder, whose ``msp`` would come before the installed."""
+    code = code.format(tests=str(Path(__file__).parent))
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
 FORKING = """
 import os, sys
 sys.path.insert(0, {tests!r})
@@ -316,9 +324,8 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_threads_after_fork() -> None:
-    code = FORKING.format(tests=os.path.dirname(__file__))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+def test_threads_after_fork(tmp_path: Path) -> None:
+    done = run_python(FORKING, tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -363,7 +370,6 @@ for dtype in DTYPES.values():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="protects pages the Linux way")
-def test_touches_nothing_outside_its_buffers(isa: str) -> None:
-    code = GUARDED.format(tests=os.path.dirname(__file__))
-    done = subprocess.run([sys.executable, "-c", code, "11"], capture_output=True, text=True, timeout=120)
+def test_touches_nothing_outside_its_buffers(isa: str, tmp_path: Path) -> None:
+    done = run_python(GUARDED, tmp_path, "11")
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stderr}"

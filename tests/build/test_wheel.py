@@ -28,6 +28,12 @@ for module in (msp, msp._cpu, msp.triton_kernels):
     assert home in found.parents, f"{module.__name__} comes from {found}, not from {home}"
 assert importlib.metadata.version("msp") == msp.__version__
 assert [e.value for e in importlib.metadata.entry_points(group="console_scripts", name="msp")] == ["msp.cli:main"]
+import torch
+from msp.ops import force_backend, nm_select
+with force_backend("cpu"):
+    packed = nm_select(torch.randn(5, 24), msp.NMPattern(2, 8))
+packed.check()
+assert packed.kept().sum() == 5 * 24 // 4
 print(msp._cpu.isa())
 """
 
