@@ -178,8 +178,9 @@ struct Avx512 {
             } else {
                 // ordered_key() of each lane; adding zero turns -0 into +0
                 const __m512i bits = _mm512_castps_si512(_mm512_add_ps(score, _mm512_setzero_ps()));
-                const __m512i flip = _mm512_srli_epi32(_mm512_srai_epi32(bits, 31), 1);
-                keys = _mm512_xor_si512(bits, flip);
+                const __m512i sign = _mm512_srai_epi32(bits, 31);
+                keys =
+                    _mm512_ternarylogic_epi32(bits, sign, _mm512_set1_epi32(INT32_MAX), 0x78);  // a ^ (b & c)
             }
             if constexpr (distinct(D, Kind)) {
                 // columns in descending order, in bits that a 16-bit float widened to 32 leaves zero
@@ -204,9 +205,10 @@ struct Avx512 {
     template <Dtype D, int M, ScoreKind Kind>
     static int64_t run(const NmSelect& op, int64_t begin, int64_t end) {
         using Bits = typename Stored<D>::Bits;
-        Bits* value = static_cast<Bits*>(op.values) + begin * values_per_row(op.columns, M, op.n);
+        const int64_t row_values = values_per_row(op.columns, M, op.n);
         int64_t wrong = 0;
         for (int64_t row = begin; row < end; ++row) {
+            Bits* value = static_cast<Bits*>(op.values) + row * row_values;
             const float row_term = Kind == ScoreKind::kRelative ? op.row_term[row] : 0.0f;
             uint8_t* byte = op.bitmask + row * bitmask_row_bytes(op.columns);
             if constexpr (M == 32) {
@@ -218,9 +220,11 @@ struct Avx512 {
         return wrong;
     }
 
+    // `op` is a copy of its own, since stores through a byte pointer could change one that is shared: the
+    // compiler would read it again for every vector.
     template <Dtype D, int M, ScoreKind Kind>
-    static int64_t row_of_vectors(const NmSelect& op, int64_t row, float row_term,
-                                  typename Stored<D>::Bits*& value, uint8_t* byte) {
+    static int64_t row_of_vectors(const NmSelect op, int64_t row, float row_term,
+                                  typename Stored<D>::Bits* value, uint8_t* byte) {
         alignas(64) int32_t nth_lane[kLanes];
         for (int lane = 0; lane < kLanes; ++lane) nth_lane[lane] = lane / M * M + (op.n > 0 ? op.n - 1 : 0);
         const __m512i nth = _mm512_load_si512(nth_lane);
@@ -254,8 +258,8 @@ struct Avx512 {
 
     // Groups of 32 columns, two vectors each.
     template <Dtype D, ScoreKind Kind>
-    static int64_t row_of_pairs(const NmSelect& op, int64_t row, float row_term,
-                                typename Stored<D>::Bits*& value, uint8_t* byte) {
+    static int64_t row_of_pairs(const NmSelect op, int64_t row, float row_term,
+                                typename Stored<D>::Bits* value, uint8_t* byte) {
         const __m512i nth = _mm512_set1_epi32((op.n + 31) % kLanes);
         const uint32_t any = op.n > 0 ? ~0u : 0u;
         int64_t wrong = 0;
