@@ -27,6 +27,14 @@ def find_nvcc() -> str | None:
     return next((path for path in candidates if path and os.access(path, os.X_OK)), None)
 
 
+def find_tool(name: str) -> str:
+    """On PATH, or beside this Python, as pip installs it in an environment that is not activated."""
+    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    if found is None:
+        raise SystemExit(f"{name} is neither on PATH nor installed beside {sys.executable}")
+    return found
+
+
 def cuda_wanted() -> bool:
     wanted = os.environ.get("MSP_CUDA", "").strip()
     if wanted not in ("", "0", "1"):
@@ -44,9 +52,9 @@ class CMakeBuild(build_ext):
         # not build_temp, which an editable installation makes anew each time
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{'-sanitize' if sanitize else ''}"
         build.mkdir(parents=True, exist_ok=True)
-        ninja = shutil.which("ninja") or "ninja"
+        cmake, ninja = find_tool("cmake"), find_tool("ninja")
         cuda = any(extension.name == "msp._cuda" for extension in self.extensions)
-        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+        configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         # named each time: an isolated build brings its own ninja and pybind11, gone the next time
         configure += [
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
@@ -61,7 +69,7 @@ class CMakeBuild(build_ext):
             if os.environ.get("MSP_CUDA_ARCHS"):
                 configure.append(f"-DMSP_CUDA_ARCHS={os.environ['MSP_CUDA_ARCHS']}")
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        subprocess.run([cmake, "--build", str(build)], check=True)
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
