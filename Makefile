@@ -7,6 +7,10 @@ NATIVE := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 CXX_FILES := $(filter %.h %.cpp %.cu,$(NATIVE))
 SANITIZED := build/sanitize
 
+# Small models have a barrier every few microseconds: threads that spin there starve the one they wait for as soon as
+# anything else runs on the machine.
+export OMP_WAIT_POLICY ?= passive
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
