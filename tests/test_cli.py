@@ -462,6 +462,8 @@ def test_ctrl_c_leaves_nothing_and_resumes(llama: Path, text: Path, tmp_path: Pa
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        # a shell's background jobs, and what they start, ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and long.poll() is None and not _generations(checkpoint) > 2:
