@@ -138,7 +138,7 @@ def _path(name: str, seed: int) -> Path:
 
 def table() -> str:
     """Markdown of all cells that were measured: mean and standard deviation over the seeds."""
-    from msp.pipeline import CompareRow, mean_rows
+    from msp.results import CompareRow, mean_rows
 
     parts = []
     for name, setting in SETTINGS.items():

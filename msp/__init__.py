@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from msp.errors import MspError, UsageError
     from msp.model import load_model
     from msp.patterns import Allocation, Budget, NMPattern
-    from msp.pipeline import CompareResult, PruneResult, compare, prune
+    from msp.pipeline import compare, prune
+    from msp.results import CompareResult, PruneResult
     from msp.sparse_linear import SparseLinear
 
 __version__ = "0.1.0"
@@ -23,11 +24,11 @@ __version__ = "0.1.0"
 _HOME = {
     "Allocation": "msp.patterns",
     "Budget": "msp.patterns",
-    "CompareResult": "msp.pipeline",
+    "CompareResult": "msp.results",
     "MspError": "msp.errors",
     "NMPattern": "msp.patterns",
     "PackedInfo": "msp.checkpoint",
-    "PruneResult": "msp.pipeline",
+    "PruneResult": "msp.results",
     "SparseLinear": "msp.sparse_linear",
     "UsageError": "msp.errors",
     "compare": "msp.pipeline",

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from msp.model import Block, Linear, Structure
+from msp.model import Block, Linear, Structure, device_of
 from msp.progress import NoProgress, Progress
 from msp.pruners.base import LinearStatistics
 
@@ -72,7 +72,7 @@ class BlockStream(AbstractContextManager["BlockStream"]):
         self._model = model
         self._structure = structure
         self._batches = list(torch.split(windows, batch_size))
-        self._device = torch.device(device) if device is not None else _home(model)
+        self._device = torch.device(device) if device is not None else device_of(model)
         self._hidden: list[torch.Tensor | None] = [None] * len(self._batches)
         self._wrap: list[Callable[[Any], Any]] = []
         self._active = 0
@@ -81,14 +81,14 @@ class BlockStream(AbstractContextManager["BlockStream"]):
 
     def __enter__(self) -> BlockStream:
         for block in self._structure.blocks:
-            _put(self._model, block.name, _Gate(block.module, block.index, self))
+            self._model.set_submodule(block.name, _Gate(block.module, block.index, self))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for block in self._structure.blocks:
-            _put(self._model, block.name, block.module)
+            self._model.set_submodule(block.name, block.module)
 
     def run(self, index: int, *, advance: bool) -> Iterator[None]:
         """Run every batch through block ``index``, one per item drawn; keep the outputs if ``advance``.
@@ -100,7 +100,7 @@ class BlockStream(AbstractContextManager["BlockStream"]):
             self._batch = batch
             try:
                 with torch.no_grad():
-                    self._model(input_ids=tokens.to(_home(self._model)), use_cache=False)
+                    self._model(input_ids=tokens.to(device_of(self._model)), use_cache=False)
             except _Reached:
                 pass
             if advance:
@@ -140,15 +140,6 @@ def _wrapper_like(output: Any) -> Callable[[Any], Any]:
         rest = (None,) * (len(output) - 1)
         return lambda hidden: (hidden, *rest)
     return lambda hidden: hidden
-
-
-def _home(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 @contextmanager
@@ -205,7 +196,7 @@ def stream_statistics(
     what a pruned model gives them; without, one run serves both. Memory beyond the model: one block,
     its statistics, and one hidden state per token of ``windows`` in host memory.
     """
-    home = _home(model)
+    home = device_of(model)
     target = torch.device(device) if device is not None else home
     progress = progress or NoProgress()
     runs = len(structure.blocks) * (2 if sequential else 1)

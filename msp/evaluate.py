@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from msp.model import device_of
 from msp.progress import NoProgress, Progress
 
 # Log-probabilities of the dense model are kept in fp32 up to this many bytes and in fp16 beyond:
@@ -121,7 +122,7 @@ def perplexity(model: Any, windows: torch.Tensor, *, batch_size: int = 8, progre
 
 def _predictions(model: Any, windows: torch.Tensor, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield ``(tokens [B, T], fp32 log-probabilities [B, T-1, V])`` batch by batch."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     for tokens in torch.split(windows, batch_size):
         tokens = tokens.to(device)
         with torch.inference_mode():

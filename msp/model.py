@@ -219,6 +219,11 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are; a model is on one device here."""
+    return next(model.parameters()).device
+
+
 def check_finite(linears: tuple[Linear, ...]) -> None:
     """Raise ``MspError`` naming the first linear with NaN or infinite weights, and how many."""
     for linear in linears:

@@ -20,7 +20,7 @@ from msp.report import merge_experts, split_name
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from msp.pipeline import CompareResult, CompareRow, PruneResult
+    from msp.results import CompareResult, CompareRow, PruneResult
 
 # Okabe and Ito's colours, which readers with any colour vision tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

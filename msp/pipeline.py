@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,11 @@ from msp.checkpoint import check_output, replace_linears, save_packed
 from msp.data import DEFAULT_CALIBRATION, DEFAULT_EVALUATION, TokenSets, make_token_sets, read_windows
 from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference, Quality, perplexity
-from msp.model import LoadedModel, Structure, check_finite, find_structure, load_model
-from msp.patterns import Allocation, parse_sparsity
+from msp.model import LoadedModel, Structure, check_finite, device_of, find_structure, load_model
+from msp.patterns import parse_sparsity
 from msp.progress import NoProgress, Progress
 from msp.pruners import get_pruner
+from msp.results import CompareResult, CompareRow, PruneResult, SensitivityResult, mean_rows
 from msp.search.evolution import EvolutionOptions
 from msp.sensitivity import fisher_traces
 from msp.sparse_linear import SparseLinear, note_pattern
@@ -90,86 +90,6 @@ class PruneOptions:
             options = replace(options, generations=max(0, round(self.evaluations / options.offspring)))
         checkpoint = self.work_dir / "search.json" if self.work_dir is not None else None
         return SearchSettings(options, checkpoint, self.resume)
-
-
-@dataclass
-class PruneResult:
-    """A packed model and how it came about.
-
-    Attributes:
-        density: kept share of all linears' weights, those that stay dense included; ``kept`` of
-            ``budget`` weights.
-        allocation: pattern per linear; ``skipped`` says why the others stay as they are.
-        perplexity: of the ``dense`` and the ``pruned`` model on the test tokens; ``kl`` per token, in nats.
-        bytes: all weights of the model as stored, ``dense`` and ``packed``.
-        seconds: per stage. ``peak_memory``: of the process, in bytes of host memory.
-        history: the generations of the search; empty for allocators that do not search.
-        sensitivities: Fisher trace per linear where the allocator asked for them.
-        recipe: everything needed to make it again, as written to the packed model.
-        model: the packed model, ``tokenizer`` beside it.
-    """
-
-    density: float
-    kept: int
-    budget: int
-    allocation: Allocation
-    skipped: dict[str, str]
-    perplexity: dict[str, float]
-    kl: float
-    bytes: dict[str, int]
-    seconds: dict[str, float]
-    peak_memory: int
-    history: list[dict[str, Any]]
-    sensitivities: dict[str, float] | None
-    recipe: dict[str, Any]
-    model: Any
-    tokenizer: Any
-
-    def to_json(self) -> dict[str, Any]:
-        """The result as plain JSON values, without the model."""
-        plain = {name: value for name, value in vars(self).items() if name not in ("model", "tokenizer")}
-        return plain | {"allocation": self.allocation.to_strings()}
-
-
-@dataclass
-class CompareRow:
-    """One allocator with one pruner and seed; ``seed`` is ``"mean"`` over the seeds, with their ``spread``."""
-
-    allocator: str
-    pruner: str
-    seed: int | str
-    density: float
-    kl: float
-    perplexity: float
-    evaluations: int
-    seconds: float
-    spread: dict[str, float] | None = None
-
-
-@dataclass
-class CompareResult:
-    """All rows on the same model, test tokens and budget. ``spread`` is the standard deviation over seeds."""
-
-    rows: list[CompareRow]
-    dense_perplexity: float
-    settings: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass
-class SensitivityResult:
-    """Fisher traces per linear, their sum per block, and the shape and kind of every linear."""
-
-    traces: dict[str, float]
-    blocks: list[float]
-    shapes: dict[str, tuple[int, int]]
-    kinds: dict[str, str]
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class _Stopwatch:
@@ -245,7 +165,7 @@ def _open(model: Any, options: PruneOptions, tokenizer: Any, progress: Progress)
     else:
         name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         loaded = LoadedModel(model.eval(), tokenizer, name, next(model.parameters()).dtype)
-        device = next(model.parameters()).device
+        device = device_of(model)
     if any(isinstance(module, SparseLinear) for module in loaded.model.modules()):
         raise MspError(f"{loaded.source} is packed already; start from the dense model")
     structure = find_structure(loaded.model)
@@ -510,23 +430,6 @@ def _recipe(options: PruneOptions, opened: _Opened, tokens: TokenSets, plan: Pla
         else None,
         "versions": versions,
     }
-
-
-def mean_rows(rows: Sequence[CompareRow]) -> list[CompareRow]:
-    """A mean row for every allocator and pruner among ``rows``, with the standard deviation over seeds."""
-    means = []
-    for key in dict.fromkeys((row.allocator, row.pruner) for row in rows):
-        mine = [row for row in rows if (row.allocator, row.pruner) == key]
-        density, kl, quality, seconds = (
-            statistics.fmean(getattr(row, name) for row in mine) for name in ("density", "kl", "perplexity", "seconds")
-        )
-        spread = {
-            name: statistics.stdev(getattr(row, name) for row in mine) if len(mine) > 1 else 0.0
-            for name in ("kl", "perplexity")
-        }
-        evaluations = round(statistics.fmean(row.evaluations for row in mine))
-        means.append(CompareRow(*key, "mean", density, kl, quality, evaluations, seconds, spread))
-    return means
 
 
 def _peak_memory() -> int:

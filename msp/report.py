@@ -22,7 +22,7 @@ from msp.progress import Advance
 
 if TYPE_CHECKING:
     from msp.checkpoint import PackedInfo
-    from msp.pipeline import CompareResult, CompareRow, PruneResult, SensitivityResult
+    from msp.results import CompareResult, CompareRow, PruneResult, SensitivityResult
 
 BAR_WIDTH = 24
 MOST_NAMES = 3

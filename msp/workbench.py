@@ -19,7 +19,7 @@ from msp.calibration import stream_statistics
 from msp.data import TokenSets
 from msp.errors import UsageError
 from msp.evaluate import DenseReference
-from msp.model import Structure
+from msp.model import Structure, device_of
 from msp.ops import PackedWeight
 from msp.patterns import Allocation, Budget, Unit, check_group_size
 from msp.progress import Progress
@@ -176,7 +176,7 @@ class Workbench:
                     scoring = pruner.scoring(linear.weight, self._complete(linear.name, entry, pruner))
                     weight = linear.weight.contiguous()
                     size = self.plan.units[0].group_size
-                    ranks[linear.name] = ops.nm_rank(weight, size, **scoring.kwargs()).to(_home(self.model))
+                    ranks[linear.name] = ops.nm_rank(weight, size, **scoring.kwargs()).to(device_of(self.model))
         self._norms = norms
         return ranks
 
@@ -219,7 +219,7 @@ class Workbench:
 
     def _rounded(self, packed: PackedWeight) -> PackedWeight:
         computed = packed.dtype
-        return packed.to(dtype=self._stored_dtype).to(dtype=computed, device=_home(self.model))
+        return packed.to(dtype=self._stored_dtype).to(dtype=computed, device=device_of(self.model))
 
     def _stream(
         self, needs: frozenset[str], *, sequential: bool
@@ -306,11 +306,6 @@ class WorkbenchEvidence:
 def batch_size(device: torch.device, window: int) -> int:
     """Sequences per forward on ``device``."""
     return max(1, BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]) // window)
-
-
-def _home(model: Any) -> torch.device:
-    device: torch.device = next(model.parameters()).device
-    return device
 
 
 def _warn(message: str) -> None:

@@ -383,7 +383,7 @@ def test_an_interrupt_says_how_to_go_on(faked):
     assert "interrupted" in failed.stderr and "--resume" in failed.stderr and not failed.stdout
 
 
-def _result(**changes) -> msp.pipeline.PruneResult:
+def _result(**changes) -> msp.PruneResult:
     given = {
         "density": 0.25,
         "kept": 2,
@@ -401,7 +401,7 @@ def _result(**changes) -> msp.pipeline.PruneResult:
         "model": None,
         "tokenizer": None,
     }
-    return msp.pipeline.PruneResult(**given | changes)
+    return msp.PruneResult(**given | changes)
 
 
 def test_standard_output_is_one_object_whatever_libraries_print(faked):

@@ -17,7 +17,6 @@ from rich.console import Console
 
 from msp import pictures
 from msp.patterns import Allocation, NMPattern
-from msp.pipeline import CompareResult, CompareRow, PruneResult, SensitivityResult
 from msp.progress import NoProgress
 from msp.report import (
     RichProgress,
@@ -32,6 +31,7 @@ from msp.report import (
     split_name,
     to_json,
 )
+from msp.results import CompareResult, CompareRow, PruneResult, SensitivityResult
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 

@@ -10,7 +10,7 @@ import torch
 from transformers import StoppingCriteria
 
 from msp.errors import MspError, UsageError
-from msp.model import load_model
+from msp.model import device_of, load_model
 from msp.progress import Advance
 
 
@@ -105,7 +105,7 @@ def continue_text(
     if room < 1:
         raise MspError(f"the prompt has {len(ids)} tokens and fills the model's context of {context}")
     watch = _Watch(on_token)
-    inputs = torch.tensor([ids], device=next(model.parameters()).device)
+    inputs = torch.tensor([ids], device=device_of(model))
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
     with torch.inference_mode():

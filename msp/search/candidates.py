@@ -74,14 +74,14 @@ class CandidateModel(AbstractContextManager["CandidateModel"]):
 
     def __enter__(self) -> CandidateModel:
         for name, ranked in self._ranked.items():
-            _put(self.model, name, ranked)
+            self.model.set_submodule(name, ranked)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for name, linear in self._linears.items():
-            _put(self.model, name, linear.module)
+            self.model.set_submodule(name, linear.module)
 
     def apply(self, levels: Levels) -> None:
         for unit, level in zip(self._units, levels, strict=True):
@@ -135,8 +135,3 @@ class TokenFitness:
             self._partial[key] = (stop, total, predicted)
         loss = total / predicted
         return loss if loss == loss else float("inf")
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

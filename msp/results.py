@@ -1,0 +1,107 @@
+"""What the pipeline returns: plain data that prints, compares and turns into JSON."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from msp.patterns import Allocation
+
+
+@dataclass
+class PruneResult:
+    """A packed model and how it came about.
+
+    Attributes:
+        density: kept share of all linears' weights, those that stay dense included; ``kept`` of
+            ``budget`` weights.
+        allocation: pattern per linear; ``skipped`` says why the others stay as they are.
+        perplexity: of the ``dense`` and the ``pruned`` model on the test tokens; ``kl`` per token, in nats.
+        bytes: all weights of the model as stored, ``dense`` and ``packed``.
+        seconds: per stage. ``peak_memory``: of the process, in bytes of host memory.
+        history: the generations of the search; empty for allocators that do not search.
+        sensitivities: Fisher trace per linear where the allocator asked for them.
+        recipe: everything needed to make it again, as written to the packed model.
+        model: the packed model, ``tokenizer`` beside it.
+    """
+
+    density: float
+    kept: int
+    budget: int
+    allocation: Allocation
+    skipped: dict[str, str]
+    perplexity: dict[str, float]
+    kl: float
+    bytes: dict[str, int]
+    seconds: dict[str, float]
+    peak_memory: int
+    history: list[dict[str, Any]]
+    sensitivities: dict[str, float] | None
+    recipe: dict[str, Any]
+    model: Any
+    tokenizer: Any
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain JSON values, without the model."""
+        plain = {name: value for name, value in vars(self).items() if name not in ("model", "tokenizer")}
+        return plain | {"allocation": self.allocation.to_strings()}
+
+
+@dataclass
+class CompareRow:
+    """One allocator with one pruner and seed; ``seed`` is ``"mean"`` over the seeds, with their ``spread``."""
+
+    allocator: str
+    pruner: str
+    seed: int | str
+    density: float
+    kl: float
+    perplexity: float
+    evaluations: int
+    seconds: float
+    spread: dict[str, float] | None = None
+
+
+@dataclass
+class CompareResult:
+    """All rows on the same model, test tokens and budget. ``spread`` is the standard deviation over seeds."""
+
+    rows: list[CompareRow]
+    dense_perplexity: float
+    settings: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class SensitivityResult:
+    """Fisher traces per linear, their sum per block, and the shape and kind of every linear."""
+
+    traces: dict[str, float]
+    blocks: list[float]
+    shapes: dict[str, tuple[int, int]]
+    kinds: dict[str, str]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def mean_rows(rows: Sequence[CompareRow]) -> list[CompareRow]:
+    """A mean row for every allocator and pruner among ``rows``, with the standard deviation over seeds."""
+    means = []
+    for key in dict.fromkeys((row.allocator, row.pruner) for row in rows):
+        mine = [row for row in rows if (row.allocator, row.pruner) == key]
+        density, kl, quality, seconds = (
+            statistics.fmean(getattr(row, name) for row in mine) for name in ("density", "kl", "perplexity", "seconds")
+        )
+        spread = {
+            name: statistics.stdev(getattr(row, name) for row in mine) if len(mine) > 1 else 0.0
+            for name in ("kl", "perplexity")
+        }
+        evaluations = round(statistics.fmean(row.evaluations for row in mine))
+        means.append(CompareRow(*key, "mean", density, kl, quality, evaluations, seconds, spread))
+    return means
