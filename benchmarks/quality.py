@@ -52,7 +52,7 @@ WIKI: dict[str, Any] = {
     "evaluate": "data/wikitext2-test.txt",
     "window": 256,
     "calibration_tokens": 32_768,
-    "fitness_tokens": 8_192,
+    "fitness_tokens": 32_768,
     "test_tokens": 51_200,
 }
 SETTINGS = {

@@ -309,7 +309,7 @@ class TokenSets:
     fitness: torch.Tensor
     test: torch.Tensor
     window: int
-    sources: dict[str, str | int]
+    sources: dict[str, str | int | float]
 
 
 def make_token_sets(
@@ -323,6 +323,7 @@ def make_token_sets(
     fitness_tokens: int,
     test_tokens: int | None,
     seed: int,
+    fitness_noise: float = 0.0,
 ) -> TokenSets:
     """Split text into windows for statistics, for the search and for the final figure.
 
@@ -334,6 +335,7 @@ def make_token_sets(
         window: tokens per sequence.
         calibration_tokens: rounded down to windows, at least one (none for 0); so are the other two.
         test_tokens: ``None`` takes all of ``evaluate``.
+        fitness_noise: share of the fitness tokens that ``noised`` replaces.
 
     Raises:
         MspError: too few tokens (says how many were found and needed), and all that reading raises.
@@ -368,7 +370,10 @@ def make_token_sets(
     else:
         assert evaluate is not None
         test = read_windows(evaluate, tokenizer, vocab_size, window=window, tokens=test_tokens)
-    sets = TokenSets(windows[order[:calibration_windows]], windows[order[calibration_windows:drawn]], test, window, {})
+    fitness = windows[order[calibration_windows:drawn]]
+    if fitness_noise and len(fitness):
+        fitness = noised(fitness, fitness_noise, seed)
+    sets = TokenSets(windows[order[:calibration_windows]], fitness, test, window, {})
     sets.sources.update(
         calibration=source,
         evaluate=f"{source} (held out)" if held_out else str(evaluate),
@@ -376,9 +381,23 @@ def make_token_sets(
         seed=seed,
         calibration_tokens=sets.calibration.numel(),
         fitness_tokens=sets.fitness.numel(),
+        fitness_noise=fitness_noise,
         test_tokens=sets.test.numel(),
     )
     return sets
+
+
+def noised(windows: torch.Tensor, share: float, seed: int) -> torch.Tensor:
+    """``windows`` with a share of the tokens replaced by others of theirs, drawn by ``seed``.
+
+    The first token of a window stays (models give it a role of its own), and so do the token counts of the
+    text: no token comes in that was not there.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    others = windows.flatten()[torch.randint(windows.numel(), windows.shape, generator=draw)]
+    replaced = torch.rand(windows.shape, generator=draw) < share
+    replaced[:, 0] = False
+    return torch.where(replaced, others, windows)
 
 
 def _window_count(tokens: int, window: int) -> int:

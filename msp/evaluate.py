@@ -13,9 +13,10 @@ from torch.nn import functional
 from msp.model import device_of
 from msp.progress import NoProgress, Progress
 
-# Log-probabilities of the dense model are kept in fp32 up to this many bytes and in fp16 beyond:
-# weighted by the probabilities themselves, the rounding then moves the KL by less than 1e-4.
+# Probabilities of the dense model are kept in fp32 up to this many bytes and in fp16 beyond, scaled so that
+# only those below 1e-12 vanish: the rounding then moves the KL by less than 1e-4.
 FULL_PRECISION_BYTES = 2 << 30
+HALF_PRECISION_SCALE = 2.0**15
 
 
 @dataclass(frozen=True)
@@ -68,36 +69,44 @@ class DenseReference:
     ) -> None:
         self.windows = windows
         self.batch_size = batch_size
-        self._log_probs: list[torch.Tensor] = []
+        # Per batch: probabilities p times a scale, and the sum of p log p.
+        self._kept: list[tuple[torch.Tensor, float]] = []
+        self._scale = 1.0
         loss, predicted, dtype = 0.0, 0, torch.float32
         batches = torch.split(windows, batch_size)
         with (progress or NoProgress()).stage(label, len(batches)) as advance:
             for index, (tokens, log_probs) in enumerate(_predictions(model, windows, batch_size)):
                 if index == 0:
                     total = windows.shape[0] * (windows.shape[1] - 1) * log_probs.shape[-1] * 4
-                    dtype = torch.float32 if total <= FULL_PRECISION_BYTES else torch.float16
+                    if total > FULL_PRECISION_BYTES:
+                        dtype, self._scale = torch.float16, HALF_PRECISION_SCALE
                 loss += _loss(log_probs, tokens)
                 predicted += log_probs.shape[0] * log_probs.shape[1]
-                self._log_probs.append(log_probs.to("cpu", dtype))
+                probs = (log_probs.exp() * self._scale).to(dtype)
+                self._kept.append((probs.cpu(), self._expected(probs, log_probs)))
                 advance(index + 1)
         self.quality = Quality(_perplexity(loss, predicted), 0.0, predicted)
 
     @property
     def batches(self) -> int:
-        return len(self._log_probs)
+        return len(self._kept)
 
     def sums(self, model: Any, start: int, stop: int) -> Sums:
         """Summed loss and KL divergence of ``model`` on batches ``start`` to ``stop``."""
         sums = Sums()
         windows = self.windows[start * self.batch_size : stop * self.batch_size]
         predictions = _predictions(model, windows, self.batch_size)
-        for dense, (tokens, log_probs) in zip(self._log_probs[start:stop], predictions, strict=True):
-            dense = dense.to(log_probs.device, torch.float32)
+        for (probs, plogp), (tokens, log_probs) in zip(self._kept[start:stop], predictions, strict=True):
             sums.loss += _loss(log_probs, tokens)
-            sums.divergence += float(functional.kl_div(log_probs, dense, reduction="sum", log_target=True))
+            sums.divergence += plogp - self._expected(probs, log_probs)
             sums.predicted += log_probs.shape[0] * log_probs.shape[1]
             sums.tokens += tokens.numel()
         return sums
+
+    def _expected(self, probs: torch.Tensor, log_probs: torch.Tensor) -> float:
+        """Sum of p times ``log_probs``, which is overwritten."""
+        weighted = log_probs.mul_(probs.to(log_probs.device, torch.float32))
+        return float(weighted.sum(-1).double().sum()) / self._scale
 
     def measure(self, model: Any, *, progress: Progress | None = None, label: str = "Evaluating") -> Quality:
         """Perplexity of ``model`` on all windows, and its KL from the dense one."""

@@ -20,6 +20,7 @@ from msp.data import DEFAULT_CALIBRATION, DEFAULT_EVALUATION, TokenSets, make_to
 from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference, Quality, perplexity
 from msp.model import LoadedModel, Structure, check_finite, device_of, find_structure, load_model
+from msp.ops import check_forced_backend
 from msp.patterns import parse_sparsity
 from msp.progress import NoProgress, Progress
 from msp.pruners import get_pruner
@@ -46,7 +47,9 @@ class PruneOptions:
         window: tokens per sequence; the default is the model's context, at most 2048.
         calibration_tokens, fitness_tokens, test_tokens: sizes of the token sets, rounded down to windows.
         fitness: ``kl`` (to the dense model) or ``perplexity``, what a search minimises.
-        evaluations: candidates a search may measure; the default is 650.
+        fitness_noise: share of the fitness tokens replaced by random ones of theirs, in [0, 1), for ``kl``: a
+            search on clean text alone fits that kind of text (docs/search.md).
+        evaluations: candidates a search may measure; the default is 970.
         seed: of the token draw and the search.
         dtype, device: as in ``load_model``; ``auto`` takes a GPU where there is one.
         work_dir: where a search keeps its checkpoint; ``resume`` goes on from it.
@@ -61,9 +64,10 @@ class PruneOptions:
     evaluate: str | None = None
     window: int | None = None
     calibration_tokens: int = 65_536
-    fitness_tokens: int = 16_384
+    fitness_tokens: int = 32_768
     test_tokens: int = 32_768
     fitness: str = "kl"
+    fitness_noise: float = 0.15
     evaluations: int | None = None
     seed: int = 0
     dtype: str = "auto"
@@ -78,6 +82,8 @@ class PruneOptions:
         get_pruner(self.pruner)
         if self.fitness not in FITNESS:
             raise UsageError(f"fitness {self.fitness!r} is not one of {', '.join(FITNESS)}")
+        if not 0 <= self.fitness_noise < 1:
+            raise UsageError(f"fitness noise {self.fitness_noise:g} is outside [0, 1)")
         if self.evaluations is not None and self.evaluations < 1:
             raise UsageError(f"{self.evaluations} evaluations: a search needs at least one")
         if self.resume and self.work_dir is None:
@@ -126,6 +132,8 @@ class _Opened:
             window=_window(self.model, options.window),
             calibration_tokens=options.calibration_tokens,
             fitness_tokens=options.fitness_tokens,
+            # The perplexity of random tokens says nothing; the divergence from the dense model does.
+            fitness_noise=options.fitness_noise if options.fitness == "kl" else 0.0,
             test_tokens=options.test_tokens,
             seed=seed,
         )
@@ -367,13 +375,15 @@ def _options(sparsity: float, options: dict[str, Any]) -> PruneOptions:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"device {name!r} is not known to torch") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device cuda was asked for, but torch sees no GPU")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    else:
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise UsageError(f"device {name!r} is not known to torch") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UsageError("device cuda was asked for, but torch sees no GPU")
+    check_forced_backend(device.type)
     return device
 
 

@@ -247,6 +247,8 @@ class _Tap:
             x, g = x.float(), g.float()
         try:
             self._consume(linear, x, g)
+        except UsageError:
+            raise
         except ValueError as error:
             raise MspError(f"{linear.name}: {error}") from error
 

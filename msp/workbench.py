@@ -24,7 +24,7 @@ from msp.ops import PackedWeight
 from msp.patterns import Allocation, Budget, Unit, check_group_size
 from msp.progress import Progress
 from msp.pruners import LinearStatistics, Pruner
-from msp.search.candidates import CandidateModel, TokenFitness
+from msp.search.candidates import CandidateModel, TokenFitness, forward_in_bf16
 from msp.search.evolution import Fitness
 from msp.sensitivity import fisher_diagonals, fisher_traces
 from msp.sparse_linear import SparseLinear
@@ -259,7 +259,8 @@ class WorkbenchEvidence:
         digest = hashlib.sha256()
         for windows in (self._bench.tokens.calibration, self._bench.tokens.fitness):
             digest.update(windows.numpy().tobytes())
-        return f"{self._bench.name}|{self._pruner!r}|{self._fitness}|{digest.hexdigest()}"
+        forward = "bf16" if forward_in_bf16(self._bench.model) else "own dtype"
+        return f"{self._bench.name}|{self._pruner!r}|{self._fitness}|{forward}|{digest.hexdigest()}"
 
     def fisher_traces(self) -> Mapping[str, float]:
         return self._bench.fisher_traces()

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from msp.data import POOL_FACTOR, TokenSource, make_token_sets, read_windows, save_tokens, token_windows
+from msp.data import POOL_FACTOR, TokenSource, make_token_sets, noised, read_windows, save_tokens, token_windows
 from msp.data import _encode as encode
 from msp.errors import MspError, UsageError
 
@@ -334,6 +334,22 @@ def test_seeds_change_what_is_drawn_and_never_the_test(numbered, other: bool):
     assert len({tuple(sets.fitness.flatten().tolist()) for sets in drawn}) == 4
     bigger = make_token_sets(numbered[0], None, 20_000, evaluate=evaluate, seed=0, **options | {"fitness_tokens": 900})
     assert torch.equal(bigger.test, drawn[0].test), "nor does asking for more calibration text change it"
+
+
+def test_noise_replaces_a_share_of_the_fitness_tokens_by_others_of_theirs(numbered):
+    options = {"window": 50, "calibration_tokens": 500, "fitness_tokens": 2500, "test_tokens": 500, "seed": 1}
+    clean, noisy, again = (
+        make_token_sets(numbered[0], None, 20_000, fitness_noise=x, **options) for x in (0, 0.2, 0.2)
+    )
+    changed = noisy.fitness != clean.fitness
+    assert 0.15 < float(changed.float().mean()) < 0.25
+    assert not changed[:, 0].any()
+    assert set(noisy.fitness.flatten().tolist()) <= set(clean.fitness.flatten().tolist())
+    assert torch.equal(noisy.fitness, again.fitness)
+    assert torch.equal(noisy.calibration, clean.calibration)
+    assert torch.equal(noisy.test, clean.test)
+    assert not torch.equal(noised(clean.fitness, 0.2, 2), noisy.fitness)
+    assert noisy.sources["fitness_noise"] == 0.2
 
 
 def test_evaluating_on_the_calibration_text_holds_its_windows_out(numbered):

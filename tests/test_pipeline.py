@@ -216,6 +216,7 @@ def test_sensitivities_cover_every_linear(llama: Path, text: str) -> None:
         ({"pruner": "axe"}, "wanda"),
         ({"unit": "model"}, "linear, block"),
         ({"fitness": "accuracy"}, "kl, perplexity"),
+        ({"fitness_noise": 1.0}, r"fitness noise 1 is outside \[0, 1\)"),
         ({"evaluations": 0}, "at least one"),
         ({"window": 4096}, "context"),
         ({"device": "abacus"}, "abacus"),

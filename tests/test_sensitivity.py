@@ -235,7 +235,7 @@ def test_works_where_gradients_are_switched_off(mode):
 
 def test_a_forced_backend_reaches_the_ops():
     model, linears = toy()
-    with force_backend("cuda"), pytest.raises(RuntimeError, match="fisher_trace: backend 'cuda' was forced"):
+    with force_backend("cuda"), pytest.raises(UsageError, match="fisher_trace: backend 'cuda' was forced"):
         fisher_traces(model, linears, tokens(1, 7, seed=1, vocabulary=20))
 
 

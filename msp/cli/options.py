@@ -41,6 +41,15 @@ Fitness = Annotated[
         rich_help_panel=METHOD,
     ),
 ]
+FitnessNoise = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Share of the fitness tokens replaced by random ones, for what is found to hold on other text "
+        "(0.15; for kl only).",
+        rich_help_panel=METHOD,
+    ),
+]
 Calibration = Annotated[
     str | None,
     typer.Option(

@@ -196,12 +196,29 @@ class Op(Generic[P, T]):
         else:
             return
         available = ", ".join(self.available())
-        raise RuntimeError(f"{self.name}: backend {name!r} was forced, but {reason}; available: {available}")
+        raise UsageError(f"{self.name}: backend {name!r} was forced, but {reason}; available: {available}")
 
 
 def _forced_by_environment() -> str | None:
     name = os.environ.get("MSP_BACKEND", "").strip().lower()
     return None if name in ("", "auto") else name
+
+
+def check_forced_backend(device_type: str) -> None:
+    """Raise now what ops forced by ``MSP_BACKEND`` would raise later: that no op has it for tensors on the device.
+
+    Raises:
+        UsageError: no such backend, or one that this machine or installation lacks or that serves other devices.
+    """
+    name = _forced_by_environment()
+    if name is None:
+        return
+    if name not in BACKENDS:
+        raise UsageError(f"MSP_BACKEND={name} is not one of {', '.join(BACKENDS)}")
+    if not _serves_device(name, device_type):
+        raise UsageError(f"MSP_BACKEND={name} cannot serve tensors on {device_type}")
+    if not any(name in op.available() for op in _ops.values()):
+        raise UsageError(f"MSP_BACKEND={name} was asked for, but this machine or installation lacks it")
 
 
 @contextmanager
@@ -212,7 +229,7 @@ def force_backend(name: str | None) -> Iterator[None]:
 
     Raises:
         UsageError: ``name`` is no backend's name. A backend that exists but cannot serve a call makes
-            that call raise ``RuntimeError``.
+            that call raise one as well.
     """
     if name is not None and name not in BACKENDS:
         raise UsageError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")

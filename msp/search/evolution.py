@@ -54,11 +54,11 @@ class EvolutionOptions:
         group_rate: share of the mutations that move a block or a kind of linear together.
     """
 
-    generations: int = 40
+    generations: int = 60
     population: int = 12
     parents: int = 6
     offspring: int = 16
-    survivors: float = 0.25
+    survivors: float = 0.3
     crossover_rate: float = 0.5
     group_rate: float = 0.3
 

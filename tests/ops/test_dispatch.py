@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from msp.errors import UsageError
-from msp.ops import _dispatch, available_backends, force_backend, last_backend, nm_select
+from msp.ops import _dispatch, available_backends, check_forced_backend, force_backend, last_backend, nm_select
 from msp.ops._dispatch import Op
 from msp.patterns import NMPattern
 
@@ -60,9 +60,9 @@ def test_passes_over_what_is_not_available_or_declines(make_op):
     op.register("cuda", lambda x: "cuda", available=lambda: False)
     assert chosen(op, "cuda") == "reference"
     assert op.available() == ("triton", "reference")
-    with force_backend("cuda"), pytest.raises(RuntimeError, match="lacks it; available: triton, reference"):
+    with force_backend("cuda"), pytest.raises(UsageError, match="lacks it; available: triton, reference"):
         chosen(op, "cuda")
-    with force_backend("triton"), pytest.raises(RuntimeError, match="does not support these arguments"):
+    with force_backend("triton"), pytest.raises(UsageError, match="does not support these arguments"):
         chosen(op, "cuda")
 
 
@@ -120,19 +120,19 @@ def test_the_environment_forces_and_the_context_wins(make_op, monkeypatch):
         monkeypatch.setenv("MSP_BACKEND", automatic)
         assert op(CPU) == "cpu"
     monkeypatch.setenv("MSP_BACKEND", "cuda")
-    with pytest.raises(RuntimeError, match=f"{op.name}: backend 'cuda' was forced, but it has no such implementation"):
+    with pytest.raises(UsageError, match=f"{op.name}: backend 'cuda' was forced, but it has no such implementation"):
         op(CPU)
     monkeypatch.setenv("MSP_BACKEND", "fortran")
-    with pytest.raises(RuntimeError, match=r"backend 'fortran' was forced.*available: cpu, reference"):
+    with pytest.raises(UsageError, match=r"backend 'fortran' was forced.*available: cpu, reference"):
         op(CPU)
 
 
 def test_a_forced_backend_must_be_able_to_read_the_device(make_op, monkeypatch):
     op = make_op("cuda", "triton")
-    with force_backend("cuda"), pytest.raises(RuntimeError, match="it cannot serve tensors on cpu"):
+    with force_backend("cuda"), pytest.raises(UsageError, match="it cannot serve tensors on cpu"):
         op(CPU)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with force_backend("triton"), pytest.raises(RuntimeError, match="it cannot serve tensors on cpu"):
+    with force_backend("triton"), pytest.raises(UsageError, match="it cannot serve tensors on cpu"):
         op(CPU)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with force_backend("triton"):
@@ -199,7 +199,7 @@ def test_works_without_the_compiled_module(compiled):
     assert last_backend("nm_select") == "reference"
     with (
         force_backend("cpu"),
-        pytest.raises(RuntimeError, match="nm_select: backend 'cpu' was forced, but this machine"),
+        pytest.raises(UsageError, match="nm_select: backend 'cpu' was forced, but this machine"),
     ):
         nm_select(torch.randn(2, 8), NMPattern(2, 8))
 
@@ -235,3 +235,19 @@ def test_nm_select_calls_its_binding_as_agreed(compiled):
     for dtype, code in ((torch.float32, 0), (torch.float16, 1)):
         nm_select(weight.to(dtype), NMPattern(2, 8))
         assert calls.pop()[1] == code
+
+
+def test_a_forced_backend_is_checked_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MSP_BACKEND", raising=False)
+    check_forced_backend("cpu")
+    monkeypatch.setenv("MSP_BACKEND", "reference")
+    check_forced_backend("cuda")
+    monkeypatch.setenv("MSP_BACKEND", "fortran")
+    with pytest.raises(UsageError, match="MSP_BACKEND=fortran is not one of cuda, cpu, triton, reference"):
+        check_forced_backend("cpu")
+    monkeypatch.setenv("MSP_BACKEND", "cuda")
+    with pytest.raises(UsageError, match="MSP_BACKEND=cuda cannot serve tensors on cpu"):
+        check_forced_backend("cpu")
+    monkeypatch.setattr(_dispatch, "_ops", {})
+    with pytest.raises(UsageError, match="MSP_BACKEND=cuda was asked for, but this machine or installation lacks it"):
+        check_forced_backend("cuda")

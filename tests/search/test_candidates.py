@@ -1,0 +1,113 @@
+"""Candidates in a live model, and what they are measured on."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from families import build, tokens
+
+from msp import ops
+from msp.evaluate import DenseReference
+from msp.model import find_structure
+from msp.patterns import Unit
+from msp.search import candidates
+from msp.search.candidates import CandidateModel, TokenFitness, forward_in_bf16
+
+GROUP = 8
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """A tiny Llama, its linears' rank codes by magnitude and a unit for each."""
+    model = build("llama")
+    linears = [linear for linear in find_structure(model).linears if linear.shape[1] % GROUP == 0]
+    ranks = {linear.name: ops.nm_rank(linear.weight.contiguous(), GROUP) for linear in linears}
+    units = [
+        Unit(linear.name, (linear.name,), linear.shape[0] * linear.shape[1], GROUP, 0, linear.kind)
+        for linear in linears
+    ]
+    return model, linears, ranks, units
+
+
+def masked(model, ranks, units, levels):
+    copied = copy.deepcopy(model)
+    for unit, level in zip(units, levels, strict=True):
+        weight = copied.get_submodule(unit.name).weight
+        weight.data *= (ranks[unit.name] < level).to(weight)
+    return copied
+
+
+def drawn(units, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, GROUP + 1, len(units))
+
+
+def test_a_candidate_is_the_masked_dense_model(setting) -> None:
+    model, linears, ranks, units = setting
+    windows = tokens(2, 9, seed=1, vocabulary=model.config.vocab_size)
+    before = model(input_ids=windows).logits
+    with CandidateModel(model, linears, ranks, units) as candidate, torch.no_grad():
+        for seed in range(4):
+            levels = drawn(units, seed)
+            candidate.apply(levels)
+            want = masked(model_of(candidate, linears), ranks, units, levels)
+            assert torch.equal(candidate.model(input_ids=windows).logits, want(input_ids=windows).logits)
+    assert torch.equal(model(input_ids=windows).logits, before)
+
+
+def model_of(candidate: CandidateModel, linears):
+    """A copy of the model with its dense linears."""
+    copied = copy.deepcopy(candidate.model)
+    for linear in linears:
+        copied.set_submodule(linear.name, copy.deepcopy(linear.module))
+    return copied
+
+
+@pytest.mark.parametrize("measure", ["kl", "perplexity"])
+@pytest.mark.parametrize("tiles", [False, True])
+def test_fitness_is_the_loss_on_all_tokens(setting, measure: str, tiles: bool, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    model, linears, ranks, units = setting
+    assert forward_in_bf16(model) is tiles
+    windows = tokens(12, 9, seed=2, vocabulary=model.config.vocab_size)
+    reference = DenseReference(model, windows, batch_size=2)
+    levels = drawn(units, 7)
+    quality = reference.measure(masked(model, ranks, units, levels))
+    want = quality.kl if measure == "kl" else np.log(quality.perplexity)
+    with CandidateModel(model, linears, ranks, units) as candidate:
+        fitness = TokenFitness(candidate, reference, measure=measure)
+        assert fitness(levels, fitness.stages - 1) == pytest.approx(want, rel=2e-2 if tiles else 1e-5)
+
+
+def test_a_later_stage_pays_for_the_rest_only(setting) -> None:
+    model, linears, ranks, units = setting
+    windows = tokens(16, 9, seed=3, vocabulary=model.config.vocab_size)
+    reference = DenseReference(model, windows, batch_size=1)
+    levels = drawn(units, 8)
+    with CandidateModel(model, linears, ranks, units) as candidate:
+        whole = TokenFitness(candidate, reference)
+        assert whole.stages == 3
+        expected = whole(levels, 2)
+        fitness = TokenFitness(candidate, reference)
+        spent = []
+        for stage in range(3):
+            found = fitness(levels, stage)
+            spent.append(fitness.tokens // 9)
+        assert spent == [1, 4, 16]
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_candidate_that_predicts_nan_loses(setting, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    model, linears, ranks, units = setting
+    reference = DenseReference(model, tokens(2, 9, seed=4, vocabulary=model.config.vocab_size))
+    with CandidateModel(model, linears, ranks, units) as candidate:
+        fitness = TokenFitness(candidate, reference)
+        monkeypatch.setattr(
+            candidates.RankedLinear,
+            "forward",
+            lambda self, x: x.new_full((*x.shape[:-1], self._dense.shape[0]), float("nan")),
+        )
+        assert fitness(drawn(units, 9), 0) == float("inf")
