@@ -3,10 +3,31 @@
 
 #include "bindings.h"
 #include "cpu/isa.h"
+#include "cpu/nm_linear.h"
 #include "cpu/nm_select.h"
 
 namespace py = pybind11;
 using namespace py::literals;
+
+namespace {
+
+msp::Packed packed_arguments(uintptr_t values, uintptr_t bitmask, int dtype_code, int64_t rows,
+                             int64_t columns, int group_size, int n) {
+    msp::require_format(dtype_code, rows, columns, group_size);
+    msp::require(n >= 0 && n <= group_size,
+                 "n " + std::to_string(n) + " is outside 0 ... " + std::to_string(group_size));
+    const auto dtype = static_cast<msp::Dtype>(dtype_code);
+    const bool any = rows > 0 && columns > 0;
+    return {msp::elements(values, dtype, "values", any && n > 0),
+            msp::pointer<uint8_t>(bitmask, "bitmask", any),
+            dtype,
+            rows,
+            columns,
+            group_size,
+            n};
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
     module.doc() = "C++ kernels for the CPU. Pointers are data_ptr() integers; sizes are the caller's word.";
@@ -37,7 +58,42 @@ PYBIND11_MODULE(_cpu, module) {
         "groups is unspecified.");
 
     module.def(
+        "nm_linear",
+        [](uintptr_t x, uintptr_t values, uintptr_t bitmask, uintptr_t bias, uintptr_t y, int dtype_code,
+           int64_t tokens, int64_t rows, int64_t columns, int group_size, int n, int threads) {
+            msp::require(tokens >= 0, std::to_string(tokens) + " tokens are a negative size");
+            const msp::Packed weight =
+                packed_arguments(values, bitmask, dtype_code, rows, columns, group_size, n);
+            const msp::NmLinear op{weight, msp::elements(x, weight.dtype, "x", tokens > 0 && columns > 0),
+                                   msp::elements(bias, weight.dtype, "bias", false),
+                                   msp::elements(y, weight.dtype, "y", tokens > 0 && rows > 0), tokens};
+            const msp::Isa isa = msp::isa();
+            py::gil_scoped_release without_gil;
+            msp::nm_linear(op, isa, threads);
+        },
+        "x_ptr"_a, "values_ptr"_a, "bitmask_ptr"_a, "bias_ptr"_a, "y_ptr"_a, "dtype_code"_a, "tokens"_a,
+        "rows"_a, "columns"_a, "group_size"_a, "n"_a, "threads"_a,
+        "y [tokens, rows] = x [tokens, columns] W^T + bias with W in packed form, summed in fp32.\n\n"
+        "dtype_code, of x, values, bias and y: 0 float32, 1 float16, 2 bfloat16. bias_ptr may be 0. "
+        "Everything is "
+        "contiguous, and exactly n bits are set in every group of the bitmask.");
+
+    module.def(
+        "nm_unpack",
+        [](uintptr_t values, uintptr_t bitmask, uintptr_t dense, int dtype_code, int64_t rows,
+           int64_t columns, int group_size, int n, int threads) {
+            const msp::Packed weight =
+                packed_arguments(values, bitmask, dtype_code, rows, columns, group_size, n);
+            void* to = msp::elements(dense, weight.dtype, "dense", rows > 0 && columns > 0);
+            const msp::Isa isa = msp::isa();
+            py::gil_scoped_release without_gil;
+            msp::nm_unpack(weight, to, isa, threads);
+        },
+        "values_ptr"_a, "bitmask_ptr"_a, "dense_ptr"_a, "dtype_code"_a, "rows"_a, "columns"_a, "group_size"_a,
+        "n"_a, "threads"_a, "Fill dense [rows, columns] from the packed form; arguments as for nm_linear.");
+
+    module.def(
         "isa", [] { return msp::isa_name(msp::isa()); },
-        "The instruction set in use: avx512, avx2 or scalar; MSP_ISA forces one.");
+        "The instruction set in use: amx, avx512bf16, avx512, avx2 or scalar; MSP_ISA forces one.");
     module.def("features", &msp::cpu_features, "The vector extensions of this CPU.");
 }

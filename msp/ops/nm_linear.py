@@ -8,8 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msp.ops._dispatch import Op
-from msp.ops.packed import PackedWeight, unpack, unpack_bits
+from msp.ops._dispatch import Op, compiled_module
+from msp.ops.packed import VALUE_DTYPES, PackedWeight, unpack, unpack_bits
+
+# On a CPU, up to this many tokens are multiplied by the packed weight as it lies in memory; with more, the time goes
+# into arithmetic, and rows are unpacked for the dense product a cache's worth at a time. Tiles (AMX) are for bf16
+# alone and win at any count.
+FEW_TOKENS = 16
+UNPACKED_BYTES = 1 << 20
 
 
 def reference(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
@@ -29,6 +35,55 @@ def triton(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: i
     y = kernels.nm_linear(flat, values, bitmask, bias, n=n, group_size=m)
     result: Tensor = y.view(*x.shape[:-1], values.shape[0])
     return result
+
+
+@op.backend("cpu")
+def cpu(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
+    if n == m:
+        return F.linear(x, values, bias)
+    compiled = compiled_module("msp._cpu")
+    assert compiled is not None
+    columns, rows = x.shape[-1], values.shape[0]
+    flat = x.reshape(-1, columns).contiguous()
+    values, bitmask = values.contiguous(), bitmask.contiguous()
+    y = x.new_empty(*x.shape[:-1], rows)
+    dtype, threads = VALUE_DTYPES.index(x.dtype), torch.get_num_threads()
+    if len(flat) <= FEW_TOKENS or (x.dtype == torch.bfloat16 and compiled.isa() == "amx"):
+        bias = None if bias is None else bias.contiguous()
+        compiled.nm_linear(
+            flat.data_ptr(),
+            values.data_ptr(),
+            bitmask.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            dtype,
+            len(flat),
+            rows,
+            columns,
+            m,
+            n,
+            threads,
+        )
+        return y
+    some = max(1, UNPACKED_BYTES // (columns * x.element_size()))
+    dense = x.new_empty(min(some, rows), columns)
+    for start in range(0, rows, some):
+        stop = min(start + some, rows)
+        compiled.nm_unpack(
+            values[start:].data_ptr(),
+            bitmask[start:].data_ptr(),
+            dense.data_ptr(),
+            dtype,
+            stop - start,
+            columns,
+            m,
+            n,
+            threads,
+        )
+        weight = dense[: stop - start]
+        part = None if bias is None else bias[start:stop]
+        y.view(-1, rows)[:, start:stop] = F.linear(flat, weight, part)
+    return y
 
 
 @torch.library.custom_op("msp::nm_linear", mutates_args=())

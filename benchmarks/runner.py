@@ -1,0 +1,175 @@
+"""One way to measure for every benchmark here: our call beside its peers, the error in the same row.
+
+A benchmark is a pytest-benchmark test that ends in ``measure``::
+
+    pytest benchmarks/bench_nm_linear.py --benchmark-json out.json
+
+``python benchmarks/runner.py out.json`` prints the rows of such a file; ``--save`` also writes them, with commit,
+versions and machine, to ``benchmarks/results/``, where the tables of README.md and docs/ come from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import functools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+Call = Callable[[], object]
+
+
+def measure(
+    benchmark: Any,
+    ours: Call,
+    peers: dict[str, Call],
+    *,
+    error: float,
+    bound: float,
+    moved: int | None = None,
+    flops: int | None = None,
+    seconds: float = 2.0,
+) -> None:
+    """Time ``ours`` and the peers in turn, so that what disturbs the machine disturbs all of them.
+
+    Args:
+        benchmark: pytest-benchmark's fixture; its own statistics are of ``ours``.
+        ours, peers: calls without arguments; inputs should rotate through more memory than the caches hold.
+        error: of ours against a better computation; a speed is refused where it is above ``bound``.
+        moved: bytes that must move, for GB/s and the share of the measured read bandwidth.
+        flops: operations, for GFLOP/s.
+        seconds: about how long each call is repeated.
+    """
+    if not error <= bound:
+        raise AssertionError(f"an error of {error:.2g} is above {bound:.2g}: no speed is worth reporting")
+    times: dict[str, list[float]] = {name: [] for name in ("ours", *peers)}
+    for name, call in (("ours", ours), *peers.items()):
+        call()
+        rounds = max(3, min(200, int(seconds / max(_time(call), 1e-6))))
+        times[name] = [float(rounds)]
+    rounds = int(min(times[name][0] for name in times))
+    repeats = {name: max(1, int(times[name][0]) // rounds) for name in times}
+    times = {name: [] for name in times}
+    for _ in range(rounds):
+        for name, call in (("ours", ours), *peers.items()):
+            times[name] += [_time(call) for _ in range(repeats[name])]
+    benchmark.pedantic(ours, rounds=min(20, rounds), iterations=1)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    row: dict[str, Any] = {"median_seconds": medians["ours"], "error": error, "bound": bound}
+    row["ratio"] = {name: medians[name] / medians["ours"] for name in peers}
+    if moved is not None:
+        row["gb_per_second"] = moved / medians["ours"] / 1e9
+        row["of_read_bandwidth"] = row["gb_per_second"] / read_bandwidth()
+    if flops is not None:
+        row["gflop_per_second"] = flops / medians["ours"] / 1e9
+    benchmark.extra_info.update(row)
+
+
+def _time(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+@functools.cache
+def native_peers() -> ctypes.CDLL:
+    """``native/peers.cpp``, compiled for this machine."""
+    folder = Path(tempfile.mkdtemp(prefix="msp-bench-"))
+    target = folder / "peers.so"
+    compiler = os.environ.get("CXX", "g++")
+    sources = [ROOT / "benchmarks" / "native" / "peers.cpp", ROOT / "csrc" / "cpu" / "parallel.cpp"]
+    flags = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread"]
+    subprocess.run([compiler, *flags, *map(str, sources), "-o", str(target)], check=True)
+    library = ctypes.CDLL(str(target))
+    library.read_words.restype = ctypes.c_uint64
+    library.has_dense_gemv.restype = ctypes.c_bool
+    return library
+
+
+@functools.cache
+def read_bandwidth() -> float:
+    """GB/s at which torch's number of threads reads 1 GiB that is in no cache; the best of ten."""
+    import torch
+
+    words = torch.ones(1 << 27, dtype=torch.int64)
+    pointer, count = ctypes.c_void_p(words.data_ptr()), ctypes.c_int64(words.numel())
+    read = functools.partial(native_peers().read_words, pointer, count, torch.get_num_threads())
+    read()
+    return words.nbytes / min(_time(read) for _ in range(10)) / 1e9
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on: processor, instruction set, threads, versions, commit."""
+    import torch
+
+    import msp
+    from msp import _cpu
+
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return {
+        "commit": commit.stdout.strip() or "unknown",
+        "processor": _processor(),
+        "isa": _cpu.isa(),
+        "threads": torch.get_num_threads(),
+        "read_gb_per_second": read_bandwidth(),
+        "versions": {"msp": msp.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a pytest-benchmark JSON report, by the names of their tests."""
+    return [{"name": entry["name"], **entry["extra_info"]} for entry in report["benchmarks"] if entry["extra_info"]]
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    """Markdown of rows."""
+    lines = ["| what | median | GB/s | of read bandwidth | error | against |", "|---|---|---|---|---|---|"]
+    for row in entries:
+        rate = f"{row['gb_per_second']:.1f}" if "gb_per_second" in row else ""
+        share = f"{row['of_read_bandwidth']:.0%}" if "of_read_bandwidth" in row else ""
+        against = ", ".join(f"{name} **{ratio:.2f}x**" for name, ratio in row["ratio"].items())
+        lines.append(
+            f"| {row['name']} | {row['median_seconds'] * 1e3:.3f} ms | {rate} | {share} | {row['error']:.1e} | {against} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=Path, nargs="+", help="JSON files of pytest-benchmark")
+    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
+    options = parser.parse_args()
+    entries: list[dict[str, Any]] = []
+    for path in options.report:
+        entries += rows(json.loads(path.read_text()))
+    sys.stdout.write(table(entries))
+    if options.save:
+        content = {"machine": machine(), "rows": entries}
+        (RESULTS / f"{options.save}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

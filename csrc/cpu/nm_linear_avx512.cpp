@@ -1,0 +1,34 @@
+#include "nm_linear_avx512.h"
+
+namespace msp {
+namespace {
+
+int64_t batch_bytes(const NmLinear& op) { return op.weight.chunks() * 32 * 4; }
+
+void prepare(const NmLinear& op, int64_t token, void* prepared) {
+    switch (op.weight.dtype) {
+        case Dtype::kFloat32:
+            return prepare_as<Float32, float>(op, token, prepared);
+        case Dtype::kFloat16:
+            return prepare_as<Float16, uint16_t>(op, token, prepared);
+        default:
+            return prepare_as<BFloat16, uint16_t>(op, token, prepared);
+    }
+}
+
+void rows(const NmLinear& op, const void* prepared, int64_t begin, int64_t end) {
+    switch (op.weight.dtype) {
+        case Dtype::kFloat32:
+            return rows_of<Float32>(op, prepared, begin, end);
+        case Dtype::kFloat16:
+            return rows_of<Float16>(op, prepared, begin, end);
+        default:
+            return rows_of<BFloat16>(op, prepared, begin, end);
+    }
+}
+
+}  // namespace
+
+const LinearPath kLinearAvx512{1, batch_bytes, prepare, rows, unpack_rows};
+
+}  // namespace msp

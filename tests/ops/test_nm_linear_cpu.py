@@ -1,0 +1,212 @@
+"""The C++ kernels of nm_linear by address, on every instruction set this machine has."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import random
+import threading
+
+import pytest
+import torch
+
+from msp.ops import PackedWeight, nm_select
+from msp.ops.packed import VALUE_DTYPES
+from msp.patterns import NMPattern
+
+native = pytest.importorskip("msp._cpu", reason="the compiled module msp._cpu is not built")
+
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amx")
+ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("MSP_ISA", request.param)
+    try:
+        assert native.isa() == request.param
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    return str(request.param)
+
+
+def pack(rows: int, columns: int, n: int, m: int, dtype: torch.dtype) -> PackedWeight:
+    return nm_select(torch.randn(rows, columns, dtype=dtype), NMPattern(n, m))
+
+
+def run(x, packed, bias=None, *, threads=1):
+    """The kernel's product, into memory full of NaN."""
+    rows, columns = packed.shape
+    y = torch.full((len(x), rows), float("nan"), dtype=x.dtype)
+    native.nm_linear(
+        x.data_ptr(),
+        packed.values.data_ptr(),
+        packed.bitmask.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        VALUE_DTYPES.index(x.dtype),
+        len(x),
+        rows,
+        columns,
+        packed.pattern.m,
+        packed.pattern.n,
+        threads,
+    )
+    return y
+
+
+def unpacked(packed, *, threads=1):
+    dense = torch.full(packed.shape, float("nan"), dtype=packed.dtype)
+    native.nm_unpack(
+        packed.values.data_ptr(),
+        packed.bitmask.data_ptr(),
+        dense.data_ptr(),
+        VALUE_DTYPES.index(packed.dtype),
+        *packed.shape,
+        packed.pattern.m,
+        packed.pattern.n,
+        threads,
+    )
+    return dense
+
+
+def assert_product(y, x, packed, bias=None):
+    weight = packed.unpack().double()
+    expected = x.double() @ weight.T + (0 if bias is None else bias.double())
+    size = x.double().abs() @ weight.T.abs() + (0 if bias is None else bias.double().abs())
+    bound = ROUNDING[x.dtype] * expected.abs() + 64 * ROUNDING[torch.float32] * size + 1e-6
+    assert ((y.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=str)
+@pytest.mark.parametrize("m", [4, 8, 16, 32])
+def test_every_n_and_odd_sizes(isa: str, m: int, dtype: torch.dtype) -> None:
+    for n in range(m + 1):
+        rows, groups = random.choice([1, 2, 5, 16, 19, 37]), random.choice([1, 2, 3, 7, 8, 9, 33])
+        packed = pack(rows, groups * m, n, m, dtype)
+        assert torch.equal(unpacked(packed), packed.unpack())
+        for tokens in random.sample([1, 2, 3, 4, 5, 7, 8, 16, 17, 33, 49, 64, 65], 4):
+            x = torch.randn(tokens, groups * m, dtype=dtype)
+            bias = torch.randn(rows, dtype=dtype) if tokens % 2 else None
+            assert_product(run(x, packed, bias), x, packed, bias)
+
+
+@pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=str)
+def test_reads_nothing_past_the_end(isa: str, dtype: torch.dtype, fenced) -> None:
+    """Every array ends where the memory of the process does: one byte more would be a crash."""
+    for n, m in ((1, 4), (3, 8), (2, 16), (31, 32), (5, 32)):
+        for rows, groups, tokens in ((1, 1, 1), (3, 5, 2), (17, 9, 5), (16, 32, 16)):
+            packed = pack(rows, groups * m, n, m, dtype)
+            values, bitmask = fenced(packed.values), fenced(packed.bitmask)
+            ended = PackedWeight(values, bitmask, packed.pattern, packed.shape)
+            x, bias = fenced(torch.randn(tokens, groups * m, dtype=dtype)), fenced(torch.randn(rows, dtype=dtype))
+            assert_product(run(x, ended, bias), x, packed, bias)
+            assert torch.equal(unpacked(ended), packed.unpack())
+
+
+@pytest.fixture
+def fenced():
+    """Copies of tensors that end at a page nobody may touch."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    page, held = mmap.PAGESIZE, []
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        size = tensor.nbytes
+        total = -(-size // page) * page
+        area = mmap.mmap(-1, total + page)
+        held.append(area)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+        assert libc.mprotect(ctypes.c_void_p(start + total), ctypes.c_size_t(page), 0) == 0
+        flat = torch.frombuffer(area, dtype=torch.uint8, count=size, offset=total - size)
+        fenced = flat.view(tensor.dtype).view(tensor.shape)
+        return fenced.copy_(tensor)
+
+    return copy
+
+
+@pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=str)
+def test_threads_and_neighbours_change_no_bit(isa: str, dtype: torch.dtype) -> None:
+    packed = pack(300, 1032, 3, 8, dtype)
+    for tokens in (1, 4, 20):
+        x = torch.randn(tokens, 1032, dtype=dtype)
+        alone = run(x, packed)
+        assert_product(alone, x, packed)
+        for threads in (2, 3, 8):
+            assert torch.equal(run(x, packed, threads=threads), alone)
+    assert torch.equal(unpacked(packed, threads=8), packed.unpack())
+
+
+def test_addresses_need_no_alignment_beyond_the_element(isa: str) -> None:
+    for dtype in VALUE_DTYPES:
+        packed = pack(21, 136, 2, 8, dtype)
+        moved = []
+        for tensor in (packed.values, packed.bitmask, torch.randn(5, 136, dtype=dtype), torch.randn(21, dtype=dtype)):
+            room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+            moved.append(room[1:].view(tensor.shape).copy_(tensor))
+        values, bitmask, x, bias = moved
+        shifted = PackedWeight(values, bitmask, packed.pattern, packed.shape)
+        assert_product(run(x, shifted, bias), x, packed, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sums_are_rounded_to_the_nearest_even_once(isa: str, dtype: torch.dtype) -> None:
+    """One weight of 1 a row: y is the fp32 sum x + bias, rounded as torch rounds it; extremes included."""
+    x = torch.cat([torch.randn(400) * 10.0 ** torch.randint(-9, 9, (400,)), torch.tensor([0.0, -0.0, 65504.0, 3e38])])
+    x = x.to(dtype)[:, None].expand(-1, 8).contiguous()
+    packed = PackedWeight(
+        torch.ones(1, 1, dtype=dtype), torch.tensor([[1]], dtype=torch.uint8), NMPattern(1, 8), (1, 8)
+    )
+    bias = torch.tensor([3.1e-3], dtype=dtype)
+    finite = x[:, 0].isfinite()
+    y = run(x[finite], packed, bias)[:, 0]
+    assert torch.equal(y, (x[finite, 0].float() + bias.float()).to(dtype))
+
+
+def test_infinities_and_nan_of_tokens_come_through(isa: str) -> None:
+    packed = pack(3, 32, 32, 32, torch.float32)
+    packed.values.abs_()
+    for dtype in VALUE_DTYPES:
+        x = torch.zeros(3, 32)
+        x[0, 3], x[1, 4] = float("inf"), float("nan")
+        y = run(x.to(dtype), packed.to(dtype=dtype))
+        assert (y[0] == float("inf")).all() and y[1].isnan().all() and (y[2] == 0).all()
+
+
+def test_many_threads_of_python_at_once(isa: str) -> None:
+    packed = pack(200, 512, 2, 8, torch.bfloat16)
+    x = torch.randn(6, 512, dtype=torch.bfloat16)
+    want = run(x, packed)
+    wrong = []
+
+    def work() -> None:
+        for _ in range(50):
+            if not torch.equal(run(x, packed, threads=2), want):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype_code": 3}, "dtype_code 3"),
+        ({"group_size": 6}, "group_size 6"),
+        ({"n": 9}, "n 9 is outside 0 ... 8"),
+        ({"columns": 12}, "12 columns are not a multiple of group_size 8"),
+        ({"tokens": -1}, "-1 tokens"),
+        ({"values_ptr": 0}, "values_ptr is null"),
+        ({"y_ptr": 3}, "y_ptr is not a multiple of 4"),
+    ],
+)
+def test_wrong_arguments_are_refused(change, message) -> None:
+    arguments = {
+        **dict.fromkeys(("x_ptr", "values_ptr", "bitmask_ptr", "y_ptr"), 64),
+        **{"bias_ptr": 0, "dtype_code": 0, "tokens": 1, "rows": 1, "columns": 8, "group_size": 8, "n": 2, "threads": 1},
+    }
+    with pytest.raises(ValueError, match=message):
+        native.nm_linear(**arguments | change)
