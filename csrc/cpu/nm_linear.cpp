@@ -8,6 +8,10 @@
 namespace msp {
 namespace {
 
+// Tokens that are taken through the whole weight together: so many stay in the second cache, and the weight,
+// a fraction of its dense size, is read again for the next.
+constexpr int64_t kTokensInCache = 64;
+
 // Fewer tokens leave most of a tile empty.
 [[maybe_unused]] constexpr int64_t kTokensForTiles = 3;
 
@@ -116,21 +120,29 @@ const LinearPath kLinearScalar{1, scalar_batch_bytes, scalar_prepare, scalar_row
 
 void nm_linear(const NmLinear& op, Isa isa, int threads) {
     const LinearPath& with = path(isa, op.tokens, op.weight.dtype);
-    const void* prepared = op.x;
-    const int64_t batch_bytes = with.batch_bytes(op);
-    if (batch_bytes > 0) {
-        const int64_t batches = (op.tokens + with.batch - 1) / with.batch;
-        static thread_local Scratch scratch;
-        auto* memory = static_cast<uint8_t*>(scratch.at_least(batch_bytes * batches));
-        parallel_for(batches, std::max<int64_t>(1, kGrainBytes / batch_bytes), threads,
-                     [&](int64_t begin, int64_t end) {
-                         for (int64_t i = begin; i < end; ++i)
-                             with.prepare(op, i * with.batch, memory + i * batch_bytes);
-                     });
-        prepared = memory;
+    const int64_t bytes = dtype_bytes(op.weight.dtype);
+    for (int64_t token = 0; token < op.tokens; token += kTokensInCache) {
+        NmLinear part = op;
+        part.tokens = std::min(kTokensInCache, op.tokens - token);
+        part.x = static_cast<const uint8_t*>(op.x) + token * op.weight.columns * bytes;
+        part.y = static_cast<uint8_t*>(op.y) + token * op.weight.rows * bytes;
+        const void* prepared = part.x;
+        const int64_t batch_bytes = with.batch_bytes(part);
+        if (batch_bytes > 0) {
+            const int64_t batches = (part.tokens + with.batch - 1) / with.batch;
+            static thread_local Scratch scratch;
+            auto* memory = static_cast<uint8_t*>(scratch.at_least(batch_bytes * batches));
+            parallel_for(batches, std::max<int64_t>(1, kGrainBytes / batch_bytes), threads,
+                         [&](int64_t begin, int64_t end) {
+                             for (int64_t i = begin; i < end; ++i) {
+                                 with.prepare(part, i * with.batch, memory + i * batch_bytes);
+                             }
+                         });
+            prepared = memory;
+        }
+        parallel_for(op.weight.rows, grain(op.weight), threads,
+                     [&](int64_t begin, int64_t end) { with.rows(part, prepared, begin, end); });
     }
-    parallel_for(op.weight.rows, grain(op.weight), threads,
-                 [&](int64_t begin, int64_t end) { with.rows(op, prepared, begin, end); });
 }
 
 void nm_unpack(const Packed& weight, void* dense, Isa isa, int threads) {

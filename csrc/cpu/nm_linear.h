@@ -44,6 +44,7 @@ struct LinearPath {
     // Bytes of one prepared batch; 0 where `rows` reads the tokens of `op` as they are.
     int64_t (*batch_bytes)(const NmLinear& op);
     void (*prepare)(const NmLinear& op, int64_t first_token, void* prepared);
+    // At most 64 tokens at a time.
     void (*rows)(const NmLinear& op, const void* prepared, int64_t begin, int64_t end);
     void (*unpack)(const Packed& weight, void* dense, int64_t begin, int64_t end);
 };

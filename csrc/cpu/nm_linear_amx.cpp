@@ -94,7 +94,7 @@ MSP_HD void expand_tiles(const Packed& weight, int64_t row, int64_t rows, int64_
 // 16 rows with 16, 32, 48 or 64 tokens. A product waits 52 cycles for the one before it on the same sums and
 // takes 16 itself, so with few sums the chunks take turns on two sets of them.
 template <class Load, int Batches>
-MSP_HD void rows_with_tokens(const NmLinear& op, const uint8_t* x, int64_t row, int64_t rows, int64_t token) {
+MSP_HD void rows_with_tokens(const NmLinear& op, const uint8_t* x, int64_t row, int64_t rows) {
     const int64_t chunks = op.weight.chunks();
     const int64_t batch = chunks * kTileBytes;
     alignas(64) uint8_t tiles[kBatch * kTileBytes];
@@ -146,27 +146,22 @@ MSP_HD void rows_with_tokens(const NmLinear& op, const uint8_t* x, int64_t row, 
     if constexpr (Batches <= 2) {
         for (int i = 0; i < Batches * kTile * kTile; ++i) sums[i] += sums[Batches * kTile * kTile + i];
     }
-    for (int b = 0; b < Batches; ++b) store_tile(op, sums + b * kTile * kTile, row, rows, token + b * kTile);
+    for (int b = 0; b < Batches; ++b) store_tile(op, sums + b * kTile * kTile, row, rows, b * kTile);
 }
 
 template <class Load>
 void rows_loading(const NmLinear& op, const uint8_t* x, int64_t begin, int64_t end) {
-    // The tokens outermost: 64 of them stay in the second cache, where all of them would not, and the weight,
-    // a fraction of its dense size, is read again for each.
-    for (int64_t token = 0; token < op.tokens; token += 4 * kTile) {
-        const uint8_t* from = x + token / kTile * op.weight.chunks() * kTileBytes;
-        const int64_t batches = (op.tokens - token + kTile - 1) / kTile;
-        for (int64_t row = begin; row < end; row += kTile) {
-            const int64_t rows = end - row < kTile ? end - row : kTile;
-            if (batches == 1) {
-                rows_with_tokens<Load, 1>(op, from, row, rows, token);
-            } else if (batches == 2) {
-                rows_with_tokens<Load, 2>(op, from, row, rows, token);
-            } else if (batches == 3) {
-                rows_with_tokens<Load, 3>(op, from, row, rows, token);
-            } else {
-                rows_with_tokens<Load, 4>(op, from, row, rows, token);
-            }
+    const int64_t batches = (op.tokens + kTile - 1) / kTile;
+    for (int64_t row = begin; row < end; row += kTile) {
+        const int64_t rows = end - row < kTile ? end - row : kTile;
+        if (batches == 1) {
+            rows_with_tokens<Load, 1>(op, x, row, rows);
+        } else if (batches == 2) {
+            rows_with_tokens<Load, 2>(op, x, row, rows);
+        } else if (batches == 3) {
+            rows_with_tokens<Load, 3>(op, x, row, rows);
+        } else {
+            rows_with_tokens<Load, 4>(op, x, row, rows);
         }
     }
 }
