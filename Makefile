@@ -66,10 +66,10 @@ sanitize: $(INSTALLED) ## the C++ kernels under the address, undefined-behaviour
 gpu-check: $(INSTALLED) ## the ops on this machine's GPU; result in benchmarks/results/gpu-check-<date>.json
 	$(BIN)/python .ci/gpu_check.py
 
-BENCHES := $(wildcard benchmarks/bench_*.py)
-bench: $(INSTALLED) ## every benchmarks/bench_<op>.py on this machine
-	$(if $(BENCHES),,$(error there is no benchmarks/bench_<op>.py yet))
-	set -e; for bench in $(BENCHES); do $(BIN)/python $$bench; done
+bench: $(INSTALLED) ## the speed of the kernels and of decoding on this machine, into benchmarks/results/ and docs/
+	mkdir -p build
+	$(BIN)/python -m pytest benchmarks --benchmark-disable-gc --benchmark-json build/bench.json $(ARGS)
+	$(BIN)/python benchmarks/runner.py build/bench.json --save
 
 quality: $(INSTALLED) ## measure the quality table: hours on a CPU, resumes where it stopped
 	$(BIN)/python benchmarks/quality.py

@@ -114,7 +114,7 @@ def test_decode(benchmark: Any, tmp_path: Path) -> None:
             times[name].append(seconds_per_token(model))
     medians = {name: statistics.median(values) for name, values in times.items()}
     benchmark.pedantic(lambda: seconds_per_token(models["packed"]), rounds=1)
-    del models
+    models.clear()
     resident = {name: measured_residence(tmp_path / name) for name in medians}
     benchmark.extra_info.update(
         {

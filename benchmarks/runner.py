@@ -5,13 +5,15 @@ A benchmark is a pytest-benchmark test that ends in ``measure``::
     pytest benchmarks/bench_nm_linear.py --benchmark-json out.json
 
 ``python benchmarks/runner.py out.json`` prints the rows of such a file; ``--save`` also writes them, with commit,
-versions and machine, to ``benchmarks/results/``, where the tables of README.md and docs/ come from.
+versions and machine, to ``benchmarks/results/cpu-<date>.json``, and the table of docs/cpu.md from them. ``make bench``
+does all of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import datetime
 import functools
 import json
 import os
@@ -151,24 +153,37 @@ def table(entries: list[dict[str, Any]]) -> str:
         rate = f"{row['gb_per_second']:.1f}" if "gb_per_second" in row else ""
         share = f"{row['of_read_bandwidth']:.0%}" if "of_read_bandwidth" in row else ""
         against = ", ".join(f"{name} **{ratio:.2f}x**" for name, ratio in row["ratio"].items())
-        lines.append(
-            f"| {row['name']} | {row['median_seconds'] * 1e3:.3f} ms | {rate} | {share} | {row['error']:.1e} | {against} |"
-        )
+        median = f"{row['median_seconds'] * 1e3:.3f} ms"
+        lines.append(f"| {row['name']} | {median} | {rate} | {share} | {row['error']:.1e} | {against} |")
     return "\n".join(lines) + "\n"
+
+
+def save(where: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+    """Write the results file of today and the table made from it."""
+    path = RESULTS / f"cpu-{datetime.date.today().isoformat()}.json"
+    path.write_text(json.dumps({"machine": where, "rows": entries}, indent=1) + "\n", encoding="utf-8")
+    page = ROOT / "docs" / "cpu.md"
+    start, end = "<!-- table:cpu -->", "<!-- /table:cpu -->"
+    before, rest = page.read_text(encoding="utf-8").split(start, 1)
+    told = (
+        f"{where['processor']}, `{where['isa']}`, {where['threads']} threads, read bandwidth "
+        f"{where['read_gb_per_second']:.1f} GB/s, torch {where['versions']['torch']}, commit {where['commit']}, "
+        f"`benchmarks/results/{path.name}`:\n\n"
+    )
+    page.write_text(before + start + "\n" + told + table(entries) + end + rest.split(end, 1)[1], encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path, nargs="+", help="JSON files of pytest-benchmark")
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
+    parser.add_argument("--save", action="store_true", help="write the results file and the table of docs/cpu.md")
     options = parser.parse_args()
     entries: list[dict[str, Any]] = []
     for path in options.report:
         entries += rows(json.loads(path.read_text()))
     sys.stdout.write(table(entries))
     if options.save:
-        content = {"machine": machine(), "rows": entries}
-        (RESULTS / f"{options.save}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        save(machine(), entries)
 
 
 if __name__ == "__main__":
