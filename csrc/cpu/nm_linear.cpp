@@ -12,13 +12,12 @@ namespace {
 // a fraction of its dense size, is read again for the next.
 constexpr int64_t kTokensInCache = 64;
 
-// Fewer tokens leave most of a tile empty.
-[[maybe_unused]] constexpr int64_t kTokensForTiles = 3;
+// One token leaves most of a tile empty.
+[[maybe_unused]] constexpr int64_t kTokensForTiles = 2;
 
 const LinearPath& path(Isa isa, int64_t tokens, Dtype dtype) {
 #if defined(MSP_X86)
     if (isa >= Isa::kAmx && dtype == Dtype::kBFloat16 && tokens >= kTokensForTiles) return kLinearAmx;
-    if (isa >= Isa::kAvx512Bf16) return kLinearAvx512Bf16;
     if (isa >= Isa::kAvx512) return kLinearAvx512;
     if (isa >= Isa::kAvx2) return kLinearAvx2;
 #else
@@ -56,7 +55,7 @@ class Scratch {
 };
 
 // Bytes of packed weight that one range of rows holds at least: some microseconds of reading.
-constexpr int64_t kGrainBytes = 1 << 16;
+constexpr int64_t kGrainBytes = 1 << 18;
 
 int64_t grain(const Packed& weight) {
     const int64_t row = weight.row_values() * dtype_bytes(weight.dtype) + bitmask_row_bytes(weight.columns);

@@ -52,7 +52,6 @@ struct LinearPath {
 extern const LinearPath kLinearScalar;
 extern const LinearPath kLinearAvx2;
 extern const LinearPath kLinearAvx512;
-extern const LinearPath kLinearAvx512Bf16;
 extern const LinearPath kLinearAmx;
 
 MSP_HD uint16_t round_to_bfloat16(float value) {
@@ -106,7 +105,11 @@ MSP_HD float load_float(const void* data, Dtype dtype, int64_t index) {
 MSP_HD uint32_t chunk_mask(const uint8_t* row, int64_t row_bytes, int64_t chunk) {
     uint32_t mask = 0;
     const int64_t left = row_bytes - 4 * chunk;
-    std::memcpy(&mask, row + 4 * chunk, static_cast<size_t>(left < 4 ? left : 4));
+    if (left >= 4) {
+        std::memcpy(&mask, row + 4 * chunk, 4);
+    } else {
+        std::memcpy(&mask, row + 4 * chunk, static_cast<size_t>(left));
+    }
     return mask;
 }
 

@@ -138,7 +138,11 @@ void rows_of(const NmLinear& op, const float* x, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
         int64_t token = 0;
         for (; token + 4 <= op.tokens; token += 4) row_with_tokens<F, 4>(op, x, row, token);
-        for (; token < op.tokens; ++token) row_with_tokens<F, 1>(op, x, row, token);
+        if (op.tokens - token >= 2) {
+            row_with_tokens<F, 2>(op, x, row, token);
+            token += 2;
+        }
+        if (token < op.tokens) row_with_tokens<F, 1>(op, x, row, token);
     }
 }
 

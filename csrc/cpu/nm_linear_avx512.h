@@ -1,5 +1,5 @@
-// nm_linear with AVX-512, for the two files that compile it with and without the bf16 dot product. Everything
-// has internal linkage or is inlined: no code of such a file may serve another.
+// Expanding packed weights with AVX-512, for the files that multiply them. Everything has internal linkage or
+// is inlined: no code of a file for one instruction set may serve another.
 #pragma once
 
 #include <immintrin.h>
@@ -102,25 +102,6 @@ struct BFloat16 {
         _mm512_storeu_ps(to + 16, both.high);
     }
 };
-
-#if defined(__AVX512BF16__)
-struct BFloat16Dot {
-    using X = uint16_t;
-    static constexpr int kBytes = 2;
-    using Chunk = __m512i;
-
-    template <class Load>
-    static MSP_HD Chunk expand(uint32_t mask, const uint8_t* values) {
-        return expand_words<Load>(mask, values);
-    }
-    static MSP_HD void multiply(__m512& sum, const Chunk& w, const X* x) {
-        sum = _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_loadu_si512(x));
-    }
-    static MSP_HD void prepare(const uint16_t* x, uint16_t* to) {
-        _mm512_storeu_si512(to, _mm512_loadu_si512(x));
-    }
-};
-#endif
 
 // How far ahead the streams are fetched: the hardware stops at every 4 KiB, and starts again too late.
 constexpr int64_t kAhead = 2048;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <memory>
@@ -14,6 +15,25 @@
 namespace msp {
 namespace {
 
+// How long a thread looks out for work, or for the end of it, before it sleeps. To wake one takes up to a
+// tenth of a millisecond, as long as a small product itself, and while a model decodes the next one is never
+// far.
+constexpr std::chrono::microseconds kLookOut{100};
+
+template <class Ready>
+bool look_out(const Ready& ready) {
+    const auto until = std::chrono::steady_clock::now() + kLookOut;
+    do {
+        for (int i = 0; i < 32; ++i) {
+            if (ready()) return true;
+#if defined(MSP_X86)
+            __builtin_ia32_pause();
+#endif
+        }
+    } while (std::chrono::steady_clock::now() < until);
+    return false;
+}
+
 struct Job {
     const std::function<void(int64_t, int64_t)>* body;
     int64_t count;
@@ -22,7 +42,7 @@ struct Job {
     std::atomic<int64_t> next{0};
     std::mutex mutex;
     std::condition_variable all_done;
-    int64_t done = 0;
+    std::atomic<int64_t> done{0};
 
     // `body` is alive while a range is out, since its owner waits for every range; it is not touched after.
     void take_part() {
@@ -31,14 +51,17 @@ struct Job {
             (*body)(range* grain, std::min(count, (range + 1) * grain));
         }
         if (finished == 0) return;
+        if (done.fetch_add(finished, std::memory_order_acq_rel) + finished < ranges) return;
+        // under the lock, or the owner could check, and then sleep through this
         std::lock_guard<std::mutex> lock(mutex);
-        done += finished;
-        if (done == ranges) all_done.notify_all();
+        all_done.notify_all();
     }
 
     void wait() {
+        const auto finished = [this] { return done.load(std::memory_order_acquire) == ranges; };
+        if (look_out(finished)) return;
         std::unique_lock<std::mutex> lock(mutex);
-        all_done.wait(lock, [this] { return done == ranges; });
+        all_done.wait(lock, finished);
     }
 };
 
@@ -50,6 +73,7 @@ class Pool {
         {
             std::lock_guard<std::mutex> lock(mutex_);
             for (int i = 0; i < helpers; ++i) invitations_.push_back(job);
+            invited_.store(invitations_.size(), std::memory_order_release);
             while (threads_ < std::min<int64_t>(kMaxThreads, static_cast<int64_t>(invitations_.size()))) {
                 try {
                     std::thread([this] { serve(); }).detach();
@@ -66,6 +90,7 @@ class Pool {
     void withdraw(const std::shared_ptr<Job>& job) {
         std::lock_guard<std::mutex> lock(mutex_);
         invitations_.erase(std::remove(invitations_.begin(), invitations_.end(), job), invitations_.end());
+        invited_.store(invitations_.size(), std::memory_order_release);
     }
 
   private:
@@ -79,14 +104,18 @@ class Pool {
                 wake_.wait(lock, [this] { return !invitations_.empty(); });
                 job = std::move(invitations_.front());
                 invitations_.pop_front();
+                invited_.store(invitations_.size(), std::memory_order_release);
             }
             job->take_part();
+            job.reset();
+            look_out([this] { return invited_.load(std::memory_order_acquire) != 0; });
         }
     }
 
     std::mutex mutex_;
     std::condition_variable wake_;
     std::deque<std::shared_ptr<Job>> invitations_;
+    std::atomic<size_t> invited_{0};
     int64_t threads_ = 0;
 };
 
