@@ -11,11 +11,11 @@ from torch import Tensor
 from msp.ops._dispatch import Op, compiled_module
 from msp.ops.packed import VALUE_DTYPES, PackedWeight, unpack, unpack_bits
 
-# On a CPU, up to this many tokens are multiplied by the packed weight as it lies in memory; with more, the time goes
-# into arithmetic, and rows are unpacked for the dense product a cache's worth at a time. Tiles (AMX) are for bf16
-# alone and win at any count.
-FEW_TOKENS = 16
-UNPACKED_BYTES = 1 << 20
+# On a CPU, up to this many tokens are multiplied by the packed weight as it lies in memory (with AMX tiles, which are
+# for bf16 alone, up to the second number); beyond, the time goes into arithmetic, and so many bytes of rows at a time
+# are unpacked for torch's dense product.
+FEW_TOKENS, FEW_TOKENS_AMX = 16, 1024
+UNPACKED_BYTES = 16 << 20
 
 
 def reference(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
@@ -48,7 +48,8 @@ def cpu(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int,
     values, bitmask = values.contiguous(), bitmask.contiguous()
     y = x.new_empty(*x.shape[:-1], rows)
     dtype, threads = VALUE_DTYPES.index(x.dtype), torch.get_num_threads()
-    if len(flat) <= FEW_TOKENS or (x.dtype == torch.bfloat16 and compiled.isa() == "amx"):
+    tiles = x.dtype == torch.bfloat16 and compiled.isa() == "amx"
+    if len(flat) <= (FEW_TOKENS_AMX if tiles else FEW_TOKENS):
         bias = None if bias is None else bias.contiguous()
         compiled.nm_linear(
             flat.data_ptr(),
@@ -81,8 +82,11 @@ def cpu(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int,
             threads,
         )
         weight = dense[: stop - start]
-        part = None if bias is None else bias[start:stop]
-        y.view(-1, rows)[:, start:stop] = F.linear(flat, weight, part)
+        part = y.view(-1, rows)[:, start:stop]
+        if bias is None:
+            torch.mm(flat, weight.t(), out=part)
+        else:
+            torch.addmm(bias[start:stop], flat, weight.t(), out=part)
     return y
 
 
