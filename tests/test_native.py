@@ -276,6 +276,28 @@ def test_misaligned_address_is_refused() -> None:
         native.nm_select(case.stored.ctypes.data + 1, case.dtype, 2, 48, 8, 2, False, 0, 0, 0, 0, 0, 64, 64, 1)
 
 
+@pytest.mark.parametrize("group_size", [4, 8, 16, 32])
+def test_obs_prune(isa: str, group_size: int) -> None:
+    """Its own tests are those of the op; this one runs in the sanitized module too."""
+    rng = np.random.default_rng(group_size)
+    for rows, columns in ((1, 1), (17, 5), (101, 9)):
+        columns *= group_size
+        factor = np.triu(rng.standard_normal((columns, columns)) / columns, 1).astype(np.float32)
+        np.fill_diagonal(factor, rng.uniform(0.5, 1.5, columns))
+        factor[np.tril_indices(columns, -1)] = np.nan
+        weight = rng.standard_normal((rows, columns)).astype(np.float32)
+        updated, kept = np.full_like(weight, np.nan), np.full(weight.shape, 77, np.uint8)
+        pointers = (array.ctypes.data for array in (weight, factor, updated, kept))
+        native.obs_prune(*pointers, rows, columns, group_size, group_size // 2, 3)
+        assert (kept.reshape(rows, -1, group_size).sum(-1) == group_size // 2).all() and kept.max() == 1
+        want = weight.astype(np.float64)
+        for i in range(columns):
+            error = np.where(kept[:, i], 0.0, want[:, i]) / factor[i, i]
+            want[:, i] *= kept[:, i]
+            want[:, i + 1 :] -= np.outer(error, factor[i, i + 1 :])
+        np.testing.assert_allclose(updated, want, rtol=1e-4, atol=1e-5)
+
+
 def test_unknown_instruction_set_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MSP_ISA", "mmx")
     with pytest.raises(RuntimeError, match=r"MSP_ISA=mmx .*available: .*scalar"):
