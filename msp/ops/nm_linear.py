@@ -44,21 +44,21 @@ def cpu(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int,
     compiled = compiled_module("msp._cpu")
     assert compiled is not None
     columns, rows = x.shape[-1], values.shape[0]
-    flat = x.reshape(-1, columns).contiguous()
+    x, tokens = x.contiguous(), x.numel() // columns
     values, bitmask = values.contiguous(), bitmask.contiguous()
     y = x.new_empty(*x.shape[:-1], rows)
     dtype, threads = VALUE_DTYPES.index(x.dtype), torch.get_num_threads()
     tiles = x.dtype == torch.bfloat16 and compiled.isa() == "amx"
-    if len(flat) <= (FEW_TOKENS_AMX if tiles else FEW_TOKENS):
+    if tokens <= (FEW_TOKENS_AMX if tiles else FEW_TOKENS):
         bias = None if bias is None else bias.contiguous()
         compiled.nm_linear(
-            flat.data_ptr(),
+            x.data_ptr(),
             values.data_ptr(),
             bitmask.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             y.data_ptr(),
             dtype,
-            len(flat),
+            tokens,
             rows,
             columns,
             m,
@@ -66,7 +66,7 @@ def cpu(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int,
             threads,
         )
         return y
-    some = max(1, UNPACKED_BYTES // (columns * x.element_size()))
+    flat, some = x.view(-1, columns), max(1, UNPACKED_BYTES // (columns * x.element_size()))
     dense = x.new_empty(min(some, rows), columns)
     for start in range(0, rows, some):
         stop = min(start + some, rows)
