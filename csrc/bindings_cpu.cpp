@@ -3,7 +3,9 @@
 
 #include "bindings.h"
 #include "cpu/isa.h"
+#include "cpu/nm_keep.h"
 #include "cpu/nm_linear.h"
+#include "cpu/nm_rank.h"
 #include "cpu/nm_select.h"
 #include "cpu/obs_prune.h"
 
@@ -57,6 +59,46 @@ PYBIND11_MODULE(_cpu, module) {
         "Returns how many weights are not finite or have a score that is not; with any, what was kept of "
         "their "
         "groups is unspecified.");
+
+    module.def(
+        "nm_rank",
+        [](uintptr_t weight, int dtype_code, int64_t rows, int64_t columns, int group_size, int score_kind,
+           uintptr_t column_scale, uintptr_t row_term, uintptr_t column_term, uintptr_t matrix,
+           uintptr_t rank, int threads) {
+            const msp::NmRank op{
+                msp::scored_arguments(weight, dtype_code, rows, columns, group_size, score_kind, column_scale,
+                                      row_term, column_term, matrix),
+                msp::pointer<uint8_t>(rank, "rank", rows > 0 && columns > 0)};
+            const msp::Isa isa = msp::isa();
+            py::gil_scoped_release without_gil;
+            return msp::nm_rank(op, isa, threads);
+        },
+        "weight_ptr"_a, "dtype_code"_a, "rows"_a, "columns"_a, "group_size"_a, "score_kind"_a,
+        "column_scale_ptr"_a, "row_term_ptr"_a, "column_term_ptr"_a, "matrix_ptr"_a, "rank_ptr"_a,
+        "threads"_a,
+        "Fill rank [rows, columns] with how many of its group of group_size columns are better than each.\n\n"
+        "Arguments and what is returned are as for nm_select.");
+
+    module.def(
+        "nm_keep",
+        [](uintptr_t weight, uintptr_t rank, uintptr_t out, int dtype_code, int64_t count, int n,
+           int threads) {
+            const msp::Dtype dtype = msp::require_dtype(dtype_code);
+            msp::require(count >= 0, "count " + std::to_string(count) + " is negative");
+            msp::require(n >= 0, "n " + std::to_string(n) + " is negative");
+            const msp::NmKeep op{msp::elements(weight, dtype, "weight", count > 0),
+                                 msp::pointer<uint8_t>(rank, "rank", count > 0),
+                                 msp::elements(out, dtype, "out", count > 0),
+                                 dtype,
+                                 count,
+                                 n};
+            const msp::Isa isa = msp::isa();
+            py::gil_scoped_release without_gil;
+            msp::nm_keep(op, isa, threads);
+        },
+        "weight_ptr"_a, "rank_ptr"_a, "out_ptr"_a, "dtype_code"_a, "count"_a, "n"_a, "threads"_a,
+        "Fill out [count] with the weight where rank is below n and with zero elsewhere; dtype_code as for "
+        "nm_select.");
 
     module.def(
         "nm_linear",

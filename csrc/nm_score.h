@@ -62,6 +62,21 @@ struct Stored<Dtype::kBFloat16> {
     static MSP_HD float to_float(uint16_t bits) { return float_from_bits(static_cast<uint32_t>(bits) << 16); }
 };
 
+// A weight and what its scores are made of. The caller has checked everything; pointers are to contiguous
+// row-major data.
+struct Scored {
+    const void* weight;  // [rows, columns]
+    Dtype dtype;
+    int64_t rows;
+    int64_t columns;  // a multiple of group_size
+    int group_size;   // 4, 8, 16 or 32
+    ScoreKind kind;
+    const float* column_scale;  // [columns]; may be null for kRelative, where it then counts as 1
+    const float* row_term;      // [rows]
+    const float* column_term;   // [columns]
+    const float* matrix;        // [rows, columns]
+};
+
 // Of the terms, those that a kind does not use are ignored.
 template <ScoreKind Kind>
 MSP_HD float score(float w, float column_scale, float row_term, float column_term, float matrix) {

@@ -4,6 +4,7 @@
 
 #include "nm_select_scalar.h"
 #include "parallel.h"
+#include "specialise.h"
 
 namespace msp {
 namespace {

@@ -4,12 +4,12 @@
 
 #include <cstring>
 
+#include "nm_score_avx512.h"
 #include "nm_select.h"
+#include "specialise.h"
 
 namespace msp {
 namespace {
-
-constexpr int kLanes = 16;
 
 // A compare-exchange of lanes i and i ^ Distance: lanes whose bit is set in `Low` keep the smaller key.
 template <int Distance, __mmask16 Low>
@@ -98,50 +98,15 @@ MSP_HD uint32_t select32(__m512i keys0, __m512i keys1, __m512i nth, int n) {
     return fill_up(above, kept & ~above, n);
 }
 
-// 16 weights as stored, their values, and where they go. Lanes outside `live` are not touched in memory.
-template <Dtype D>
-struct Lanes;
+// Where kept weights go. Compressing in a register and storing under a mask: compressing into memory is slow
+// on AMD.
+MSP_HD void store_kept(uint32_t* to, __m512i v, __mmask16 kept, __mmask16 places) {
+    _mm512_mask_storeu_epi32(to, places, _mm512_maskz_compress_epi32(kept, v));
+}
 
-template <>
-struct Lanes<Dtype::kFloat32> {
-    using Vector = __m512i;
-    static MSP_HD Vector load(const uint32_t* from, __mmask16 live) {
-        return _mm512_maskz_loadu_epi32(live, from);
-    }
-    static MSP_HD __m512 to_float(Vector v) { return _mm512_castsi512_ps(v); }
-    static MSP_HD void store(uint32_t* to, Vector v, __mmask16 kept, __mmask16 places) {
-        _mm512_mask_storeu_epi32(to, places, _mm512_maskz_compress_epi32(kept, v));
-    }
-};
-
-// Compressing in a register and storing under a mask: compressing into memory is slow on AMD.
-struct Lanes16 {
-    using Vector = __m256i;
-    static MSP_HD Vector load(const uint16_t* from, __mmask16 live) {
-        return _mm256_maskz_loadu_epi16(live, from);
-    }
-    static MSP_HD void store(uint16_t* to, Vector v, __mmask16 kept, __mmask16 places) {
-        _mm256_mask_storeu_epi16(to, places, _mm256_maskz_compress_epi16(kept, v));
-    }
-};
-
-template <>
-struct Lanes<Dtype::kFloat16> : Lanes16 {
-    static MSP_HD __m512 to_float(Vector v) { return _mm512_cvtph_ps(v); }
-};
-
-template <>
-struct Lanes<Dtype::kBFloat16> : Lanes16 {
-    static MSP_HD __m512 to_float(Vector v) {
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
-    }
-};
-
-MSP_HD __mmask16 not_finite(__m512 v) {
-    return _mm512_fpclass_ps_mask(v, 0x99);
-}  // quiet or signalling NaN, +-inf
-
-MSP_HD __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>(_bzhi_u32(0xffffu, count)); }
+MSP_HD void store_kept(uint16_t* to, __m256i v, __mmask16 kept, __mmask16 places) {
+    _mm256_mask_storeu_epi16(to, places, _mm256_maskz_compress_epi16(kept, v));
+}
 
 struct Avx512 {
     // 16 columns of a row: their weights and the keys that rank them.
@@ -152,32 +117,14 @@ struct Avx512 {
         __mmask16 wrong;
 
         MSP_HD Chunk(const NmSelect& op, int64_t row, float row_term, int64_t column, __mmask16 live) {
-            using Bits = typename Stored<D>::Bits;
-            const int64_t offset = row * op.columns + column;
-            stored = Lanes<D>::load(static_cast<const Bits*>(op.weight) + offset, live);
-            const __m512 w = Lanes<D>::to_float(stored);
-            __m512 score = _mm512_abs_ps(w);
-            if constexpr (Kind == ScoreKind::kRelative) {
-                const __m512 column_term = _mm512_maskz_loadu_ps(live, op.column_term + column);
-                score = _mm512_mul_ps(score, _mm512_add_ps(_mm512_set1_ps(row_term), column_term));
-            }
-            if constexpr (Kind == ScoreKind::kScaled || Kind == ScoreKind::kRelative) {
-                if (Kind == ScoreKind::kScaled || op.column_scale != nullptr) {
-                    score = _mm512_mul_ps(score, _mm512_maskz_loadu_ps(live, op.column_scale + column));
-                }
-            }
-            if constexpr (Kind == ScoreKind::kFisher || Kind == ScoreKind::kGiven) {
-                const __m512 entry = _mm512_maskz_loadu_ps(live, op.matrix + offset);
-                score = Kind == ScoreKind::kGiven ? entry : _mm512_mul_ps(_mm512_mul_ps(w, w), entry);
-            }
-            wrong = not_finite(score);
-            if constexpr (Kind == ScoreKind::kGiven) wrong |= not_finite(w);
-
+            const ScoredLanes<D, Kind> lanes(op, row, row_term, column, live);
+            stored = lanes.stored;
+            wrong = lanes.wrong();
             if constexpr (Kind == ScoreKind::kMagnitude) {
-                keys = _mm512_castps_si512(score);
+                keys = _mm512_castps_si512(lanes.score);
             } else {
                 // ordered_key() of each lane; adding zero turns -0 into +0
-                const __m512i bits = _mm512_castps_si512(_mm512_add_ps(score, _mm512_setzero_ps()));
+                const __m512i bits = _mm512_castps_si512(_mm512_add_ps(lanes.score, _mm512_setzero_ps()));
                 const __m512i sign = _mm512_srai_epi32(bits, 31);
                 keys =
                     _mm512_ternarylogic_epi32(bits, sign, _mm512_set1_epi32(INT32_MAX), 0x78);  // a ^ (b & c)
@@ -237,7 +184,7 @@ struct Avx512 {
             const Chunk<D, M, Kind> chunk(op, row, row_term, column, 0xffff);
             wrong += _mm_popcnt_u32(chunk.wrong);
             const uint16_t kept = select<M, distinct(D, Kind)>(chunk.keys, nth, op.n) & any;
-            Lanes<D>::store(value, chunk.stored, kept, all_places);
+            store_kept(value, chunk.stored, kept, all_places);
             value += kept_of_all;
             std::memcpy(byte, &kept, 2);
             byte += 2;
@@ -249,7 +196,7 @@ struct Avx512 {
             wrong += _mm_popcnt_u32(chunk.wrong & live);
             const uint16_t kept = select<M, distinct(D, Kind)>(chunk.keys, nth, op.n) & any & live;
             const int64_t count = left / M * op.n;
-            Lanes<D>::store(value, chunk.stored, kept, first_lanes(count));
+            store_kept(value, chunk.stored, kept, first_lanes(count));
             value += count;
             std::memcpy(byte, &kept, static_cast<size_t>(bitmask_row_bytes(left)));
         }
@@ -269,9 +216,9 @@ struct Avx512 {
             wrong += _mm_popcnt_u32(chunk0.wrong) + _mm_popcnt_u32(chunk1.wrong);
             const uint32_t kept = select32<distinct(D, Kind)>(chunk0.keys, chunk1.keys, nth, op.n) & any;
             const int count0 = _mm_popcnt_u32(kept & 0xffffu);
-            Lanes<D>::store(value, chunk0.stored, static_cast<__mmask16>(kept), first_lanes(count0));
-            Lanes<D>::store(value + count0, chunk1.stored, static_cast<__mmask16>(kept >> kLanes),
-                            first_lanes(op.n - count0));
+            store_kept(value, chunk0.stored, static_cast<__mmask16>(kept), first_lanes(count0));
+            store_kept(value + count0, chunk1.stored, static_cast<__mmask16>(kept >> kLanes),
+                       first_lanes(op.n - count0));
             value += op.n;
             std::memcpy(byte, &kept, 4);
             byte += 4;

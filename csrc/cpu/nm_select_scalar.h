@@ -1,6 +1,7 @@
 // Single groups in plain C++: the scalar path, and what a vector path leaves at the end of a row.
 #pragma once
 
+#include "nm_score_scalar.h"
 #include "nm_select.h"
 
 namespace msp {
@@ -20,22 +21,11 @@ MSP_HD int64_t nm_select_columns(const NmSelect& op, int64_t row, int64_t begin,
                                  typename Stored<D>::Bits*& value) {
     using Bits = typename Stored<D>::Bits;
     const Bits* weight = static_cast<const Bits*>(op.weight) + row * op.columns;
-    const float* matrix = op.matrix == nullptr ? nullptr : op.matrix + row * op.columns;
     uint8_t* byte = op.bitmask + row * bitmask_row_bytes(op.columns) + begin / 8;
-    const float row_term = Kind == ScoreKind::kRelative ? op.row_term[row] : 0.0f;
     int64_t not_finite = 0;
     for (int64_t first = begin; first < end; first += M) {
         int32_t keys[M];
-        for (int c = 0; c < M; ++c) {
-            const int64_t column = first + c;
-            const float w = Stored<D>::to_float(weight[column]);
-            const float scale = op.column_scale == nullptr ? 1.0f : op.column_scale[column];
-            const float column_term = Kind == ScoreKind::kRelative ? op.column_term[column] : 0.0f;
-            const float entry = matrix == nullptr ? 0.0f : matrix[column];
-            const uint32_t bits = float_bits(score<Kind>(w, scale, row_term, column_term, entry));
-            not_finite += !is_finite(bits) || !is_finite(float_bits(w));
-            keys[c] = ordered_key(bits);
-        }
+        not_finite += group_keys<D, M, Kind>(op, row, first, keys);
         const uint32_t kept = kept_of_group<M>(keys, op.n, op.compliant);
         for (int c = 0; c < M; ++c) {
             if (kept >> c & 1) *value++ = weight[first + c];

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msp.ops._dispatch import Op
+from msp.ops._dispatch import Op, compiled_module
+from msp.ops.packed import VALUE_DTYPES
 
 
 def reference(weight: Tensor, rank: Tensor, n: int, out: Tensor) -> None:
@@ -20,6 +21,27 @@ def triton(weight: Tensor, rank: Tensor, n: int, out: Tensor) -> None:
     from msp.triton_kernels import nm_keep as kernels
 
     kernels.nm_keep(weight, rank, n, out)
+
+
+def _in_one_piece(weight: Tensor, rank: Tensor, n: int, out: Tensor) -> bool:
+    """The kernel runs through all three as they lie in memory."""
+    contiguous = weight.is_contiguous() and rank.is_contiguous() and out.is_contiguous()
+    return contiguous and weight.dtype in VALUE_DTYPES
+
+
+@op.backend("cpu", supports=_in_one_piece)
+def cpu(weight: Tensor, rank: Tensor, n: int, out: Tensor) -> None:
+    compiled = compiled_module("msp._cpu")
+    assert compiled is not None
+    compiled.nm_keep(
+        weight.data_ptr(),
+        rank.data_ptr(),
+        out.data_ptr(),
+        VALUE_DTYPES.index(weight.dtype),
+        weight.numel(),
+        min(n, 256),
+        torch.get_num_threads(),
+    )
 
 
 @torch.library.custom_op("msp::nm_keep", mutates_args=())

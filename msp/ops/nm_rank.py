@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msp.ops._dispatch import Op
-from msp.ops.scoring import Terms, check_scoring, rank_in_groups, score
+from msp.ops._dispatch import Op, compiled_module
+from msp.ops.scoring import Terms, addresses, check_counted, check_finite, check_scoring, rank_in_groups, score
 from msp.patterns import check_group_size
 
 
 def reference(weight: Tensor, terms: Terms, group_size: int) -> Tensor:
+    check_finite(weight, terms)
     return rank_in_groups(score(weight, terms), group_size)
 
 
@@ -21,6 +22,7 @@ op = Op("nm_rank", reference)
 def triton(weight: Tensor, terms: Terms, group_size: int) -> Tensor:
     from msp.triton_kernels import nm_rank as kernels
 
+    check_finite(weight, terms)
     rank = weight.new_empty(weight.shape, dtype=torch.uint8)
     kernels.nm_rank(
         weight,
@@ -32,6 +34,17 @@ def triton(weight: Tensor, terms: Terms, group_size: int) -> Tensor:
         column_term=terms.column_term,
         matrix=terms.matrix,
     )
+    return rank
+
+
+@op.backend("cpu")
+def cpu(weight: Tensor, terms: Terms, group_size: int) -> Tensor:
+    weight = weight.contiguous()
+    rank = weight.new_empty(weight.shape, dtype=torch.uint8)
+    compiled = compiled_module("msp._cpu")
+    assert compiled is not None
+    wrong = compiled.nm_rank(*addresses(weight, terms, group_size), rank.data_ptr(), torch.get_num_threads())
+    check_counted(wrong, weight, terms)
     return rank
 
 

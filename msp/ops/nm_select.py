@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from msp.ops._dispatch import Op, compiled_module
-from msp.ops.packed import VALUE_DTYPES, PackedWeight, pack_bits
-from msp.ops.scoring import Terms, check_scoring, rank_in_groups, score
+from msp.ops.packed import PackedWeight, pack_bits
+from msp.ops.scoring import Terms, addresses, check_counted, check_finite, check_scoring, rank_in_groups, score
 from msp.patterns import NMPattern
 
 
 def reference(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> tuple[Tensor, Tensor]:
+    check_finite(weight, terms)
     scores = score(weight, terms)
     if compliant:
         # A walk in rank order that refuses what is third in its quad keeps exactly the best of those
@@ -34,6 +35,7 @@ def _empty(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
 def triton(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> tuple[Tensor, Tensor]:
     from msp.triton_kernels import nm_select as kernels
 
+    check_finite(weight, terms)
     values, bitmask = _empty(weight, n, m)
     kernels.nm_select(
         weight,
@@ -53,38 +55,32 @@ def triton(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> tup
 
 def _compiled(
     module: str, weight: Tensor, terms: Terms, n: int, m: int, compliant: bool, lane: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, int]:
     """Call the C++ or CUDA binding, which takes addresses and codes; ``lane``: threads or stream."""
     weight = weight.contiguous()
     values, bitmask = _empty(weight, n, m)
-    vectors = (terms.column_scale, terms.row_term, terms.column_term, terms.matrix)
+    pointer, dtype, rows, columns, _, kind, *vectors = addresses(weight, terms, m)
     compiled = compiled_module(module)
     assert compiled is not None
-    compiled.nm_select(
-        weight.data_ptr(),
-        VALUE_DTYPES.index(weight.dtype),
-        *weight.shape,
-        m,
-        n,
-        compliant,
-        terms.kind,
-        *(0 if vector is None else vector.data_ptr() for vector in vectors),
-        values.data_ptr(),
-        bitmask.data_ptr(),
-        lane,
-    )
-    return values, bitmask
+    outputs = values.data_ptr(), bitmask.data_ptr()
+    wrong = compiled.nm_select(pointer, dtype, rows, columns, m, n, compliant, kind, *vectors, *outputs, lane)
+    return values, bitmask, wrong
 
 
 @op.backend("cpu")
 def cpu(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> tuple[Tensor, Tensor]:
-    return _compiled("msp._cpu", weight, terms, n, m, compliant, torch.get_num_threads())
+    values, bitmask, wrong = _compiled("msp._cpu", weight, terms, n, m, compliant, torch.get_num_threads())
+    check_counted(wrong, weight, terms)
+    return values, bitmask
 
 
 @op.backend("cuda")
 def cuda(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> tuple[Tensor, Tensor]:
+    check_finite(weight, terms)
     with torch.cuda.device(weight.device):
-        return _compiled("msp._cuda", weight, terms, n, m, compliant, torch.cuda.current_stream().cuda_stream)
+        stream = torch.cuda.current_stream().cuda_stream
+        values, bitmask, _ = _compiled("msp._cuda", weight, terms, n, m, compliant, stream)
+    return values, bitmask
 
 
 @torch.library.custom_op("msp::nm_select", mutates_args=())

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from msp.ops.packed import check_matrix
+from msp.ops.packed import VALUE_DTYPES, check_matrix
 
 MAGNITUDE, SCALED, RELATIVE, FISHER, GIVEN = range(5)
 
@@ -77,12 +77,11 @@ def check_scoring(
     importance: Tensor | None,
     scores: Tensor | None,
 ) -> Terms:
-    """The terms in fp32, after every check that ranking needs.
+    """The terms in fp32, after every check that needs no look at a value; ``check_finite`` has the others.
 
     Raises:
         TypeError: a dtype no weight or term can have.
-        ValueError: a shape or device that does not fit, terms that exclude each other, or NaN or
-            infinite weights, terms or scores (with their number).
+        ValueError: a shape or device that does not fit, or terms that exclude each other.
     """
     check_matrix("weight", weight, group_size)
     rows, columns = weight.shape
@@ -106,29 +105,56 @@ def check_scoring(
         if alone in named and len(named) > 1:
             others = ", ".join(name for name in named if name != alone)
             raise ValueError(f"{alone} excludes other terms, but {others} was given too")
-    terms = Terms(*(None if term is None else term.detach().float().contiguous() for term in given))
-    _check_finite(weight, terms)
-    return terms
+    return Terms(*(None if term is None else term.detach().float().contiguous() for term in given))
 
 
-def _check_finite(weight: Tensor, terms: Terms) -> None:
-    """One read of each tensor: its extremes say whether it, and the scores made of it, are finite."""
+def check_finite(weight: Tensor, terms: Terms) -> None:
+    """What a backend does first whose kernel does not count what is not finite.
+
+    One read of each tensor: its extremes say whether it, and the scores made of it, are finite.
+
+    Raises:
+        ValueError: NaN or infinite weights, terms or scores (with their number).
+    """
     largest = {"weight": _largest("weight", weight)}
     for name, term in zip(Terms._fields, terms, strict=True):
         if term is not None:
             largest[name] = _largest(name, term)
     if terms.scores is not None:
         return
-    bound = largest["weight"]
+    # of the products on the way as well: infinity times zero is not zero
+    product = bound = largest["weight"]
     if terms.importance is not None:
-        bound *= largest["weight"] * largest["importance"]
+        product = largest["weight"] ** 2
+        bound = max(product, product * largest["importance"])
     if terms.row_term is not None:
-        bound *= largest["row_term"] + largest["column_term"]
+        product *= largest["row_term"] + largest["column_term"]
+        bound = max(bound, product)
     if terms.column_scale is not None:
-        bound *= largest["column_scale"]
+        bound = max(bound, product * largest["column_scale"])
     # the bound pairs extremes that may never meet, so only the scores themselves can tell
     if bound > torch.finfo(torch.float32).max / 2:
         _require_finite("scores", score(weight, terms))
+
+
+def check_counted(wrong: int, weight: Tensor, terms: Terms) -> None:
+    """The same after a kernel that has counted ``wrong`` weights or scores, so that none is read twice.
+
+    Raises:
+        ValueError: as ``check_finite``.
+    """
+    if wrong or not weight.numel():
+        check_finite(weight, terms)
+    if wrong:
+        raise ValueError(f"scores: {wrong} of {weight.numel()} are NaN or infinite")
+
+
+def addresses(weight: Tensor, terms: Terms, group_size: int) -> tuple[int, ...]:
+    """What compiled kernels are told of a contiguous weight and its terms, in their order of arguments."""
+    vectors = (terms.column_scale, terms.row_term, terms.column_term, terms.matrix)
+    pointers = (0 if vector is None else vector.data_ptr() for vector in vectors)
+    dtype = VALUE_DTYPES.index(weight.dtype)
+    return (weight.data_ptr(), dtype, *weight.shape, group_size, terms.kind, *pointers)
 
 
 def _largest(name: str, tensor: Tensor) -> float:

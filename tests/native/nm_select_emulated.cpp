@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/nm_select.h"
+#include "cpu/specialise.h"
 #include "cuda/nm_select_block.h"
 
 namespace {
@@ -39,12 +40,11 @@ extern "C" int64_t nm_select_emulated(const void* weight, int dtype, int64_t row
                                       const float* column_scale, const float* row_term,
                                       const float* column_term, const float* matrix, void* values,
                                       uint8_t* bitmask) {
-    const NmSelect op{weight,         static_cast<Dtype>(dtype),
-                      rows,           columns,
-                      group_size,     n,
-                      compliant != 0, static_cast<ScoreKind>(kind),
-                      column_scale,   row_term,
-                      column_term,    matrix,
-                      values,         bitmask};
+    const NmSelect op{{weight, static_cast<Dtype>(dtype), rows, columns, group_size,
+                       static_cast<ScoreKind>(kind), column_scale, row_term, column_term, matrix},
+                      n,
+                      compliant != 0,
+                      values,
+                      bitmask};
     return specialise<Emulated>(op, 0, 0);
 }

@@ -1,0 +1,8 @@
+// Compiled for AVX2 (see CMakeLists.txt) and only called where the CPU has it.
+#include "nm_keep.h"
+
+namespace msp {
+
+void nm_keep_range_avx2(const NmKeep& op, int64_t begin, int64_t end) { keep_range(op, begin, end); }
+
+}  // namespace msp

@@ -1,0 +1,12 @@
+// What nm_rank works on.
+#pragma once
+
+#include "nm_score.h"
+
+namespace msp {
+
+struct NmRank : Scored {
+    uint8_t* rank;  // [rows, columns]
+};
+
+}  // namespace msp
