@@ -11,11 +11,16 @@ from torch import Tensor
 from msp.ops._dispatch import Op, compiled_module
 from msp.ops.packed import VALUE_DTYPES, PackedWeight, unpack, unpack_bits
 
-# On a CPU, up to this many tokens are multiplied by the packed weight as it lies in memory (with AMX tiles, which are
-# for bf16 alone, up to the second number); beyond, the time goes into arithmetic, and so many bytes of rows at a time
-# are unpacked for torch's dense product.
-FEW_TOKENS, FEW_TOKENS_AMX = 16, 1024
+# On a CPU, few tokens are multiplied by the packed weight as it lies in memory; with more, the time goes into
+# arithmetic, and so many bytes of rows at a time are unpacked for torch's dense product.
 UNPACKED_BYTES = 16 << 20
+
+
+def few_tokens(dtype: torch.dtype, isa: str) -> int:
+    """Up to how many tokens the packed weight wins, measured at 4096 x 4096 (docs/cpu.md)."""
+    if isa == "amx" and dtype == torch.bfloat16:
+        return 1024
+    return 48 if isa in ("amx", "avx512") and dtype == torch.float32 else 16
 
 
 def reference(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
@@ -48,8 +53,7 @@ def cpu(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int,
     values, bitmask = values.contiguous(), bitmask.contiguous()
     y = x.new_empty(*x.shape[:-1], rows)
     dtype, threads = VALUE_DTYPES.index(x.dtype), torch.get_num_threads()
-    tiles = x.dtype == torch.bfloat16 and compiled.isa() == "amx"
-    if tokens <= (FEW_TOKENS_AMX if tiles else FEW_TOKENS):
+    if tokens <= few_tokens(x.dtype, compiled.isa()):
         bias = None if bias is None else bias.contiguous()
         compiled.nm_linear(
             x.data_ptr(),
