@@ -112,6 +112,44 @@ class Case:
             wrong,
         )
 
+    def ranks(self) -> NDArray[np.uint8]:
+        """How many of its group come before each in a stable sort."""
+        scores = self.scores().reshape(-1, self.group_size)
+        order = np.argsort(-scores, axis=1, kind="stable")
+        return np.argsort(order, axis=1).astype(np.uint8).reshape(self.stored.shape)
+
+    def run_rank(self, threads: int = 1) -> tuple[NDArray[np.uint8], int]:
+        """Ranks, poisoned before and with a canary behind them, and the count returned."""
+        rows, columns = self.stored.shape
+        rank = np.full(rows * columns + 64, 0xA5, np.uint8)
+        terms = (self.column_scale, self.row_term, self.column_term, self.matrix)
+        wrong = native.nm_rank(
+            self.stored.ctypes.data,
+            self.dtype,
+            rows,
+            columns,
+            self.group_size,
+            self.kind,
+            *(0 if term is None else term.ctypes.data for term in terms),
+            rank.ctypes.data,
+            threads,
+        )
+        assert (rank[rows * columns :] == 0xA5).all(), "wrote past the end of the ranks"
+        return rank[: rows * columns].reshape(rows, columns), wrong
+
+    def check_rank(self, threads: int = 1) -> None:
+        rank, wrong = self.run_rank(threads)
+        np.testing.assert_array_equal(rank, self.ranks())
+        assert wrong == 0
+
+    def run_keep(self, rank: NDArray[np.uint8], n: int, threads: int = 1) -> NDArray[np.generic]:
+        out = np.full(self.stored.size + 64, 77, self.stored.dtype)
+        native.nm_keep(
+            self.stored.ctypes.data, rank.ctypes.data, out.ctypes.data, self.dtype, self.stored.size, n, threads
+        )
+        assert (out[self.stored.size :] == 77).all(), "wrote past the end of the output"
+        return out[: self.stored.size].reshape(self.stored.shape)
+
     def check(self, threads: int = 1) -> None:
         values, bitmask, wrong = self.run(threads)
         kept = self.kept()
@@ -190,18 +228,56 @@ def test_rows_that_end_inside_a_vector(isa: str, columns: int) -> None:
             make_case(rng, 5, columns, group_size, group_size // 2, dtype, SCALED).check()
 
 
+@pytest.mark.parametrize("ties", [False, True], ids=["spread", "ties"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("group_size", [4, 8, 16, 32])
+def test_ranks(isa: str, group_size: int, dtype: int, kind: int, ties: bool) -> None:
+    # one group; fewer, as many and more than the 16 that AVX-512 ranks at once
+    rng = np.random.default_rng([2, group_size, dtype, kind, ties])
+    for groups in (1, 2, 3, 7, 15, 16, 17, 37):
+        rows = int(rng.integers(1, 4))
+        make_case(rng, rows, group_size * groups, group_size, 1, dtype, kind, ties=ties).check_rank()
+
+
+@pytest.mark.parametrize("group_size", [4, 8, 16, 32])
+def test_ranks_and_selection_agree_on_every_level(isa: str, group_size: int) -> None:
+    rng = np.random.default_rng(group_size)
+    case = make_case(rng, 5, group_size * 19, group_size, 0, BFLOAT16, RELATIVE, ties=True)
+    rank, _ = case.run_rank()
+    for n in range(group_size + 1):
+        case.n = n
+        kept = np.pad(rank < n, ((0, 0), (0, -rank.shape[1] % 8)))
+        np.testing.assert_array_equal(case.run()[1], np.packbits(kept, axis=1, bitorder="little"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("columns", [1, 3, 31, 32, 33, 63, 64, 65, 127, 200, 70000])
+def test_keeps_up_to_a_rank(isa: str, dtype: int, columns: int) -> None:
+    rng = np.random.default_rng([columns, dtype])
+    case = make_case(rng, 1, columns, 4, 0, dtype)
+    rank = rng.integers(0, 256, (1, columns)).astype(np.uint8)
+    for n in (0, 1, 2, 31, 32, 128, 255, 256, 1000):
+        out = case.run_keep(rank, n, threads=2)
+        # as bits: a zero put in has no sign, one that is kept may have
+        bits = np.dtype(f"u{out.itemsize}")
+        np.testing.assert_array_equal(out.view(bits), np.where(rank < n, case.stored.view(bits), 0))
+
+
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16])
 def test_subnormal_weights_are_ranked(isa: str, dtype: int) -> None:
     scale = {FLOAT32: 2.0**-140, FLOAT16: 2.0**-18, BFLOAT16: 2.0**-128}[dtype]
     case = make_case(np.random.default_rng(5), 9, 96, 8, 3, dtype, scale=scale)
     assert np.count_nonzero(case.weight) > 100
     case.check()
+    case.check_rank()
 
 
 def test_relative_without_a_column_scale(isa: str) -> None:
     case = make_case(np.random.default_rng(6), 7, 72, 8, 3, BFLOAT16, RELATIVE)
     case.column_scale = None
     case.check()
+    case.check_rank()
 
 
 @pytest.mark.parametrize("threads", [2, 3, 8])
@@ -214,6 +290,9 @@ def test_threads_share_the_rows(isa: str, threads: int) -> None:
             threaded = case.run(threads)
             np.testing.assert_array_equal(values, threaded[0])
             np.testing.assert_array_equal(bitmask, threaded[1])
+        rank, _ = case.run_rank()
+        np.testing.assert_array_equal(rank, case.run_rank(threads)[0])
+        np.testing.assert_array_equal(case.run_keep(rank, 2), case.run_keep(rank, 2, threads))
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
@@ -228,11 +307,13 @@ def test_counts_what_is_not_finite(isa: str, kind: int, bad: float) -> None:
         if case.column_scale is not None:
             case.column_scale[case.column_scale == 0] = 1  # inf * 0 is NaN, so also counted, but only once
         assert case.run()[2] == 5
+        assert case.run_rank()[1] == 5
     if kind == GIVEN:
         case = make_case(rng, 6, 64, 8, 1, FLOAT32, kind)
         assert case.matrix is not None
         case.matrix[2, 7] = bad
         assert case.run()[2] == 1
+        assert case.run_rank()[1] == 1
 
 
 def test_empty_shapes() -> None:
@@ -240,6 +321,10 @@ def test_empty_shapes() -> None:
     for rows, columns in ((0, 16), (3, 0)):
         values, bitmask, wrong = make_case(rng, rows, columns, 8, 2).run()
         assert values.size == 0 and bitmask.size == 0 and wrong == 0
+        case = make_case(rng, rows, columns, 8, 2)
+        rank, wrong = case.run_rank()
+        assert rank.size == 0 and wrong == 0
+        assert case.run_keep(rank, 2).size == 0
 
 
 @pytest.mark.parametrize(
@@ -298,6 +383,21 @@ def test_obs_prune(isa: str, group_size: int) -> None:
         np.testing.assert_allclose(updated, want, rtol=1e-4, atol=1e-5)
 
 
+def test_wrong_arguments_of_rank_and_keep_are_named() -> None:
+    case = make_case(np.random.default_rng(0), 2, 48, 8, 2)
+    weight, rank = case.stored.ctypes.data, np.zeros((2, 48), np.uint8).ctypes.data
+    with pytest.raises(ValueError, match="48 columns are not a multiple of group_size 32"):
+        native.nm_rank(weight, BFLOAT16, 2, 48, 32, MAGNITUDE, 0, 0, 0, 0, rank, 1)
+    with pytest.raises(ValueError, match="rank_ptr is null"):
+        native.nm_rank(weight, BFLOAT16, 2, 48, 8, MAGNITUDE, 0, 0, 0, 0, 0, 1)
+    with pytest.raises(ValueError, match="dtype_code 3 is not one of"):
+        native.nm_keep(weight, rank, weight, 3, 96, 2, 1)
+    with pytest.raises(ValueError, match="n -1 is negative"):
+        native.nm_keep(weight, rank, weight, BFLOAT16, 96, -1, 1)
+    with pytest.raises(ValueError, match="out_ptr is not a multiple of 2"):
+        native.nm_keep(weight, rank, weight + 1, BFLOAT16, 96, 2, 1)
+
+
 def test_unknown_instruction_set_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MSP_ISA", "mmx")
     with pytest.raises(RuntimeError, match=r"MSP_ISA=mmx .*available: .*scalar"):
@@ -333,6 +433,8 @@ def run_python(code: str, folder: Path, *arguments: str) -> subprocess.Completed
 FORKING = """
 import os, sys
 sys.path.insert(0, {tests!r})
+if "torch" in sys.argv:
+    import torch                            # brings the OpenMP runtime whose threads are used then
 import numpy as np
 from test_native import make_case
 case = make_case(np.random.default_rng(0), 257, 1024, 8, 2)
@@ -346,8 +448,11 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_threads_after_fork(tmp_path: Path) -> None:
-    done = run_python(FORKING, tmp_path)
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_threads_after_fork(tmp_path: Path, library: str) -> None:
+    if library == "torch" and "build/sanitize" in native.__file__:
+        pytest.skip("torch is not built for the sanitizers")
+    done = run_python(FORKING, tmp_path, library)
     assert done.returncode == 0, done.stderr
 
 
@@ -387,6 +492,16 @@ for dtype in DTYPES.values():
                         guarded(case.stored, at_end), dtype, 3, columns, group_size, case.n, False, kind,
                         *(0 if term is None else guarded(term, at_end) for term in terms), values, bitmask, 1)
                     for address, out in zip((values, bitmask), expected):
+                        assert ctypes.string_at(address, out.nbytes) == out.tobytes()
+                    ranks = case.run_rank()[0]
+                    rank, kept = guarded(np.zeros_like(ranks), at_end), guarded(np.zeros_like(case.stored), at_end)
+                    weight = guarded(case.stored, at_end)
+                    native.nm_rank(
+                        weight, dtype, 3, columns, group_size, kind,
+                        *(0 if term is None else guarded(term, at_end) for term in terms), rank, 1)
+                    native.nm_keep(weight, rank, kept, dtype, case.stored.size, case.n, 1)
+                    expected = ranks, case.run_keep(ranks, case.n)
+                    for address, out in zip((rank, kept), expected):
                         assert ctypes.string_at(address, out.nbytes) == out.tobytes()
 """
 

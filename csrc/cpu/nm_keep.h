@@ -25,13 +25,16 @@ void nm_keep_range_scalar(const NmKeep& op, int64_t begin, int64_t end);
 void nm_keep_range_avx2(const NmKeep& op, int64_t begin, int64_t end);
 void nm_keep_range_avx512(const NmKeep& op, int64_t begin, int64_t end);
 
-// The loop itself. A mask in the integers of the weight's size is what compilers make vectors of.
+// The loop itself. With a mask in place of a choice, the weight is read either way, so that compilers make
+// vectors of it for every instruction set.
 template <class Bits>
 MSP_HD void keep_up_to(const NmKeep& op, int64_t begin, int64_t end, uint8_t last) {
     const Bits* __restrict weight = static_cast<const Bits*>(op.weight);
     const uint8_t* __restrict rank = op.rank;
     Bits* __restrict out = static_cast<Bits*>(op.out);
-    for (int64_t i = begin; i < end; ++i) out[i] = rank[i] <= last ? weight[i] : Bits{0};
+    for (int64_t i = begin; i < end; ++i) {
+        out[i] = static_cast<Bits>(weight[i] & -static_cast<Bits>(rank[i] <= last));
+    }
 }
 
 MSP_HD void keep_range(const NmKeep& op, int64_t begin, int64_t end) {

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from msp.ops._checks import check_gradients
 from msp.ops._dispatch import Op
+from msp.ops._gradients import gradient_tiles
 
 
 def reference(acc: Tensor, x: Tensor, g: Tensor) -> None:
@@ -23,6 +24,12 @@ def triton(acc: Tensor, x: Tensor, g: Tensor) -> None:
     from msp.triton_kernels import fisher_diag as kernels
 
     kernels.fisher_diag_(acc, x, g)
+
+
+@op.backend("cpu", available=lambda: True)
+def cpu(acc: Tensor, x: Tensor, g: Tensor) -> None:
+    for rows, columns, gradient in gradient_tiles(x, g):
+        acc[rows, columns].addcmul_(gradient, gradient)
 
 
 @torch.library.custom_op("msp::fisher_diag_", mutates_args={"acc"})

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from msp.ops._checks import check_gradients
 from msp.ops._dispatch import Op
+from msp.ops._gradients import gradient_tiles
 
 TOKEN_TILE = 128
 
@@ -41,6 +42,19 @@ def triton(x: Tensor, g: Tensor, gram: bool) -> Tensor:
 
     trace: Tensor = kernels.fisher_trace_gram(x, g) if gram else kernels.fisher_trace_direct(x, g)
     return trace
+
+
+def _direct(x: Tensor, g: Tensor, gram: bool) -> bool:
+    """The Gram form is two GEMMs and little else: there the reference is as fast as it can be."""
+    return not gram
+
+
+@op.backend("cpu", available=lambda: True, supports=_direct)
+def cpu(x: Tensor, g: Tensor, gram: bool) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for _, _, gradient in gradient_tiles(x, g):
+        total += gradient.square_().sum()
+    return total.float()
 
 
 @torch.library.custom_op("msp::fisher_trace", mutates_args=())

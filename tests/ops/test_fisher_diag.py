@@ -3,18 +3,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from msp.ops import available_backends, fisher_diag_, force_backend, last_backend
+from msp.ops import _gradients, available_backends, fisher_diag_, force_backend, last_backend
 from msp.ops.fisher_diag import fisher_diag_op
 
 SHAPES = [(1, 1, 1, 1), (1, 1, 5, 7), (5, 1, 3, 130), (3, 17, 33, 20), (2, 70, 129, 66), (1, 131, 16, 48)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-BACKENDS = ["reference", "triton"]
+BACKENDS = ["reference", "triton", "cpu"]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def skip_unless_served(backend: str, dtype: torch.dtype) -> None:
     if backend not in available_backends("fisher_diag_"):
         pytest.skip(f"{backend} is not available here")
+    if backend == "cpu" and torch.cuda.is_available():
+        pytest.skip("tensors are on the GPU here")
     if backend == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available():
         pytest.skip("tl.dot on bfloat16 is wrong in Triton's interpreter")
 
@@ -49,6 +51,18 @@ def test_adds_the_squared_gradient_of_each_sequence(backend, shape, dtype, seed)
         returned = fisher_diag_(acc, x, g)
     assert returned is acc
     assert last_backend("fisher_diag_") == backend
+    assert ((acc.double() - want).abs() <= 1e-5 * size).all()
+
+
+@pytest.mark.parametrize("tile", [(1, 1), (6, 4), (40, 7), (1 << 22, 4096)], ids=str)
+def test_tiles_of_any_shape_cover_the_gradient(tile, monkeypatch):
+    skip_unless_served("cpu", torch.float32)
+    monkeypatch.setattr(_gradients, "TILE_NUMBERS", tile[0])
+    monkeypatch.setattr(_gradients, "TILE_COLUMNS", tile[1])
+    acc, x, g = make((2, 5, 13, 11), torch.float32, 10)
+    want, size = expected(acc, x, g)
+    with force_backend("cpu"):
+        fisher_diag_(acc, x, g)
     assert ((acc.double() - want).abs() <= 1e-5 * size).all()
 
 

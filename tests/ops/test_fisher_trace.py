@@ -3,19 +3,24 @@ from __future__ import annotations
 import pytest
 import torch
 
+from msp.errors import UsageError
 from msp.ops import available_backends, fisher_diag_, fisher_trace, force_backend, last_backend
 from msp.ops.fisher_trace import fisher_trace_op, gram_is_cheaper
 
 SHAPES = [(1, 1, 1, 1), (1, 1, 5, 7), (5, 1, 3, 130), (3, 17, 33, 20), (2, 70, 129, 66), (1, 300, 16, 20)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-BACKENDS = ["reference", "triton"]
+BACKENDS = ["reference", "triton", "cpu"]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 FORMS = ["direct", "gram"]
 
 
-def skip_unless_served(backend: str, dtype: torch.dtype) -> None:
+def skip_unless_served(backend: str, dtype: torch.dtype, form: str = "direct") -> None:
     if backend not in available_backends("fisher_trace"):
         pytest.skip(f"{backend} is not available here")
+    if backend == "cpu" and torch.cuda.is_available():
+        pytest.skip("tensors are on the GPU here")
+    if backend == "cpu" and form == "gram":
+        pytest.skip("the reference serves the Gram form")
     if backend == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available():
         pytest.skip("tl.dot on bfloat16 is wrong in Triton's interpreter")
 
@@ -40,7 +45,7 @@ def expected(x, g):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sums_the_squared_gradients(backend, form, shape, dtype, seed):
-    skip_unless_served(backend, dtype)
+    skip_unless_served(backend, dtype, form)
     x, g = make(shape, dtype, seed)
     with force_backend(backend):
         trace = fisher_trace(x, g, form=form)
@@ -56,6 +61,17 @@ def test_is_the_sum_of_the_diagonal_in_whichever_form_it_picks(shape):
     assert fisher_trace(x, g).item() == pytest.approx(diagonal.sum().item(), rel=1e-5)
 
 
+def test_the_reference_serves_the_gram_form_on_the_cpu():
+    skip_unless_served("cpu", torch.float32)
+    x, g = make((1, 5, 40, 60), torch.float32, 3)
+    for form, backend in (("gram", "reference"), ("direct", "cpu")):
+        with force_backend(None):
+            fisher_trace(x, g, form=form)
+        assert last_backend("fisher_trace") == backend
+    with force_backend("cpu"), pytest.raises(UsageError, match="does not support these arguments"):
+        fisher_trace(x, g, form="gram")
+
+
 def test_picks_the_form_that_multiplies_less():
     for tokens, rows, columns in [(128, 4096, 4096), (2048, 4096, 14336), (512, 1024, 4096)]:
         assert gram_is_cheaper(tokens, rows, columns)
@@ -66,7 +82,7 @@ def test_picks_the_form_that_multiplies_less():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_reads_views_and_repeats_itself(backend, form):
-    skip_unless_served(backend, torch.float32)
+    skip_unless_served(backend, torch.float32, form)
     x, g = make((2, 75, 70, 65), torch.float32, 4)
     spread = torch.full((2, 65, 150), float("nan"), device=x.device)
     spread[:, :, ::2] = x.transpose(1, 2)
@@ -79,7 +95,7 @@ def test_reads_views_and_repeats_itself(backend, form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tokens_that_cancel_never_leave_less_than_zero(backend, form):
-    skip_unless_served(backend, torch.float32)
+    skip_unless_served(backend, torch.float32, form)
     x, g = make((1, 32, 6, 9), torch.float32, 5)
     x, g = torch.cat([x, x], 1) * 1e3, torch.cat([g, -g], 1)
     with force_backend(backend):

@@ -4,11 +4,12 @@ import by_hand
 import pytest
 import torch
 
+from msp.errors import UsageError
 from msp.ops import force_backend, last_backend, nm_keep, nm_rank, nm_select
 from msp.ops.nm_keep import nm_keep_into_op, nm_keep_op
 from msp.patterns import NMPattern
 
-BACKENDS = ["reference", "triton"]
+BACKENDS = ["reference", "triton", "cpu"]
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -53,9 +54,10 @@ def test_agrees_with_selection(backend, device):
     assert torch.equal(kept, nm_select(weight, NMPattern(3, 8)).unpack())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "triton", None])
 def test_reads_and_writes_any_strides(backend, device):
-    by_hand.need("nm_keep", backend, device)
+    if backend:
+        by_hand.need("nm_keep", backend, device)
     weight, rank = make(9, 24, 8, torch.float32, device, 4)
     stored = weight.t().contiguous()
     wide = torch.full((9, 48), torch.nan, device=device)
@@ -68,6 +70,31 @@ def test_reads_and_writes_any_strides(backend, device):
             nm_keep(w, rank, 2, out=out)
         assert torch.equal(out, by_loop(weight, rank, 2))
     assert wide[:, 1::2].isnan().all()
+
+
+def test_the_kernel_of_the_cpu_leaves_strides_and_other_dtypes_to_the_reference():
+    by_hand.need("nm_keep", "cpu", torch.device("cpu"))
+    weight, rank = make(8, 24, 8, torch.float32, "cpu", 5)
+    with force_backend(None):
+        nm_keep(weight, rank, 2)
+        assert last_backend("nm_keep") == "cpu"
+        for other in (weight.t().contiguous().t(), weight.double()):
+            assert torch.equal(nm_keep(other, rank, 2), nm_keep(weight, rank, 2).to(other.dtype))
+            nm_keep(other, rank, 2)
+            assert last_backend("nm_keep") == "reference"
+    with force_backend("cpu"), pytest.raises(UsageError, match="does not support these arguments"):
+        nm_keep(weight.double(), rank, 2)
+
+
+@pytest.mark.parametrize("dtype", by_hand.DTYPES, ids=str)
+def test_starts_anywhere_in_memory(dtype, device):
+    by_hand.need("nm_keep", "cpu", device)
+    weight, rank = make(5, 40, 8, dtype, device, 6)
+    for offset in (1, 3):
+        w, r, out = (tensor.new_empty(offset + 200)[offset:].view(5, 40) for tensor in (weight, rank, weight))
+        with force_backend("cpu"):
+            nm_keep(w.copy_(weight), r.copy_(rank), 3, out=out)
+        assert torch.equal(out, by_loop(weight, rank, 3))
 
 
 def test_writes_into_a_parameter():

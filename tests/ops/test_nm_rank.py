@@ -9,7 +9,7 @@ from msp.ops import force_backend, last_backend, nm_rank, nm_select
 from msp.ops.nm_rank import nm_rank_op
 from msp.patterns import NMPattern
 
-BACKENDS = ["reference", "triton"]
+BACKENDS = ["reference", "triton", "cpu"]
 CASES = [(1, 4, 4), (5, 12, 4), (19, 56, 8), (7, 48, 16), (2, 64, 32)]
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -63,6 +63,54 @@ def test_takes_a_transposed_weight(backend, device):
         found = nm_rank(weight, 8)
     assert found.is_contiguous()
     assert torch.equal(found.cpu(), torch.from_numpy(by_hand.ranks(by_hand.scores(weight), 8)))
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("kind", by_hand.KINDS)
+def test_every_instruction_set_ranks_as_the_reference(kind, isa, monkeypatch):
+    by_hand.need("nm_rank", "cpu", torch.device("cpu"))
+    native = pytest.importorskip("msp._cpu")
+    monkeypatch.setenv("MSP_ISA", isa)
+    try:
+        native.isa()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    generator = torch.Generator().manual_seed(len(kind))
+    for dtype in by_hand.DTYPES:
+        for rows, columns, m in ((1, 4, 4), (3, 76, 4), (5, 8 * 21, 8), (2, 16 * 17, 16), (2, 32 * 18, 32)):
+            weight = by_hand.weights(rows, columns, dtype, generator)
+            terms = by_hand.terms(kind, rows, columns, generator)
+            # one element further on: vectors must not ask for alignment
+            shifted = weight.new_empty(weight.numel() + 1)[1:].view(rows, columns).copy_(weight)
+            with force_backend("cpu"):
+                found = nm_rank(shifted, m, **terms)
+            with force_backend("reference"):
+                assert torch.equal(found, nm_rank(weight, m, **terms))
+
+
+@pytest.mark.parametrize("name", ["weight", "column_scale", "importance", "scores", "row_term"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_counts_what_is_not_finite(backend, name, device):
+    by_hand.need("nm_rank", backend, device)
+    arguments = {"weight": torch.randn(4, 16)}
+    shapes = {"column_scale": 16, "importance": (4, 16), "scores": (4, 16), "row_term": 4}
+    if name != "weight":
+        arguments[name] = torch.ones(shapes[name])
+    if name == "row_term":
+        arguments["column_term"] = torch.ones(16)
+    arguments[name].view(-1)[1:4] = torch.nan
+    total = arguments[name].numel()
+    with force_backend(backend), pytest.raises(ValueError, match=f"{name}: 3 of {total} are NaN or infinite"):
+        nm_rank(group_size=8, **by_hand.to(device, arguments))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_counts_scores_that_overflow_on_the_way(backend, device):
+    by_hand.need("nm_rank", backend, device)
+    weight = torch.ones(2, 8, device=device)
+    weight[0, :3] = 1e25
+    with force_backend(backend), pytest.raises(ValueError, match="scores: 3 of 16 are NaN or infinite"):
+        nm_rank(weight, 8, importance=torch.zeros(2, 8, device=device))
 
 
 def test_triton_writes_only_its_output(device):
