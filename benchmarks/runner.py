@@ -30,6 +30,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 Call = Callable[[], object]
+# Counted calls of one turn.
+TURN = 5
 
 
 def measure(
@@ -45,28 +47,29 @@ def measure(
 ) -> None:
     """Time ``ours`` and the peers in turn, so that what disturbs the machine disturbs all of them.
 
+    A turn is a few calls in a row, of which the first is not counted: threads that slept through the others' turns
+    are awake by then, as they are between the layers of a model.
+
     Args:
         benchmark: pytest-benchmark's fixture; its own statistics are of ``ours``.
         ours, peers: calls without arguments; inputs should rotate through more memory than the caches hold.
         error: of ours against a better computation; a speed is refused where it is above ``bound``.
         moved: bytes that must move, for GB/s and the share of the measured read bandwidth.
         flops: operations, for GFLOP/s.
-        seconds: about how long each call is repeated.
+        seconds: about how long the slowest call is repeated.
     """
     if not error <= bound:
         raise AssertionError(f"an error of {error:.2g} is above {bound:.2g}: no speed is worth reporting")
-    times: dict[str, list[float]] = {name: [] for name in ("ours", *peers)}
-    for name, call in (("ours", ours), *peers.items()):
+    calls = {"ours": ours, **peers}
+    for call in calls.values():
         call()
-        rounds = max(3, min(200, int(seconds / max(_time(call), 1e-6))))
-        times[name] = [float(rounds)]
-    rounds = int(min(times[name][0] for name in times))
-    repeats = {name: max(1, int(times[name][0]) // rounds) for name in times}
-    times = {name: [] for name in times}
-    for _ in range(rounds):
-        for name, call in (("ours", ours), *peers.items()):
-            times[name] += [_time(call) for _ in range(repeats[name])]
-    benchmark.pedantic(ours, rounds=min(20, rounds), iterations=1)
+    slowest = max(_time(call) for call in calls.values())
+    turns = max(2, min(12, int(seconds / slowest / TURN)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(turns):
+        for name, call in calls.items():
+            times[name] += [_time(call) for _ in range(1 + TURN)][1:]
+    benchmark.pedantic(ours, rounds=TURN, iterations=1)
     medians = {name: statistics.median(values) for name, values in times.items()}
     row: dict[str, Any] = {"median_seconds": medians["ours"], "error": error, "bound": bound}
     row["ratio"] = {name: medians[name] / medians["ours"] for name in peers}
@@ -101,14 +104,14 @@ def native_peers() -> ctypes.CDLL:
 
 @functools.cache
 def read_bandwidth() -> float:
-    """GB/s at which torch's number of threads reads 1 GiB that is in no cache; the best of ten."""
+    """GB/s at which torch's number of threads reads 1 GiB that is in no cache; the median of ten."""
     import torch
 
     words = torch.ones(1 << 27, dtype=torch.int64)
     pointer, count = ctypes.c_void_p(words.data_ptr()), ctypes.c_int64(words.numel())
     read = functools.partial(native_peers().read_words, pointer, count, torch.get_num_threads())
     read()
-    return words.nbytes / min(_time(read) for _ in range(10)) / 1e9
+    return words.nbytes / statistics.median(_time(read) for _ in range(10)) / 1e9
 
 
 def machine() -> dict[str, Any]:

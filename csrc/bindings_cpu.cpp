@@ -7,6 +7,7 @@
 #include "cpu/nm_linear.h"
 #include "cpu/nm_rank.h"
 #include "cpu/nm_select.h"
+#include "cpu/obs_prune.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -133,6 +134,34 @@ PYBIND11_MODULE(_cpu, module) {
         },
         "values_ptr"_a, "bitmask_ptr"_a, "dense_ptr"_a, "dtype_code"_a, "rows"_a, "columns"_a, "group_size"_a,
         "n"_a, "threads"_a, "Fill dense [rows, columns] from the packed form; arguments as for nm_linear.");
+
+    module.def(
+        "obs_prune",
+        [](uintptr_t weight, uintptr_t factor, uintptr_t updated, uintptr_t kept, int64_t rows,
+           int64_t columns, int group_size, int n, int threads) {
+            msp::require_format(static_cast<int>(msp::Dtype::kFloat32), rows, columns, group_size);
+            msp::require(n >= 0 && n <= group_size,
+                         "n " + std::to_string(n) + " is outside 0 ... " + std::to_string(group_size));
+            const bool any = rows > 0 && columns > 0;
+            const msp::ObsPrune op{msp::pointer<const float>(weight, "weight", any),
+                                   msp::pointer<const float>(factor, "factor", any),
+                                   msp::pointer<float>(updated, "updated", any),
+                                   msp::pointer<uint8_t>(kept, "kept", any),
+                                   rows,
+                                   columns,
+                                   group_size,
+                                   n};
+            const msp::Isa isa = msp::isa();
+            py::gil_scoped_release without_gil;
+            msp::obs_prune(op, isa, threads);
+        },
+        "weight_ptr"_a, "factor_ptr"_a, "updated_ptr"_a, "kept_ptr"_a, "rows"_a, "columns"_a, "group_size"_a,
+        "n"_a, "threads"_a,
+        "Prune column by column, n kept of every group_size, the columns behind making up for each error.\n\n"
+        "weight: fp32 [rows, columns]. factor: fp32 [columns, columns], the upper Cholesky factor of the "
+        "inverse Hessian; what lies below its diagonal is not read. Fills updated, fp32 [rows, columns], "
+        "zero "
+        "where pruned, and kept [rows, columns], 0 or 1. Everything is contiguous.");
 
     module.def(
         "isa", [] { return msp::isa_name(msp::isa()); },

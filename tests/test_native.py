@@ -361,6 +361,28 @@ def test_misaligned_address_is_refused() -> None:
         native.nm_select(case.stored.ctypes.data + 1, case.dtype, 2, 48, 8, 2, False, 0, 0, 0, 0, 0, 64, 64, 1)
 
 
+@pytest.mark.parametrize("group_size", [4, 8, 16, 32])
+def test_obs_prune(isa: str, group_size: int) -> None:
+    """Its own tests are those of the op; this one runs in the sanitized module too."""
+    rng = np.random.default_rng(group_size)
+    for rows, columns in ((1, 1), (17, 5), (101, 9)):
+        columns *= group_size
+        factor = np.triu(rng.standard_normal((columns, columns)) / columns, 1).astype(np.float32)
+        np.fill_diagonal(factor, rng.uniform(0.5, 1.5, columns))
+        factor[np.tril_indices(columns, -1)] = np.nan
+        weight = rng.standard_normal((rows, columns)).astype(np.float32)
+        updated, kept = np.full_like(weight, np.nan), np.full(weight.shape, 77, np.uint8)
+        pointers = (array.ctypes.data for array in (weight, factor, updated, kept))
+        native.obs_prune(*pointers, rows, columns, group_size, group_size // 2, 3)
+        assert (kept.reshape(rows, -1, group_size).sum(-1) == group_size // 2).all() and kept.max() == 1
+        want = weight.astype(np.float64)
+        for i in range(columns):
+            error = np.where(kept[:, i], 0.0, want[:, i]) / factor[i, i]
+            want[:, i] *= kept[:, i]
+            want[:, i + 1 :] -= np.outer(error, factor[i, i + 1 :])
+        np.testing.assert_allclose(updated, want, rtol=1e-4, atol=1e-5)
+
+
 def test_wrong_arguments_of_rank_and_keep_are_named() -> None:
     case = make_case(np.random.default_rng(0), 2, 48, 8, 2)
     weight, rank = case.stored.ctypes.data, np.zeros((2, 48), np.uint8).ctypes.data
@@ -411,6 +433,8 @@ def run_python(code: str, folder: Path, *arguments: str) -> subprocess.Completed
 FORKING = """
 import os, sys
 sys.path.insert(0, {tests!r})
+if "torch" in sys.argv:
+    import torch                            # brings the OpenMP runtime whose threads are used then
 import numpy as np
 from test_native import make_case
 case = make_case(np.random.default_rng(0), 257, 1024, 8, 2)
@@ -424,8 +448,11 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_threads_after_fork(tmp_path: Path) -> None:
-    done = run_python(FORKING, tmp_path)
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_threads_after_fork(tmp_path: Path, library: str) -> None:
+    if library == "torch" and "build/sanitize" in native.__file__:
+        pytest.skip("torch is not built for the sanitizers")
+    done = run_python(FORKING, tmp_path, library)
     assert done.returncode == 0, done.stderr
 
 

@@ -84,12 +84,14 @@ void for_each_kept(const Packed& weight, int64_t row, const Visit& visit) {
 void scalar_rows(const NmLinear& op, const void*, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
         for (int64_t token = 0; token < op.tokens; ++token) {
-            float sum = 0;
+            // as many sums as a vector path has: one alone would round more often than torch does
+            float sums[8] = {};
             for_each_kept(op.weight, row, [&](int64_t column, int64_t value) {
-                sum += load_float(op.weight.values, op.weight.dtype, value) *
-                       load_float(op.x, op.weight.dtype, token * op.weight.columns + column);
+                sums[value % 8] += load_float(op.weight.values, op.weight.dtype, value) *
+                                   load_float(op.x, op.weight.dtype, token * op.weight.columns + column);
             });
-            store_output(op, token, row, sum);
+            for (int i = 1; i < 8; ++i) sums[0] += sums[i];
+            store_output(op, token, row, sums[0]);
         }
     }
 }

@@ -1,5 +1,6 @@
 #include "parallel.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <algorithm>
@@ -35,10 +36,13 @@ bool look_out(const Ready& ready) {
 }
 
 struct Job {
-    const std::function<void(int64_t, int64_t)>* body;
-    int64_t count;
-    int64_t grain;
-    int64_t ranges;
+    Job(const std::function<void(int64_t, int64_t)>& body, int64_t count, int64_t grain, int64_t ranges)
+        : body(body), count(count), grain(grain), ranges(ranges) {}
+
+    const std::function<void(int64_t, int64_t)>& body;
+    const int64_t count;
+    const int64_t grain;
+    const int64_t ranges;
     std::atomic<int64_t> next{0};
     std::mutex mutex;
     std::condition_variable all_done;
@@ -48,7 +52,7 @@ struct Job {
     void take_part() {
         int64_t finished = 0;
         for (int64_t range; (range = next.fetch_add(1, std::memory_order_relaxed)) < ranges; ++finished) {
-            (*body)(range* grain, std::min(count, (range + 1) * grain));
+            body(range * grain, std::min(count, (range + 1) * grain));
         }
         if (finished == 0) return;
         if (done.fetch_add(finished, std::memory_order_acq_rel) + finished < ranges) return;
@@ -137,6 +141,19 @@ Pool& pool() {
     return *current;
 }
 
+// The OpenMP runtime that torch has loaded, if it has: its threads are at hand between torch's own loops,
+// while two pools on the same cores would each wait for the other's threads to stop looking out for work.
+using OpenMpParallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+// It does not survive a fork, so a child uses the pool above.
+OpenMpParallel open_mp() {
+    static std::atomic<bool> forked{false};
+    static const auto found = reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    static const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+    (void)registered;
+    return forked.load(std::memory_order_relaxed) ? nullptr : found;
+}
+
 }  // namespace
 
 void parallel_for(int64_t count, int64_t grain, int threads,
@@ -149,11 +166,13 @@ void parallel_for(int64_t count, int64_t grain, int threads,
         body(0, count);
         return;
     }
-    auto job = std::make_shared<Job>();
-    job->body = &body;
-    job->count = count;
-    job->grain = grain;
-    job->ranges = ranges;
+    if (const OpenMpParallel parallel = open_mp()) {
+        Job job(body, count, grain, ranges);
+        parallel([](void* data) { static_cast<Job*>(data)->take_part(); }, &job,
+                 static_cast<unsigned>(helpers + 1), 0);
+        return;
+    }
+    const auto job = std::make_shared<Job>(body, count, grain, ranges);
     Pool& helpers_pool = pool();
     helpers_pool.offer(job, static_cast<int>(helpers));
     job->take_part();

@@ -1,5 +1,5 @@
-// Loops shared out to a pool of threads of our own: a second OpenMP runtime beside torch's would bring a
-// second pool that fights the first for the cores.
+// Loops shared out to the threads of torch's own OpenMP runtime, which is found at run time: one of ours
+// would bring a second pool that fights the first for the cores. Where there is none, to a pool of our own.
 #pragma once
 
 #include <cstdint>

@@ -11,11 +11,16 @@ from torch import Tensor
 from msp.ops._dispatch import Op, compiled_module
 from msp.ops.packed import VALUE_DTYPES, PackedWeight, unpack, unpack_bits
 
-# On a CPU, up to this many tokens are multiplied by the packed weight as it lies in memory (with AMX tiles, which are
-# for bf16 alone, up to the second number); beyond, the time goes into arithmetic, and so many bytes of rows at a time
-# are unpacked for torch's dense product.
-FEW_TOKENS, FEW_TOKENS_AMX = 16, 1024
+# On a CPU, few tokens are multiplied by the packed weight as it lies in memory; with more, the time goes into
+# arithmetic, and so many bytes of rows at a time are unpacked for torch's dense product.
 UNPACKED_BYTES = 16 << 20
+
+
+def few_tokens(dtype: torch.dtype, isa: str) -> int:
+    """Up to how many tokens the packed weight wins, measured at 4096 x 4096 (docs/cpu.md)."""
+    if isa == "amx" and dtype == torch.bfloat16:
+        return 1024
+    return 48 if isa in ("amx", "avx512") and dtype == torch.float32 else 16
 
 
 def reference(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
@@ -44,21 +49,20 @@ def cpu(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int,
     compiled = compiled_module("msp._cpu")
     assert compiled is not None
     columns, rows = x.shape[-1], values.shape[0]
-    flat = x.reshape(-1, columns).contiguous()
+    x, tokens = x.contiguous(), x.numel() // columns
     values, bitmask = values.contiguous(), bitmask.contiguous()
     y = x.new_empty(*x.shape[:-1], rows)
     dtype, threads = VALUE_DTYPES.index(x.dtype), torch.get_num_threads()
-    tiles = x.dtype == torch.bfloat16 and compiled.isa() == "amx"
-    if len(flat) <= (FEW_TOKENS_AMX if tiles else FEW_TOKENS):
+    if tokens <= few_tokens(x.dtype, compiled.isa()):
         bias = None if bias is None else bias.contiguous()
         compiled.nm_linear(
-            flat.data_ptr(),
+            x.data_ptr(),
             values.data_ptr(),
             bitmask.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             y.data_ptr(),
             dtype,
-            len(flat),
+            tokens,
             rows,
             columns,
             m,
@@ -66,7 +70,7 @@ def cpu(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int,
             threads,
         )
         return y
-    some = max(1, UNPACKED_BYTES // (columns * x.element_size()))
+    flat, some = x.view(-1, columns), max(1, UNPACKED_BYTES // (columns * x.element_size()))
     dense = x.new_empty(min(some, rows), columns)
     for start in range(0, rows, some):
         stop = min(start + some, rows)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from msp.ops._checks import require_finite
-from msp.ops._dispatch import Op
+from msp.ops._dispatch import Op, compiled_module
+from msp.ops.nm_select import nm_select
 from msp.ops.packed import PackedWeight, check_matrix
 from msp.patterns import NMPattern
 
@@ -42,6 +43,20 @@ def triton(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -
 
     pruned: tuple[Tensor, Tensor] = kernels.obs_prune(weight, hinv_chol, n, m, block_size)
     return pruned
+
+
+@op.backend("cpu")
+def cpu(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> tuple[Tensor, Tensor]:
+    # It has blocks of its own: it adds in the order of the columns, so they do not even change the rounding.
+    weight = weight.to(torch.float32).contiguous()
+    factor = hinv_chol.contiguous()
+    updated = torch.empty_like(weight)
+    kept = torch.empty(weight.shape, dtype=torch.bool)
+    compiled = compiled_module("msp._cpu")
+    assert compiled is not None
+    pointers = (tensor.data_ptr() for tensor in (weight, factor, updated, kept))
+    compiled.obs_prune(*pointers, *weight.shape, m, n, torch.get_num_threads())
+    return updated, kept
 
 
 @torch.library.custom_op("msp::obs_prune", mutates_args=())
@@ -87,7 +102,8 @@ def obs_prune(weight: Tensor, hinv_chol: Tensor, pattern: NMPattern, *, block_si
     if block_size < 1 or block_size % pattern.m:
         raise ValueError(f"obs_prune: block_size is {block_size}, needed is a positive multiple of {pattern.m}")
     require_finite("obs_prune", "weight", weight)
-    require_finite("obs_prune", "hinv_chol", hinv_chol)
+    if not torch.isfinite(hinv_chol.sum()):
+        require_finite("obs_prune", "hinv_chol", hinv_chol.triu())
     bad = int((hinv_chol.diagonal() <= 0).sum())
     if bad:
         raise ValueError(f"obs_prune: {bad} of the {columns} diagonal entries of hinv_chol are not positive")
@@ -98,4 +114,12 @@ def obs_prune(weight: Tensor, hinv_chol: Tensor, pattern: NMPattern, *, block_si
         )
     updated, kept = obs_prune_op(weight, hinv_chol, pattern.n, pattern.m, block_size)
     require_finite("obs_prune", f"weight, once updated and cast to {weight.dtype},", updated)
+    return _pack(updated, kept, pattern)
+
+
+def _pack(updated: Tensor, kept: Tensor, pattern: NMPattern) -> PackedWeight:
+    # Where no kept weight is zero, they are the N largest of their group: nm_select's C++ finds and packs them
+    # several times faster than indexing with the mask.
+    if op.last() == "cpu" and torch.count_nonzero(updated) == updated.numel() // pattern.m * pattern.n:
+        return nm_select(updated, pattern)
     return PackedWeight.from_mask(updated, kept, pattern)

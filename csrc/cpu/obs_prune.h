@@ -1,0 +1,49 @@
+// obs_prune on the CPU: SparseGPT's column sweep (arXiv 2301.00774, algorithm 1) with N:M selection.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace msp {
+
+struct ObsPrune {
+    const float* weight;  // [rows, columns]
+    const float* factor;  // [columns, columns] upper, H^-1 = U^T U; what lies below the diagonal is not read
+    float* updated;       // [rows, columns]: zero where pruned
+    uint8_t* kept;        // [rows, columns]: 1 or 0
+    int64_t rows;
+    int64_t columns;
+    int group_size;
+    int n;  // kept of each group
+};
+
+// On vector paths every product is fused into its sum, and a weight takes the errors of the columns before it
+// in their order: the result does not depend on threads, tiles or blocks, nor on which vector path it is.
+void obs_prune(const ObsPrune& op, Isa isa, int threads);
+
+constexpr int kObsBlock = 128;  // columns swept between two updates of those behind
+
+// A thread's share of rows at a time: both a whole number of AVX-512's 16 lanes and of the update's 6 rows.
+constexpr int64_t kObsTileRows = 96;
+
+// The factor in the order in which every tile reads it: for each block of kObsBlock rows its corner
+// [kObsBlock, kObsBlock], zero below the diagonal, then panels [rows of the block, panel_columns] of what is
+// to the right, zero past the last column. Rows of the factor itself, a power of two apart, would share a few
+// sets of the caches.
+struct ObsFactor {
+    const float* entries;
+    const int64_t* offsets;  // of each block
+};
+
+// The rows [begin, end), at most kObsTileRows of them, on the calling thread.
+void obs_prune_tile_scalar(const ObsPrune& op, const ObsFactor& factor, int64_t begin, int64_t end);
+void obs_prune_tile_avx2(const ObsPrune& op, const ObsFactor& factor, int64_t begin, int64_t end);
+void obs_prune_tile_avx512(const ObsPrune& op, const ObsFactor& factor, int64_t begin, int64_t end);
+
+// panel_columns of each: what the registers of its update cover.
+constexpr int kObsPanelScalar = 8;
+constexpr int kObsPanelAvx2 = 16;
+constexpr int kObsPanelAvx512 = 64;
+
+}  // namespace msp
