@@ -64,12 +64,13 @@ def measure(
     for call in calls.values():
         call()
     slowest = max(_time(call) for call in calls.values())
-    turns = max(2, min(12, int(seconds / slowest / TURN)))
+    counted = TURN if slowest < seconds / TURN else 1
+    turns = max(2, min(12, int(seconds / slowest / counted)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(turns):
         for name, call in calls.items():
-            times[name] += [_time(call) for _ in range(1 + TURN)][1:]
-    benchmark.pedantic(ours, rounds=TURN, iterations=1)
+            times[name] += [_time(call) for _ in range(1 + counted)][1:]
+    benchmark.pedantic(ours, rounds=counted, iterations=1)
     medians = {name: statistics.median(values) for name, values in times.items()}
     row: dict[str, Any] = {"median_seconds": medians["ours"], "error": error, "bound": bound}
     row["ratio"] = {name: medians[name] / medians["ours"] for name in peers}
