@@ -11,6 +11,11 @@ namespace {
 
 constexpr int kLanes = 8;
 
+// The hardware stops fetching at every page, which costs more than the arithmetic.
+MSP_HD void fetch_ahead(const void* from) {
+    _mm_prefetch(static_cast<const char*>(from) + 2048, _MM_HINT_T0);
+}
+
 // 8 weights as stored, and their values.
 template <Dtype D>
 struct Lanes;
@@ -19,6 +24,7 @@ template <>
 struct Lanes<Dtype::kFloat32> {
     using Vector = __m256i;
     static MSP_HD Vector load(const uint32_t* from) {
+        fetch_ahead(from);
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     }
     static MSP_HD __m256 to_float(Vector v) { return _mm256_castsi256_ps(v); }
@@ -27,6 +33,7 @@ struct Lanes<Dtype::kFloat32> {
 struct Lanes16 {
     using Vector = __m128i;
     static MSP_HD Vector load(const uint16_t* from) {
+        fetch_ahead(from);
         return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     }
 };
@@ -88,6 +95,7 @@ MSP_HD __m256 score_of(const Scored& op, int64_t offset, float row_term, int64_t
         }
     }
     if constexpr (Kind == ScoreKind::kFisher || Kind == ScoreKind::kGiven) {
+        fetch_ahead(op.matrix + offset);
         const __m256 entry = _mm256_loadu_ps(op.matrix + offset);
         score = Kind == ScoreKind::kGiven ? entry : _mm256_mul_ps(_mm256_mul_ps(w, w), entry);
     }

@@ -11,6 +11,11 @@ namespace {
 
 constexpr int kLanes = 16;
 
+// The hardware stops fetching at every page, which costs more than the arithmetic.
+MSP_HD void fetch_ahead(const void* from) {
+    _mm_prefetch(static_cast<const char*>(from) + 2048, _MM_HINT_T0);
+}
+
 // 16 weights as stored, and their values. Lanes outside `live` are not touched in memory.
 template <Dtype D>
 struct Lanes;
@@ -19,6 +24,7 @@ template <>
 struct Lanes<Dtype::kFloat32> {
     using Vector = __m512i;
     static MSP_HD Vector load(const uint32_t* from, __mmask16 live) {
+        fetch_ahead(from);
         return _mm512_maskz_loadu_epi32(live, from);
     }
     static MSP_HD __m512 to_float(Vector v) { return _mm512_castsi512_ps(v); }
@@ -27,6 +33,7 @@ struct Lanes<Dtype::kFloat32> {
 struct Lanes16 {
     using Vector = __m256i;
     static MSP_HD Vector load(const uint16_t* from, __mmask16 live) {
+        fetch_ahead(from);
         return _mm256_maskz_loadu_epi16(live, from);
     }
 };
@@ -71,6 +78,7 @@ struct ScoredLanes {
             }
         }
         if constexpr (Kind == ScoreKind::kFisher || Kind == ScoreKind::kGiven) {
+            fetch_ahead(op.matrix + offset);
             const __m512 entry = _mm512_maskz_loadu_ps(live, op.matrix + offset);
             score = Kind == ScoreKind::kGiven ? entry : _mm512_mul_ps(_mm512_mul_ps(weight, weight), entry);
         }
