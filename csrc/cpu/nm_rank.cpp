@@ -1,9 +1,7 @@
 #include "nm_rank.h"
 
-#include <atomic>
-
 #include "nm_rank_scalar.h"
-#include "parallel.h"
+#include "scored_rows.h"
 #include "specialise.h"
 
 namespace msp {
@@ -20,9 +18,6 @@ struct Scalar {
     }
 };
 
-// As in nm_select: ranges that share out evenly and cost nothing to hand out.
-constexpr int64_t kGrainWeights = 1 << 16;
-
 }  // namespace
 
 int64_t nm_rank_rows_scalar(const NmRank& op, int64_t begin, int64_t end) {
@@ -37,12 +32,7 @@ int64_t nm_rank(const NmRank& op, Isa isa, int threads) {
 #else
     (void)isa;
 #endif
-    if (op.columns == 0) return 0;
-    std::atomic<int64_t> not_finite{0};
-    parallel_for(op.rows, kGrainWeights / op.columns, threads, [&](int64_t begin, int64_t end) {
-        not_finite.fetch_add(rows(op, begin, end), std::memory_order_relaxed);
-    });
-    return not_finite.load();
+    return over_scored_rows(op, rows, threads);
 }
 
 }  // namespace msp

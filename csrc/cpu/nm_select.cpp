@@ -1,9 +1,7 @@
 #include "nm_select.h"
 
-#include <atomic>
-
 #include "nm_select_scalar.h"
-#include "parallel.h"
+#include "scored_rows.h"
 #include "specialise.h"
 
 namespace msp {
@@ -22,10 +20,6 @@ struct Scalar {
     }
 };
 
-// Weights that one range of rows holds at least: small enough to share the work evenly, large enough that
-// handing it out costs nothing beside it.
-constexpr int64_t kGrainWeights = 1 << 16;
-
 }  // namespace
 
 int64_t nm_select_rows_scalar(const NmSelect& op, int64_t begin, int64_t end) {
@@ -40,12 +34,7 @@ int64_t nm_select(const NmSelect& op, Isa isa, int threads) {
 #else
     (void)isa;
 #endif
-    if (op.columns == 0) return 0;
-    std::atomic<int64_t> not_finite{0};
-    parallel_for(op.rows, kGrainWeights / op.columns, threads, [&](int64_t begin, int64_t end) {
-        not_finite.fetch_add(rows(op, begin, end), std::memory_order_relaxed);
-    });
-    return not_finite.load();
+    return over_scored_rows(op, rows, threads);
 }
 
 }  // namespace msp
