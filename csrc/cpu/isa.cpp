@@ -41,8 +41,10 @@ bool has(Isa isa) {
             return has(Isa::kAvx2) && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") &&
                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2");
+        case Isa::kAvx512Bf16:
+            return has(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
         case Isa::kAmx:
-            return has(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16") && has_tiles();
+            return has(Isa::kAvx512Bf16) && has_tiles();
     }
     return false;
 }
@@ -50,7 +52,8 @@ bool has(Isa isa) {
 bool has(Isa isa) { return isa == Isa::kScalar; }
 #endif
 
-constexpr Isa kBestFirst[] = {Isa::kAmx, Isa::kAvx512, Isa::kAvx2, Isa::kScalar};
+constexpr Isa kBestFirst[] = {Isa::kAmx, Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2,
+                                 Isa::kScalar};
 
 Isa best() {
     for (Isa isa : kBestFirst) {
@@ -65,6 +68,8 @@ const char* isa_name(Isa isa) {
     switch (isa) {
         case Isa::kAmx:
             return "amx";
+        case Isa::kAvx512Bf16:
+            return "avx512bf16";
         case Isa::kAvx512:
             return "avx512";
         case Isa::kAvx2:

@@ -17,7 +17,11 @@ constexpr int64_t kTokensInCache = 64;
 
 const LinearPath& path(Isa isa, int64_t tokens, Dtype dtype) {
 #if defined(MSP_X86)
-    if (isa >= Isa::kAmx && dtype == Dtype::kBFloat16 && tokens >= kTokensForTiles) return kLinearAmx;
+    if (dtype == Dtype::kBFloat16) {
+        if (isa >= Isa::kAmx && tokens >= kTokensForTiles) return kLinearAmx;
+        // where there are tiles, the processor is one whose bf16 products are slower than shift and FMA
+        if (isa == Isa::kAvx512Bf16) return kLinearAvx512Bf16;
+    }
     if (isa >= Isa::kAvx512) return kLinearAvx512;
     if (isa >= Isa::kAvx2) return kLinearAvx2;
 #else

@@ -52,6 +52,7 @@ struct LinearPath {
 extern const LinearPath kLinearScalar;
 extern const LinearPath kLinearAvx2;
 extern const LinearPath kLinearAvx512;
+extern const LinearPath kLinearAvx512Bf16;
 extern const LinearPath kLinearAmx;
 
 MSP_HD uint16_t round_to_bfloat16(float value) {

@@ -91,7 +91,7 @@ MSP_HD void expand_tiles(const Packed& weight, int64_t row, int64_t rows, int64_
         for (int64_t chunk = begin; chunk < end; ++chunk) {
             const uint32_t mask = chunk_mask(bits, mask_bytes, chunk);
             _mm512_store_si512(tiles + (chunk - begin) * kTileBytes + r * 64,
-                               expand_words<Load>(mask, values + chunk * step));
+                               expand_chunk<Load>(mask, values + chunk * step));
         }
     }
 }

@@ -2,8 +2,7 @@
 // is inlined: no code of a file for one instruction set may serve another.
 #pragma once
 
-#include <immintrin.h>
-
+#include "expand_avx512.h"
 #include "nm_linear.h"
 
 namespace msp {
@@ -30,12 +29,13 @@ struct Exact {
     }
 };
 
-// How a dtype is expanded and multiplied: kLoad is the most bytes of values that one load of a full chunk
-// wants.
+// How a dtype is expanded and multiplied, and the largest tile of rows by tokens whose sums, weights and
+// tokens the registers hold.
 struct Float32 {
     using X = float;
     static constexpr int kBytes = 4;
-    static constexpr int kLoad = 64;
+    static constexpr int kRows = 4;
+    static constexpr int kTokens = 4;
     struct Chunk {
         __m512 low, high;
     };
@@ -44,8 +44,8 @@ struct Float32 {
     static MSP_HD Chunk expand(uint32_t mask, const uint8_t* values) {
         const uint32_t low = _mm_popcnt_u32(mask & 0xffffu) * 4;
         const uint32_t high = _mm_popcnt_u32(mask >> 16) * 4;
-        return {_mm512_castsi512_ps(_mm512_maskz_expand_epi32(mask & 0xffffu, Load::load(values, low))),
-                _mm512_castsi512_ps(_mm512_maskz_expand_epi32(mask >> 16, Load::load(values + low, high)))};
+        return {_mm512_castsi512_ps(expand_doubles(mask & 0xffffu, Load::load(values, low))),
+                _mm512_castsi512_ps(expand_doubles(mask >> 16, Load::load(values + low, high)))};
     }
     static MSP_HD void multiply(__m512& sum, const Chunk& w, const X* x) {
         sum = _mm512_fmadd_ps(w.low, _mm512_loadu_ps(x), sum);
@@ -58,18 +58,20 @@ struct Float32 {
 };
 
 template <class Load>
-MSP_HD __m512i expand_words(uint32_t mask, const uint8_t* values) {
-    return _mm512_maskz_expand_epi16(mask, Load::load(values, _mm_popcnt_u32(mask) * 2));
+MSP_HD __m512i expand_chunk(uint32_t mask, const uint8_t* values) {
+    return expand_words(mask, Load::load(values, _mm_popcnt_u32(mask) * 2));
 }
 
 struct Float16 {
     using X = float;
     static constexpr int kBytes = 2;
+    static constexpr int kRows = 4;
+    static constexpr int kTokens = 4;
     using Chunk = Float32::Chunk;
 
     template <class Load>
     static MSP_HD Chunk expand(uint32_t mask, const uint8_t* values) {
-        const __m512i words = expand_words<Load>(mask, values);
+        const __m512i words = expand_chunk<Load>(mask, values);
         return {_mm512_cvtph_ps(_mm512_castsi512_si256(words)),
                 _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1))};
     }
@@ -84,6 +86,8 @@ struct Float16 {
 struct BFloat16 {
     using X = float;
     static constexpr int kBytes = 2;
+    static constexpr int kRows = 4;
+    static constexpr int kTokens = 4;
     using Chunk = Float32::Chunk;
 
     static MSP_HD Chunk split(__m512i words) {
@@ -93,7 +97,7 @@ struct BFloat16 {
     }
     template <class Load>
     static MSP_HD Chunk expand(uint32_t mask, const uint8_t* values) {
-        return split(expand_words<Load>(mask, values));
+        return split(expand_chunk<Load>(mask, values));
     }
     static MSP_HD void multiply(__m512& sum, const Chunk& w, const X* x) { Float32::multiply(sum, w, x); }
     static MSP_HD void prepare(const uint16_t* x, float* to) {
@@ -103,86 +107,214 @@ struct BFloat16 {
     }
 };
 
-// How far ahead the streams are fetched: the hardware stops at every 4 KiB, and starts again too late.
+// How far ahead a stream is fetched: the hardware stops at every 4 KiB, and starts again too late.
 constexpr int64_t kAhead = 2048;
 
-// The sums of Rows rows with Tokens tokens, over all chunks. With few of them in flight, Unroll chunks at a
-// time give each other time to finish.
-template <class F, class Load, int Rows, int Tokens, int Unroll>
-MSP_HD void tile(const NmLinear& op, const typename F::X* x, int64_t row, int64_t token) {
-    const Packed& weight = op.weight;
-    const int64_t mask_bytes = bitmask_row_bytes(weight.columns);
-    const int64_t value_bytes = weight.row_values() * F::kBytes;
-    const int64_t step = weight.chunk_values() * F::kBytes;
-    const int64_t whole = weight.columns / 32;
-    const int64_t stride = weight.chunks() * 32;
-    const auto* values = static_cast<const uint8_t*>(weight.values) + row * value_bytes;
-    const uint8_t* bits = weight.bitmask + row * mask_bytes;
-    x += token * stride;
+// So much of the tokens stays in the first cache while row after row is multiplied with it.
+constexpr int64_t kTokenBytes = 32 << 10;
 
+// Rows, in tiles, that are multiplied with one part of the tokens before the next part is theirs, and whose
+// outputs are stored together.
+constexpr int kRowsAbreast = 16;
+
+// The sums of the lanes of four vectors. All are added in the same order, whichever of the four they are.
+MSP_HD __m128 sums_of_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512 quarters = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    const __m256 halves =
+        _mm256_add_ps(_mm512_castps512_ps256(quarters),
+                      _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(quarters), 1)));
+    return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+}
+
+// round_to_bfloat16 of each lane.
+MSP_HD __m256i round_to_bfloat16(__m512 values) {
+    const __m512i bits = _mm512_castps_si512(values);
+    const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
+    const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(
+        _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(1 << 22)), 16));
+}
+
+// Outputs of one token for `rows` rows, at most kRowsAbreast, as store_output stores one.
+MSP_HD void store_outputs(const NmLinear& op, int64_t token, int64_t row, int64_t rows, const float* sums) {
+    const auto lanes = static_cast<__mmask16>(_bzhi_u32(0xffffu, static_cast<unsigned>(rows)));
+    const int64_t index = token * op.weight.rows + row;
+    __m512 sum = _mm512_maskz_loadu_ps(lanes, sums);
+    if (op.weight.dtype == Dtype::kFloat32) {
+        if (op.bias) {
+            sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes, static_cast<const float*>(op.bias) + row));
+        }
+        _mm512_mask_storeu_ps(static_cast<float*>(op.y) + index, lanes, sum);
+        return;
+    }
+    const bool half = op.weight.dtype == Dtype::kFloat16;
+    if (op.bias) {
+        const __m256i bias = _mm256_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(op.bias) + row);
+        sum = _mm512_add_ps(sum, half ? _mm512_cvtph_ps(bias)
+                                      : _mm512_castsi512_ps(
+                                            _mm512_slli_epi32(_mm512_cvtepu16_epi32(bias), 16)));
+    }
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(op.y) + index, lanes,
+                             half ? _mm512_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT)
+                                  : round_to_bfloat16(sum));
+}
+
+// Rows rows with Tokens tokens. With few of them, Unroll chunks at a time give each other time to finish.
+template <class F, class Load, int Rows, int Tokens, int Unroll>
+struct Tile {
     __m512 sums[Unroll][Rows][Tokens];
-    for (auto& unrolled : sums) {
-        for (auto& of_row : unrolled) {
-            for (auto& sum : of_row) sum = _mm512_setzero_ps();
+
+    MSP_HD void clear() {
+        for (auto& unrolled : sums) {
+            for (auto& of_row : unrolled) {
+                for (auto& sum : of_row) sum = _mm512_setzero_ps();
+            }
         }
     }
-    int64_t chunk = 0;
-    auto take = [&](int64_t c, int u) __attribute__((always_inline)) {
-        typename F::Chunk w[Rows];
-        for (int r = 0; r < Rows; ++r) {
-            uint32_t mask;
-            std::memcpy(&mask, bits + r * mask_bytes + 4 * c, 4);
-            w[r] = F::template expand<Load>(mask, values + r * value_bytes + c * step);
+
+    // Adds chunks [begin, end) to the sums; of two calls for a row, the first takes a multiple of Unroll.
+    MSP_HD void take(const NmLinear& op, const typename F::X* x, int64_t row, int64_t token, int64_t begin,
+                     int64_t end) {
+        const Packed& weight = op.weight;
+        const int64_t mask_bytes = bitmask_row_bytes(weight.columns);
+        const int64_t value_bytes = weight.row_values() * F::kBytes;
+        const int64_t step = weight.chunk_values() * F::kBytes;
+        const int64_t whole = end < weight.columns / 32 ? end : weight.columns / 32;
+        const int64_t stride = weight.chunks() * 32;
+        const auto* values = static_cast<const uint8_t*>(weight.values) + row * value_bytes;
+        const uint8_t* bits = weight.bitmask + row * mask_bytes;
+        x += token * stride;
+        auto add = [&](int64_t chunk, int u) __attribute__((always_inline)) {
+            typename F::Chunk w[Rows];
+            for (int r = 0; r < Rows; ++r) {
+                uint32_t mask;
+                std::memcpy(&mask, bits + r * mask_bytes + 4 * chunk, 4);
+                w[r] = F::template expand<Load>(mask, values + r * value_bytes + chunk * step);
+            }
+            for (int t = 0; t < Tokens; ++t) {
+                for (int r = 0; r < Rows; ++r) F::multiply(sums[u][r][t], w[r], x + t * stride + chunk * 32);
+            }
+        };
+        int64_t chunk = begin;
+        for (; chunk + Unroll <= whole; chunk += Unroll) {
+            if constexpr (Rows == 1) {
+                const char* ahead = reinterpret_cast<const char*>(values + chunk * step) + kAhead;
+                for (int64_t line = 0; line < Unroll * step; line += 64) {
+                    _mm_prefetch(ahead + line, _MM_HINT_T0);
+                }
+                _mm_prefetch(reinterpret_cast<const char*>(bits + 4 * chunk) + kAhead / 4, _MM_HINT_T0);
+            } else if (token == 0) {
+                // rows side by side are no stream to the hardware: each fetches its like in the next tile
+                for (int r = Rows; r < 2 * Rows; ++r) {
+                    _mm_prefetch(reinterpret_cast<const char*>(values + r * value_bytes + chunk * step),
+                                 _MM_HINT_T1);
+                    if (chunk % 16 != 0) continue;
+                    _mm_prefetch(reinterpret_cast<const char*>(bits + r * mask_bytes + 4 * chunk),
+                                 _MM_HINT_T1);
+                }
+            }
+            for (int u = 0; u < Unroll; ++u) add(chunk + u, u);
         }
-        for (int t = 0; t < Tokens; ++t) {
-            for (int r = 0; r < Rows; ++r) F::multiply(sums[u][r][t], w[r], x + t * stride + c * 32);
+        for (; chunk < whole; ++chunk) add(chunk, 0);
+        if (chunk < end) {
+            for (int r = 0; r < Rows; ++r) {
+                const uint32_t mask = chunk_mask(bits + r * mask_bytes, mask_bytes, chunk);
+                const auto w = F::template expand<Load>(mask, values + r * value_bytes + chunk * step);
+                for (int t = 0; t < Tokens; ++t) F::multiply(sums[0][r][t], w, x + t * stride + chunk * 32);
+            }
         }
-    };
-    for (; chunk + Unroll <= whole; chunk += Unroll) {
-        if constexpr (Unroll > 1) {
-            const char* ahead = reinterpret_cast<const char*>(values + chunk * step) + kAhead;
-            for (int64_t line = 0; line < Unroll * step; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
-            _mm_prefetch(reinterpret_cast<const char*>(bits + 4 * chunk) + kAhead / 4, _MM_HINT_T0);
-        }
-        for (int u = 0; u < Unroll; ++u) take(chunk + u, u);
     }
-    for (; chunk < whole; ++chunk) take(chunk, 0);
-    if (weight.columns % 32 != 0) {
-        for (int r = 0; r < Rows; ++r) {
-            const uint32_t mask = chunk_mask(bits + r * mask_bytes, mask_bytes, whole);
-            const auto w = F::template expand<Load>(mask, values + r * value_bytes + whole * step);
-            for (int t = 0; t < Tokens; ++t) F::multiply(sums[0][r][t], w, x + t * stride + whole * 32);
+
+    // The sums of row r with token t go to to[t][r].
+    MSP_HD void finish(float (*to)[kRowsAbreast]) {
+        constexpr int kCount = Rows * Tokens;
+        __m512 totals[(kCount + 3) / 4 * 4];
+        for (auto& total : totals) total = _mm512_setzero_ps();
+        for (int i = 0; i < kCount; ++i) {
+            totals[i] = sums[0][i / Tokens][i % Tokens];
+            for (int u = 1; u < Unroll; ++u) {
+                totals[i] = _mm512_add_ps(totals[i], sums[u][i / Tokens][i % Tokens]);
+            }
+        }
+        alignas(16) float four[4];
+        for (int i = 0; i < kCount; i += 4) {
+            _mm_store_ps(four, sums_of_lanes(totals[i], totals[i + 1], totals[i + 2], totals[i + 3]));
+            for (int k = 0; k < 4 && i + k < kCount; ++k) to[(i + k) % Tokens][(i + k) / Tokens] = four[k];
         }
     }
-    for (int r = 0; r < Rows; ++r) {
-        for (int t = 0; t < Tokens; ++t) {
-            __m512 sum = sums[0][r][t];
-            for (int u = 1; u < Unroll; ++u) sum = _mm512_add_ps(sum, sums[u][r][t]);
-            store_output(op, token + t, row + r, _mm512_reduce_add_ps(sum));
+};
+
+// Rows [begin, end), at most kRowsAbreast and a multiple of Rows, with Tokens tokens.
+template <class F, class Load, int Rows, int Tokens, int Unroll>
+MSP_HD void tiles(const NmLinear& op, const typename F::X* x, int64_t begin, int64_t end, int64_t token) {
+    const int64_t chunks = op.weight.chunks();
+    int64_t part = kTokenBytes / (Tokens * 32 * static_cast<int64_t>(sizeof(typename F::X)));
+    if (chunks <= part + part / 2) part = chunks;
+    Tile<F, Load, Rows, Tokens, Unroll> waiting[kRowsAbreast / Rows];
+    float done[Tokens][kRowsAbreast];
+    for (int64_t chunk = 0; chunk < chunks; chunk += part) {
+        const int64_t stop = chunk + part < chunks ? chunk + part : chunks;
+        for (int64_t row = begin; row < end; row += Rows) {
+            Tile<F, Load, Rows, Tokens, Unroll> tile;
+            if (chunk == 0) {
+                tile.clear();
+            } else {
+                tile = waiting[(row - begin) / Rows];
+            }
+            tile.take(op, x, row, token, chunk, stop);
+            if (stop == chunks) {
+                float (*to)[kRowsAbreast] = reinterpret_cast<float (*)[kRowsAbreast]>(&done[0][row - begin]);
+                tile.finish(to);
+            } else {
+                waiting[(row - begin) / Rows] = tile;
+            }
         }
     }
+    for (int t = 0; t < Tokens; ++t) store_outputs(op, token + t, begin, end - begin, done[t]);
 }
 
 template <class F, class Load, int Rows>
-MSP_HD void rows_with_all_tokens(const NmLinear& op, const typename F::X* x, int64_t row) {
+MSP_HD void with_all_tokens(const NmLinear& op, const typename F::X* x, int64_t begin, int64_t end) {
     int64_t token = 0;
-    for (; token + 4 <= op.tokens; token += 4) tile<F, Load, Rows, 4, 1>(op, x, row, token);
+    for (; token + F::kTokens <= op.tokens; token += F::kTokens) {
+        tiles<F, Load, Rows, F::kTokens, 1>(op, x, begin, end, token);
+    }
+    if (F::kTokens > 4 && op.tokens - token >= 4) {
+        tiles<F, Load, Rows, 4, 1>(op, x, begin, end, token);
+        token += 4;
+    }
     if (op.tokens - token >= 2) {
-        tile<F, Load, Rows, 2, 1>(op, x, row, token);
+        tiles<F, Load, Rows, 2, 1>(op, x, begin, end, token);
         token += 2;
     }
-    if (token < op.tokens) tile<F, Load, Rows, 1, 2>(op, x, row, token);
+    if (token < op.tokens) tiles<F, Load, Rows, 1, 2>(op, x, begin, end, token);
+}
+
+// Calls run(from, to) on at most kRowsAbreast rows at a time, a multiple of Rows, and returns where what is
+// left begins.
+template <int Rows, class Run>
+MSP_HD int64_t abreast(int64_t begin, int64_t end, const Run& run) {
+    constexpr int64_t kStep = kRowsAbreast / Rows * Rows;
+    const int64_t stop = begin + (end - begin) / Rows * Rows;
+    for (int64_t row = begin; row < stop; row += kStep) run(row, row + kStep < stop ? row + kStep : stop);
+    return stop;
 }
 
 template <class F, class Load>
 void rows_loading(const NmLinear& op, const typename F::X* x, int64_t begin, int64_t end) {
     if (op.tokens == 1) {
-        for (int64_t row = begin; row < end; ++row) tile<F, Load, 1, 1, 4>(op, x, row, 0);
+        abreast<1>(begin, end, [&](int64_t from, int64_t to) { tiles<F, Load, 1, 1, 4>(op, x, from, to, 0); });
         return;
     }
-    int64_t row = begin;
-    for (; row + 4 <= end; row += 4) rows_with_all_tokens<F, Load, 4>(op, x, row);
-    for (; row < end; ++row) rows_with_all_tokens<F, Load, 1>(op, x, row);
+    begin = abreast<F::kRows>(begin, end, [&](int64_t from, int64_t to) {
+        with_all_tokens<F, Load, F::kRows>(op, x, from, to);
+    });
+    abreast<1>(begin, end, [&](int64_t from, int64_t to) { with_all_tokens<F, Load, 1>(op, x, from, to); });
 }
 
 // The first row from which on a load of 64 bytes could reach past the end of the values.
@@ -258,7 +390,7 @@ void unpack_rows(const Packed& weight, void* dense, int64_t begin, int64_t end) 
                     _mm512_mask_storeu_ps(to_floats + 16, lanes >> 16, w.high);
                 } else {
                     _mm512_mask_storeu_epi16(out + chunk * 64, lanes,
-                                             expand_words<Load>(mask, values + chunk * step));
+                                             expand_chunk<Load>(mask, values + chunk * step));
                 }
             }
         }

@@ -1,9 +1,8 @@
 // Compiled for AVX-512 with VBMI2 (see CMakeLists.txt) and only called where the CPU has it. Everything here
 // has internal linkage or is inlined: no code of this file may serve another.
-#include <immintrin.h>
-
 #include <cstring>
 
+#include "expand_avx512.h"
 #include "nm_score_avx512.h"
 #include "nm_select.h"
 #include "specialise.h"
@@ -101,11 +100,11 @@ MSP_HD uint32_t select32(__m512i keys0, __m512i keys1, __m512i nth, int n) {
 // Where kept weights go. Compressing in a register and storing under a mask: compressing into memory is slow
 // on AMD.
 MSP_HD void store_kept(uint32_t* to, __m512i v, __mmask16 kept, __mmask16 places) {
-    _mm512_mask_storeu_epi32(to, places, _mm512_maskz_compress_epi32(kept, v));
+    _mm512_mask_storeu_epi32(to, places, compress_doubles(kept, v));
 }
 
 MSP_HD void store_kept(uint16_t* to, __m256i v, __mmask16 kept, __mmask16 places) {
-    _mm256_mask_storeu_epi16(to, places, _mm256_maskz_compress_epi16(kept, v));
+    _mm256_mask_storeu_epi16(to, places, compress_words(kept, v));
 }
 
 struct Avx512 {
