@@ -1,9 +1,10 @@
 // vpexpand and vpcompress for files compiled for AVX-512 with VBMI2.
 //
-// Zen 5 lets either wait for what its destination held before, even when nothing of it is kept: in a loop that
-// goes round five cycles at a time, four times as long as the instruction itself takes. So the destination is
-// written first, with zeros of which the compiler does not know that they are zeros; else it would go back to
-// the form that waits. Elsewhere that is one move, which the renaming of registers does for nothing.
+// Zen 5 lets either wait for what its destination held before, even when nothing of it is kept: in a loop
+// that goes round five cycles at a time, four times as long as the instruction itself takes. So the
+// destination is written first, with zeros of which the compiler does not know that they are zeros; else it
+// would go back to the form that waits. Elsewhere that is one move, which the renaming of registers does for
+// nothing.
 #pragma once
 
 #include <immintrin.h>

@@ -52,8 +52,7 @@ bool has(Isa isa) {
 bool has(Isa isa) { return isa == Isa::kScalar; }
 #endif
 
-constexpr Isa kBestFirst[] = {Isa::kAmx, Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2,
-                                 Isa::kScalar};
+constexpr Isa kBestFirst[] = {Isa::kAmx, Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kScalar};
 
 Isa best() {
     for (Isa isa : kBestFirst) {

@@ -8,10 +8,6 @@
 namespace msp {
 namespace {
 
-// Tokens that are taken through the whole weight together: so many stay in the second cache, and the weight,
-// a fraction of its dense size, is read again for the next.
-constexpr int64_t kTokensInCache = 64;
-
 // One token leaves most of a tile empty.
 [[maybe_unused]] constexpr int64_t kTokensForTiles = 2;
 

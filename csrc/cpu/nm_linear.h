@@ -37,6 +37,10 @@ void nm_linear(const NmLinear& op, Isa isa, int threads);
 // dense [rows, columns], in the dtype of the values, zero where no weight is kept.
 void nm_unpack(const Packed& weight, void* dense, Isa isa, int threads);
 
+// Tokens that are taken through the whole weight together: so many stay in the second cache, and the weight,
+// a fraction of its dense size, is read again for the next.
+constexpr int64_t kTokensInCache = 64;
+
 // What an instruction set brings: how it wants the tokens, and the work on a range of rows.
 struct LinearPath {
     // How many tokens are prepared together.
@@ -44,7 +48,7 @@ struct LinearPath {
     // Bytes of one prepared batch; 0 where `rows` reads the tokens of `op` as they are.
     int64_t (*batch_bytes)(const NmLinear& op);
     void (*prepare)(const NmLinear& op, int64_t first_token, void* prepared);
-    // At most 64 tokens at a time.
+    // At most kTokensInCache tokens at a time.
     void (*rows)(const NmLinear& op, const void* prepared, int64_t begin, int64_t end);
     void (*unpack)(const Packed& weight, void* dense, int64_t begin, int64_t end);
 };

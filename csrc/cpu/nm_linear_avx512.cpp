@@ -3,8 +3,6 @@
 namespace msp {
 namespace {
 
-int64_t batch_bytes(const NmLinear& op) { return op.weight.chunks() * 32 * 4; }
-
 void prepare(const NmLinear& op, int64_t token, void* prepared) {
     switch (op.weight.dtype) {
         case Dtype::kFloat32:
@@ -29,6 +27,8 @@ void rows(const NmLinear& op, const void* prepared, int64_t begin, int64_t end) 
 
 }  // namespace
 
-const LinearPath kLinearAvx512{1, batch_bytes, prepare, rows, unpack_rows};
+// as wide for every dtype
+static_assert(Float32::kTokens == Float16::kTokens && Float32::kTokens == BFloat16::kTokens);
+const LinearPath kLinearAvx512{Float32::kTokens, batch_bytes<Float32>, prepare, rows, unpack_rows};
 
 }  // namespace msp

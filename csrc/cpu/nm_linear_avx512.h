@@ -136,8 +136,8 @@ MSP_HD __m256i round_to_bfloat16(__m512 values) {
     const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
     const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(
-        _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(1 << 22)), 16));
+    return _mm512_cvtepi32_epi16(
+        _mm512_srli_epi32(_mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(1 << 22)), 16));
 }
 
 // Outputs of one token for `rows` rows, at most kRowsAbreast, as store_output stores one.
@@ -155,18 +155,66 @@ MSP_HD void store_outputs(const NmLinear& op, int64_t token, int64_t row, int64_
     const bool half = op.weight.dtype == Dtype::kFloat16;
     if (op.bias) {
         const __m256i bias = _mm256_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(op.bias) + row);
-        sum = _mm512_add_ps(sum, half ? _mm512_cvtph_ps(bias)
-                                      : _mm512_castsi512_ps(
-                                            _mm512_slli_epi32(_mm512_cvtepu16_epi32(bias), 16)));
+        sum = _mm512_add_ps(sum,
+                            half ? _mm512_cvtph_ps(bias)
+                                 : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bias), 16)));
     }
     _mm256_mask_storeu_epi16(static_cast<uint16_t*>(op.y) + index, lanes,
-                             half ? _mm512_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT)
-                                  : round_to_bfloat16(sum));
+                             half ? _mm512_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT) : round_to_bfloat16(sum));
 }
 
+// Tokens lie Width at a time, 32 columns of each after 32 of the one before: what a tile reads of them is one
+// stretch of memory, where at the strides of whole tokens it would share few sets of the cache.
+
+// The weight from one row on, in chunks.
+template <class F, class Load>
+struct RowsOf {
+    int64_t mask_bytes, value_bytes, step;
+    const uint8_t* values;
+    const uint8_t* bits;
+
+    MSP_HD RowsOf(const Packed& weight, int64_t row)
+        : mask_bytes(bitmask_row_bytes(weight.columns)),
+          value_bytes(weight.row_values() * F::kBytes),
+          step(weight.chunk_values() * F::kBytes),
+          values(static_cast<const uint8_t*>(weight.values) + row * value_bytes),
+          bits(weight.bitmask + row * mask_bytes) {}
+
+    MSP_HD typename F::Chunk whole_chunk(int64_t row, int64_t chunk) const {
+        uint32_t mask;
+        std::memcpy(&mask, bits + row * mask_bytes + 4 * chunk, 4);
+        return F::template expand<Load>(mask, values + row * value_bytes + chunk * step);
+    }
+
+    // The last chunk of a row may be one that is not whole.
+    MSP_HD typename F::Chunk chunk(int64_t row, int64_t chunk) const {
+        const uint32_t mask = chunk_mask(bits + row * mask_bytes, mask_bytes, chunk);
+        return F::template expand<Load>(mask, values + row * value_bytes + chunk * step);
+    }
+
+    // What lies kAhead behind `count` chunks of the first row.
+    MSP_HD void fetch_ahead(int64_t chunk, int64_t count) const {
+        const char* ahead = reinterpret_cast<const char*>(values + chunk * step) + kAhead;
+        for (int64_t line = 0; line < count * step; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(bits + 4 * chunk) + kAhead / 4, _MM_HINT_T0);
+    }
+
+    // A chunk of rows [begin, end): rows walked side by side are no stream to the hardware.
+    MSP_HD void fetch_rows(int64_t begin, int64_t end, int64_t chunk) const {
+        for (int64_t row = begin; row < end; ++row) {
+            _mm_prefetch(reinterpret_cast<const char*>(values + row * value_bytes + chunk * step),
+                         _MM_HINT_T1);
+            if (chunk % 16 != 0) continue;
+            _mm_prefetch(reinterpret_cast<const char*>(bits + row * mask_bytes + 4 * chunk), _MM_HINT_T1);
+        }
+    }
+};
+
 // Rows rows with Tokens tokens. With few of them, Unroll chunks at a time give each other time to finish.
-template <class F, class Load, int Rows, int Tokens, int Unroll>
+template <class F, class Load, int Rows, int Tokens, int Unroll, int Width>
 struct Tile {
+    static constexpr int64_t kStep = Width * 32;
+
     __m512 sums[Unroll][Rows][Tokens];
 
     MSP_HD void clear() {
@@ -177,56 +225,37 @@ struct Tile {
         }
     }
 
-    // Adds chunks [begin, end) to the sums; of two calls for a row, the first takes a multiple of Unroll.
+    // Adds chunks [begin, end) to the sums, expanding them on the way; of two calls for a row, the first
+    // takes a multiple of Unroll.
     MSP_HD void take(const NmLinear& op, const typename F::X* x, int64_t row, int64_t token, int64_t begin,
                      int64_t end) {
-        const Packed& weight = op.weight;
-        const int64_t mask_bytes = bitmask_row_bytes(weight.columns);
-        const int64_t value_bytes = weight.row_values() * F::kBytes;
-        const int64_t step = weight.chunk_values() * F::kBytes;
-        const int64_t whole = end < weight.columns / 32 ? end : weight.columns / 32;
-        const int64_t stride = weight.chunks() * 32;
-        const auto* values = static_cast<const uint8_t*>(weight.values) + row * value_bytes;
-        const uint8_t* bits = weight.bitmask + row * mask_bytes;
-        x += token * stride;
+        const RowsOf<F, Load> weight(op.weight, row);
+        const int64_t whole = end < op.weight.columns / 32 ? end : op.weight.columns / 32;
         auto add = [&](int64_t chunk, int u) __attribute__((always_inline)) {
             typename F::Chunk w[Rows];
-            for (int r = 0; r < Rows; ++r) {
-                uint32_t mask;
-                std::memcpy(&mask, bits + r * mask_bytes + 4 * chunk, 4);
-                w[r] = F::template expand<Load>(mask, values + r * value_bytes + chunk * step);
-            }
-            for (int t = 0; t < Tokens; ++t) {
-                for (int r = 0; r < Rows; ++r) F::multiply(sums[u][r][t], w[r], x + t * stride + chunk * 32);
-            }
+            for (int r = 0; r < Rows; ++r) w[r] = weight.whole_chunk(r, chunk);
+            multiply(w, x + chunk * kStep, u);
         };
         int64_t chunk = begin;
         for (; chunk + Unroll <= whole; chunk += Unroll) {
             if constexpr (Rows == 1) {
-                const char* ahead = reinterpret_cast<const char*>(values + chunk * step) + kAhead;
-                for (int64_t line = 0; line < Unroll * step; line += 64) {
-                    _mm_prefetch(ahead + line, _MM_HINT_T0);
-                }
-                _mm_prefetch(reinterpret_cast<const char*>(bits + 4 * chunk) + kAhead / 4, _MM_HINT_T0);
+                weight.fetch_ahead(chunk, Unroll);
             } else if (token == 0) {
-                // rows side by side are no stream to the hardware: each fetches its like in the next tile
-                for (int r = Rows; r < 2 * Rows; ++r) {
-                    _mm_prefetch(reinterpret_cast<const char*>(values + r * value_bytes + chunk * step),
-                                 _MM_HINT_T1);
-                    if (chunk % 16 != 0) continue;
-                    _mm_prefetch(reinterpret_cast<const char*>(bits + r * mask_bytes + 4 * chunk),
-                                 _MM_HINT_T1);
-                }
+                weight.fetch_rows(Rows, 2 * Rows, chunk);
             }
             for (int u = 0; u < Unroll; ++u) add(chunk + u, u);
         }
         for (; chunk < whole; ++chunk) add(chunk, 0);
         if (chunk < end) {
-            for (int r = 0; r < Rows; ++r) {
-                const uint32_t mask = chunk_mask(bits + r * mask_bytes, mask_bytes, chunk);
-                const auto w = F::template expand<Load>(mask, values + r * value_bytes + chunk * step);
-                for (int t = 0; t < Tokens; ++t) F::multiply(sums[0][r][t], w, x + t * stride + chunk * 32);
-            }
+            typename F::Chunk w[Rows];
+            for (int r = 0; r < Rows; ++r) w[r] = weight.chunk(r, chunk);
+            multiply(w, x + chunk * kStep, 0);
+        }
+    }
+
+    MSP_HD void multiply(const typename F::Chunk (&w)[Rows], const typename F::X* x, int u) {
+        for (int t = 0; t < Tokens; ++t) {
+            for (int r = 0; r < Rows; ++r) F::multiply(sums[u][r][t], w[r], x + t * 32);
         }
     }
 
@@ -250,17 +279,18 @@ struct Tile {
 };
 
 // Rows [begin, end), at most kRowsAbreast and a multiple of Rows, with Tokens tokens.
-template <class F, class Load, int Rows, int Tokens, int Unroll>
+template <class F, class Load, int Rows, int Tokens, int Unroll, int Width>
 MSP_HD void tiles(const NmLinear& op, const typename F::X* x, int64_t begin, int64_t end, int64_t token) {
     const int64_t chunks = op.weight.chunks();
-    int64_t part = kTokenBytes / (Tokens * 32 * static_cast<int64_t>(sizeof(typename F::X)));
+    int64_t part = kTokenBytes / (Width * 32 * static_cast<int64_t>(sizeof(typename F::X)));
     if (chunks <= part + part / 2) part = chunks;
-    Tile<F, Load, Rows, Tokens, Unroll> waiting[kRowsAbreast / Rows];
+    Tile<F, Load, Rows, Tokens, Unroll, Width> waiting[kRowsAbreast / Rows];
     float done[Tokens][kRowsAbreast];
+    x += token / Width * chunks * Width * 32 + token % Width * 32;
     for (int64_t chunk = 0; chunk < chunks; chunk += part) {
         const int64_t stop = chunk + part < chunks ? chunk + part : chunks;
         for (int64_t row = begin; row < end; row += Rows) {
-            Tile<F, Load, Rows, Tokens, Unroll> tile;
+            Tile<F, Load, Rows, Tokens, Unroll, Width> tile;
             if (chunk == 0) {
                 tile.clear();
             } else {
@@ -282,17 +312,17 @@ template <class F, class Load, int Rows>
 MSP_HD void with_all_tokens(const NmLinear& op, const typename F::X* x, int64_t begin, int64_t end) {
     int64_t token = 0;
     for (; token + F::kTokens <= op.tokens; token += F::kTokens) {
-        tiles<F, Load, Rows, F::kTokens, 1>(op, x, begin, end, token);
+        tiles<F, Load, Rows, F::kTokens, 1, F::kTokens>(op, x, begin, end, token);
     }
     if (F::kTokens > 4 && op.tokens - token >= 4) {
-        tiles<F, Load, Rows, 4, 1>(op, x, begin, end, token);
+        tiles<F, Load, Rows, 4, 1, F::kTokens>(op, x, begin, end, token);
         token += 4;
     }
     if (op.tokens - token >= 2) {
-        tiles<F, Load, Rows, 2, 1>(op, x, begin, end, token);
+        tiles<F, Load, Rows, 2, 1, F::kTokens>(op, x, begin, end, token);
         token += 2;
     }
-    if (token < op.tokens) tiles<F, Load, Rows, 1, 2>(op, x, begin, end, token);
+    if (token < op.tokens) tiles<F, Load, Rows, 1, 2, F::kTokens>(op, x, begin, end, token);
 }
 
 // Calls run(from, to) on at most kRowsAbreast rows at a time, a multiple of Rows, and returns where what is
@@ -308,12 +338,12 @@ MSP_HD int64_t abreast(int64_t begin, int64_t end, const Run& run) {
 template <class F, class Load>
 void rows_loading(const NmLinear& op, const typename F::X* x, int64_t begin, int64_t end) {
     if (op.tokens == 1) {
-        abreast<1>(begin, end, [&](int64_t from, int64_t to) { tiles<F, Load, 1, 1, 4>(op, x, from, to, 0); });
+        abreast<1>(begin, end,
+                   [&](int64_t from, int64_t to) { tiles<F, Load, 1, 1, 4, 1>(op, x, from, to, 0); });
         return;
     }
-    begin = abreast<F::kRows>(begin, end, [&](int64_t from, int64_t to) {
-        with_all_tokens<F, Load, F::kRows>(op, x, from, to);
-    });
+    begin = abreast<F::kRows>(
+        begin, end, [&](int64_t from, int64_t to) { with_all_tokens<F, Load, F::kRows>(op, x, from, to); });
     abreast<1>(begin, end, [&](int64_t from, int64_t to) { with_all_tokens<F, Load, 1>(op, x, from, to); });
 }
 
@@ -353,18 +383,29 @@ void rows_of(const NmLinear& op, const void* prepared, int64_t begin, int64_t en
     });
 }
 
-// One token, padded with zeros to whole chunks.
+template <class F>
+MSP_HD int64_t width(const NmLinear& op) {
+    return op.tokens == 1 ? 1 : F::kTokens;
+}
+
+template <class F>
+int64_t batch_bytes(const NmLinear& op) {
+    return op.weight.chunks() * 32 * width<F>(op) * static_cast<int64_t>(sizeof(typename F::X));
+}
+
+// Tokens from `first` on, as many as lie together, padded with zeros to whole chunks.
 template <class F, class Stored>
-void prepare_as(const NmLinear& op, int64_t token, void* prepared) {
-    const int64_t columns = op.weight.columns;
-    const auto* x = static_cast<const Stored*>(op.x) + token * columns;
-    auto* to = static_cast<typename F::X*>(prepared);
-    const int64_t whole = columns / 32 * 32;
-    for (int64_t c = 0; c < whole; c += 32) F::prepare(x + c, to + c);
-    if (whole < columns) {
-        Stored rest[32] = {};
-        std::memcpy(rest, x + whole, static_cast<size_t>(columns - whole) * sizeof(Stored));
-        F::prepare(rest, to + whole);
+void prepare_as(const NmLinear& op, int64_t first, void* prepared) {
+    const int64_t columns = op.weight.columns, whole = columns / 32, step = width<F>(op) * 32;
+    for (int64_t t = 0; t < width<F>(op) && first + t < op.tokens; ++t) {
+        const auto* x = static_cast<const Stored*>(op.x) + (first + t) * columns;
+        auto* to = static_cast<typename F::X*>(prepared) + t * 32;
+        for (int64_t chunk = 0; chunk < whole; ++chunk) F::prepare(x + chunk * 32, to + chunk * step);
+        if (whole < op.weight.chunks()) {
+            Stored rest[32] = {};
+            std::memcpy(rest, x + whole * 32, static_cast<size_t>(columns - whole * 32) * sizeof(Stored));
+            F::prepare(rest, to + whole * step);
+        }
     }
 }
 

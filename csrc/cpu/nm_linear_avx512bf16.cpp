@@ -19,15 +19,12 @@ struct Pairs {
     static MSP_HD void multiply(__m512& sum, Chunk w, const X* x) {
         sum = _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_loadu_si512(x));
     }
-    static MSP_HD void prepare(const uint16_t* x, X* to) {
-        _mm512_storeu_si512(to, _mm512_loadu_si512(x));
-    }
+    static MSP_HD void prepare(const uint16_t* x, X* to) { _mm512_storeu_si512(to, _mm512_loadu_si512(x)); }
 };
-
-int64_t batch_bytes(const NmLinear& op) { return op.weight.chunks() * 32 * 2; }
 
 }  // namespace
 
-const LinearPath kLinearAvx512Bf16{1, batch_bytes, prepare_as<Pairs, uint16_t>, rows_of<Pairs>, unpack_rows};
+const LinearPath kLinearAvx512Bf16{Pairs::kTokens, batch_bytes<Pairs>, prepare_as<Pairs, uint16_t>,
+                                   rows_of<Pairs>, unpack_rows};
 
 }  // namespace msp

@@ -16,7 +16,7 @@ from msp.patterns import NMPattern
 
 native = pytest.importorskip("msp._cpu", reason="the compiled module msp._cpu is not built")
 
-ISAS = ("scalar", "avx2", "avx512", "amx")
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amx")
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
