@@ -74,12 +74,12 @@ def test_one_token(benchmark, dense, pattern: str) -> None:
     compare(benchmark, dense, pattern, 1)
 
 
-@pytest.mark.parametrize("tokens", [2, 4, 8, 16, 32, 128, 512])
+@pytest.mark.parametrize("tokens", [2, 4, 8, 16, 32, 128, 512, 1024])
 def test_tokens_2_8(benchmark, dense, tokens: int) -> None:
     compare(benchmark, dense, "2:8", tokens)
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "scalar"])
+@pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "scalar"])
 def test_isa_one_token_2_8(benchmark, dense, isa: str) -> None:
     before = os.environ.get("MSP_ISA")
     os.environ["MSP_ISA"] = isa

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runner import measure
+from runner import measure, products_from_registers
 from torch import Tensor
 
 from msp.ops import force_backend, obs_prune
@@ -81,8 +81,10 @@ def test_square(benchmark, size: int, pattern: str) -> None:
         with force_backend("cpu"):
             op(weight, factor, chosen.n, chosen.m, BLOCK)
 
-    # As many operations as the updates have, in one go: what to aim at, as torch's product does it.
+    # As many operations as the updates have, in one go: what to aim at, as torch's product does it, and the least
+    # that any fp32 implementation takes here.
     a, b = torch.randn(size, size // 2), torch.randn(size // 2, size)
+    alone = products_from_registers(size**3 // 2)
     measure(
         benchmark,
         ours,
@@ -91,6 +93,7 @@ def test_square(benchmark, size: int, pattern: str) -> None:
             "reference": lambda: reference(weight, factor, chosen.n, chosen.m, BLOCK),
             "ours unpacked": sweep,
             "one torch product": lambda: a @ b,
+            **({"products alone": alone} if alone else {}),
         },
         error=error_where_the_choice_agrees(weight, factor, chosen.n, chosen.m),
         bound=1e-5,

@@ -100,19 +100,43 @@ def native_peers() -> ctypes.CDLL:
     library = ctypes.CDLL(str(target))
     library.read_words.restype = ctypes.c_uint64
     library.has_dense_gemv.restype = ctypes.c_bool
+    library.multiply_add.restype = ctypes.c_bool
     return library
 
 
 @functools.cache
 def read_bandwidth() -> float:
-    """GB/s at which torch's number of threads reads 1 GiB that is in no cache; the median of ten."""
+    """GB/s at which torch's number of threads reads memory that is in no cache.
+
+    The median over the parts of 1 GiB, each as large as a weight and so as quickly read: a machine that stands
+    still for some milliseconds now and then would otherwise slow every read of this down, but few of the others.
+    """
     import torch
 
-    words = torch.ones(1 << 27, dtype=torch.int64)
-    pointer, count = ctypes.c_void_p(words.data_ptr()), ctypes.c_int64(words.numel())
-    read = functools.partial(native_peers().read_words, pointer, count, torch.get_num_threads())
-    read()
-    return words.nbytes / statistics.median(_time(read) for _ in range(10)) / 1e9
+    words = torch.randint(1 << 62, (1 << 27,))
+    parts = words.split(1 << 22)
+
+    def read(part: torch.Tensor) -> None:
+        pointer, count = ctypes.c_void_p(part.data_ptr()), ctypes.c_int64(part.numel())
+        native_peers().read_words(pointer, count, torch.get_num_threads())
+
+    times = [_time(functools.partial(read, part)) for _ in range(4) for part in parts]
+    return parts[0].nbytes / statistics.median(times[len(parts) :]) / 1e9
+
+
+def products_from_registers(count: int) -> Call | None:
+    """A call that multiplies and adds in fp32 ``count`` times on torch's number of threads, out of registers.
+
+    No computation with as many products takes less time. None without AVX-512.
+    """
+    import torch
+
+    library = native_peers()
+
+    def call() -> None:
+        library.multiply_add(ctypes.c_int64(count), torch.get_num_threads())
+
+    return call if library.multiply_add(ctypes.c_int64(0), 1) else None
 
 
 def machine() -> dict[str, Any]:

@@ -1,5 +1,6 @@
-// What the CPU kernels are measured against and no library offers: the read bandwidth of the machine, and a
-// dense GEMV in the style of our own. Compiled for the machine it runs on when a benchmark starts.
+// What the CPU kernels are measured against and no library offers: the read bandwidth of the machine, its
+// fp32 products, and a dense GEMV in the style of our own. Compiled for the machine it runs on when a
+// benchmark starts.
 #include <immintrin.h>
 
 #include <atomic>
@@ -29,6 +30,29 @@ extern "C" uint64_t read_words(const uint64_t* words, int64_t count, int threads
                       [&](int64_t begin, int64_t end) { all ^= read(words, begin, end); });
     return all;
 }
+
+#if defined(__AVX512F__)
+// `count` fused multiply-adds in fp32, in registers: as many chains as hide their latency.
+extern "C" bool multiply_add(int64_t count, int threads) {
+    const int64_t turns = count / (16 * 8);
+    std::atomic<float> all{0};
+    msp::parallel_for(turns, turns / (4 * threads) + 1, threads, [&](int64_t begin, int64_t end) {
+        const __m512 a = _mm512_set1_ps(0.5f + 1e-9f * static_cast<float>(begin)), b = a;
+        __m512 s0 = a, s1 = a, s2 = a, s3 = a, s4 = a, s5 = a, s6 = a, s7 = a;
+        for (int64_t turn = begin; turn < end; ++turn) {
+            s0 = _mm512_fmadd_ps(a, s0, b), s1 = _mm512_fmadd_ps(a, s1, b), s2 = _mm512_fmadd_ps(a, s2, b);
+            s3 = _mm512_fmadd_ps(a, s3, b), s4 = _mm512_fmadd_ps(a, s4, b), s5 = _mm512_fmadd_ps(a, s5, b);
+            s6 = _mm512_fmadd_ps(a, s6, b), s7 = _mm512_fmadd_ps(a, s7, b);
+            // else the compiler would see eight times the same
+            asm("" : "+v"(s0), "+v"(s1), "+v"(s2), "+v"(s3), "+v"(s4), "+v"(s5), "+v"(s6), "+v"(s7));
+        }
+        all = _mm512_reduce_add_ps(s0 + s1 + s2 + s3 + s4 + s5 + s6 + s7);
+    });
+    return true;
+}
+#else
+extern "C" bool multiply_add(int64_t, int) { return false; }
+#endif
 
 #if defined(__AVX512BF16__)
 extern "C" bool has_dense_gemv() { return true; }

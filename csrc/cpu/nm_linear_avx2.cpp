@@ -79,37 +79,54 @@ MSP_HD float horizontal_sum(__m256 sum) {
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 
+// Where the values of the four bytes of a chunk begin, counted from its start so that the four do not wait
+// for each other. Groups of 4 and 8 put equally many under every byte.
+MSP_HD void chunk_offsets(const Packed& weight, uint32_t mask, int bytes, int64_t (&offsets)[4]) {
+    if (weight.group_size <= 8) {
+        const int64_t step = 8 / weight.group_size * weight.n * bytes;
+        for (int i = 0; i < 4; ++i) offsets[i] = i * step;
+    } else {
+        offsets[0] = 0;
+        offsets[1] = _mm_popcnt_u32(mask & 0xff) * bytes;
+        offsets[2] = _mm_popcnt_u32(mask & 0xffff) * bytes;
+        offsets[3] = _mm_popcnt_u32(mask & 0xffffff) * bytes;
+    }
+}
+
 // Calls visit(column / 8, bytes of values, mask) for each eight columns of a row. A load takes eight values
 // wherever it starts: where that would reach past the array, the values are copied first.
 template <class F, class Visit>
 MSP_HD void for_each_eight(const Packed& weight, int64_t row, const Visit& visit) {
+    constexpr int64_t kLoad = 8 * F::kBytes;
     const int64_t mask_bytes = bitmask_row_bytes(weight.columns);
     const uint8_t* bits = weight.bitmask + row * mask_bytes;
     const int64_t row_values = weight.row_values();
     const auto* values = static_cast<const uint8_t*>(weight.values) + row * row_values * F::kBytes;
     const auto* end = static_cast<const uint8_t*>(weight.values) + weight.rows * row_values * F::kBytes;
     const int64_t step = weight.chunk_values() * F::kBytes;
-    auto take = [&](int64_t eight, const uint8_t* from, uint32_t mask) __attribute__((always_inline)) {
-        if (__builtin_expect(end - from < 8 * F::kBytes, 0)) {
-            alignas(32) uint8_t copy[8 * F::kBytes] = {};
-            if (from < end) std::memcpy(copy, from, static_cast<size_t>(end - from));
-            visit(eight, copy, mask);
-        } else {
-            visit(eight, from, mask);
-        }
-    };
     const int64_t whole = weight.columns / 32;
-    for (int64_t chunk = 0; chunk < whole; ++chunk, values += step) {
-        const uint32_t mask = chunk_mask(bits, mask_bytes, chunk);
+    // from this chunk on, a load could reach past the end
+    const int64_t room = step > 0 ? (end - values - kLoad) / step : 0;
+    const int64_t safe = room < 0 ? 0 : room < whole ? room : whole;
+    int64_t offsets[4];
+    for (int64_t chunk = 0; chunk < safe; ++chunk, values += step) {
+        uint32_t mask;
+        std::memcpy(&mask, bits + 4 * chunk, 4);
         _mm_prefetch(reinterpret_cast<const char*>(values) + 1024, _MM_HINT_T0);
-        // counted from the start of the chunk, so that the four do not wait for each other
-        take(4 * chunk, values, mask & 0xff);
-        take(4 * chunk + 1, values + _mm_popcnt_u32(mask & 0xff) * F::kBytes, mask >> 8 & 0xff);
-        take(4 * chunk + 2, values + _mm_popcnt_u32(mask & 0xffff) * F::kBytes, mask >> 16 & 0xff);
-        take(4 * chunk + 3, values + _mm_popcnt_u32(mask & 0xffffff) * F::kBytes, mask >> 24);
+        chunk_offsets(weight, mask, F::kBytes, offsets);
+        visit(4 * chunk, values, mask & 0xff);
+        visit(4 * chunk + 1, values + offsets[1], mask >> 8 & 0xff);
+        visit(4 * chunk + 2, values + offsets[2], mask >> 16 & 0xff);
+        visit(4 * chunk + 3, values + offsets[3], mask >> 24);
     }
-    for (int64_t byte = 4 * whole; byte < mask_bytes; ++byte) {
-        take(byte, values, bits[byte]);
+    for (int64_t byte = 4 * safe; byte < mask_bytes; ++byte) {
+        if (end - values < kLoad) {
+            alignas(32) uint8_t copy[kLoad] = {};
+            if (values < end) std::memcpy(copy, values, static_cast<size_t>(end - values));
+            visit(byte, copy, bits[byte]);
+        } else {
+            visit(byte, values, bits[byte]);
+        }
         values += _mm_popcnt_u32(bits[byte]) * F::kBytes;
     }
 }
@@ -117,19 +134,25 @@ MSP_HD void for_each_eight(const Packed& weight, int64_t row, const Visit& visit
 template <class F, int Tokens>
 MSP_HD void row_with_tokens(const NmLinear& op, const float* x, int64_t row, int64_t token) {
     const int64_t stride = op.weight.chunks() * 32;
-    __m256 sums[Tokens][2];
-    for (auto& sum : sums) sum[0] = sum[1] = _mm256_setzero_ps();
+    // an FMA waits four cycles for the one before it on the same sum, so a lone token has more of them
+    constexpr int kSums = Tokens == 1 ? 4 : 2;
+    __m256 sums[Tokens][kSums];
+    for (auto& of_token : sums) {
+        for (auto& sum : of_token) sum = _mm256_setzero_ps();
+    }
     for_each_eight<F>(
         op.weight, row,
         [&](int64_t eight, const uint8_t* values, uint32_t mask) __attribute__((always_inline)) {
             const __m256 w = F::expand(values, mask);
             for (int t = 0; t < Tokens; ++t) {
-                __m256& sum = sums[t][eight & 1];
+                __m256& sum = sums[t][eight % kSums];
                 sum = _mm256_fmadd_ps(w, _mm256_load_ps(x + (token + t) * stride + 8 * eight), sum);
             }
         });
     for (int t = 0; t < Tokens; ++t) {
-        store_output(op, token + t, row, horizontal_sum(_mm256_add_ps(sums[t][0], sums[t][1])));
+        __m256 sum = _mm256_add_ps(sums[t][0], sums[t][1]);
+        if constexpr (kSums == 4) sum = _mm256_add_ps(sum, _mm256_add_ps(sums[t][2], sums[t][3]));
+        store_output(op, token + t, row, horizontal_sum(sum));
     }
 }
 

@@ -92,6 +92,16 @@ def test_every_n_and_odd_sizes(isa: str, m: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [3072, 3104, 4744, 9000])
+def test_rows_longer_than_the_tokens_in_cache(isa: str, columns: int, dtype: torch.dtype) -> None:
+    packed = pack(20, columns, 3, 8, dtype)
+    for tokens in (1, 2, 7, 8, 15, 64):
+        x = torch.randn(tokens, columns, dtype=dtype)
+        bias = torch.randn(20, dtype=dtype) if tokens % 2 else None
+        assert_product(run(x, packed, bias), x, packed, bias)
+
+
+@pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=str)
 def test_reads_nothing_past_the_end(isa: str, dtype: torch.dtype, fenced) -> None:
     """Every array ends where the memory of the process does: one byte more would be a crash."""
     for n, m in ((1, 4), (3, 8), (2, 16), (31, 32), (5, 32)):
