@@ -215,7 +215,9 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
-    _library.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    # as custom_op does: a compiler that gave up on the calling frame would try its luck with this one
+    opaque = torch._disable_dynamo(implementation)  # type: ignore[attr-defined]
+    _library.impl(name, opaque, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"msp::{name}", fake, lib=_library)
     return getattr(torch.ops.msp, name).default
 
