@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from msp.errors import MspError
-from msp.ops import PackedWeight, nm_linear
+from msp.ops import PackedWeight
+from msp.ops.nm_linear import product
 from msp.patterns import NMPattern
 
 
@@ -56,8 +57,14 @@ class SparseLinear(nn.Module):
 
     @classmethod
     def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None) -> SparseLinear:
-        """A module that shares memory with ``packed`` and, where given, ``bias`` ``[out_features]``."""
+        """A module that shares memory with ``packed`` and, where given, ``bias`` ``[out_features]``.
+
+        Raises:
+            MspError: the bias or the parts of ``packed`` do not fit; no later call checks them.
+        """
         rows, columns = packed.shape
+        if not packed.bitmask.is_meta:
+            packed.check()
         if bias is not None and bias.shape != (rows,):
             raise MspError(f"a bias of shape {list(bias.shape)} for {rows} output features")
         module = cls(columns, rows, packed.pattern, bias is not None, device="meta", dtype=packed.dtype)
@@ -78,7 +85,8 @@ class SparseLinear(nn.Module):
         return self.packed.unpack()
 
     def forward(self, x: Tensor) -> Tensor:
-        return nm_linear(x, self.packed, self.bias)
+        pattern = self.pattern
+        return product(x, self.values, self.bitmask, self.bias, pattern.n, pattern.m, self.in_features)
 
     def extra_repr(self) -> str:
         return (

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from msp.checkpoint import replace_linears
@@ -67,6 +68,16 @@ def test_a_new_module_is_valid_and_computes_its_bias(columns: int, pattern: str)
     assert torch.equal(module(torch.randn(2, columns)), module.bias.expand(2, 3))
 
 
+def test_refuses_tokens_that_do_not_fit() -> None:
+    module = make("2:8")
+    with pytest.raises(TypeError, match=r"x is torch\.bfloat16, but the packed values are torch\.float32"):
+        module(torch.randn(2, 96).bfloat16())
+    with pytest.raises(ValueError, match=r"x has shape \[2, 88\], but its last dimension must be 96"):
+        module(torch.randn(2, 88))
+    with pytest.raises(ValueError, match="x is on meta"):
+        module(torch.randn(2, 96, device="meta"))
+
+
 def test_extra_repr_tells_sizes_pattern_and_bias() -> None:
     assert repr(make("2:8", bias=False)) == "SparseLinear(in_features=96, out_features=7, pattern=2:8, bias=False)"
 
@@ -88,6 +99,13 @@ def test_shares_memory_with_what_it_was_made_from() -> None:
 def test_refuses_a_bias_of_another_length() -> None:
     with pytest.raises(MspError, match=r"\[5\].*4 output features"):
         SparseLinear.from_packed(nm_select(torch.randn(4, 32), NMPattern(2, 8)), torch.zeros(5))
+
+
+def test_refuses_a_wrong_bitmask() -> None:
+    packed = nm_select(torch.randn(4, 32), NMPattern(2, 8))
+    packed.bitmask[2, 1] = 0b0000_0111
+    with pytest.raises(MspError, match="row 2, group 1, which keeps 3"):
+        SparseLinear.from_packed(packed)
 
 
 def test_deepcopy_is_independent() -> None:
@@ -154,6 +172,37 @@ def test_compiles_without_a_graph_break(pattern: str, bias: bool) -> None:
     for tokens in (1, 3):
         x = torch.randn(tokens, 96)
         torch.testing.assert_close(compiled(x), module(x))
+
+
+def test_compiles_with_inductor() -> None:
+    torch._dynamo.reset()
+    module = make("3:8", dtype=torch.bfloat16)
+    layer = nn.Sequential(module, nn.ReLU())
+    x = torch.randn(2, 3, 96).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
+
+
+def test_a_packed_llama_compiles_whole_and_generates_the_same() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, eos_token_id=None)).eval()
+    linears = {name: linear for name, linear in model.model.named_modules() if isinstance(linear, nn.Linear)}
+    patterns = [NMPattern(1 + index % 8, 8) for index in range(len(linears))]
+    items = zip(linears.items(), patterns, strict=True)
+    replace_linears(model, {f"model.{name}": nm_select(linear.weight.detach(), p) for (name, linear), p in items})
+    ids = torch.randint(0, 64, (2, 5))
+
+    def generate() -> torch.Tensor:
+        return model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, cache_implementation="static")
+
+    with torch.no_grad():
+        wanted, tokens = model(ids).logits, generate()
+        model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(model(ids).logits, wanted)
+        assert torch.equal(generate(), tokens)
 
 
 class Holder(nn.Module):
