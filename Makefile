@@ -63,8 +63,9 @@ sanitize: $(INSTALLED) ## the C++ kernels under the address, undefined-behaviour
 	    -o $(SANITIZED)/parallel_stress
 	$(SANITIZED)/parallel_stress
 
-gpu-check: $(INSTALLED) ## the ops on this machine's GPU; result in benchmarks/results/gpu-check-<date>.json
-	$(BIN)/python .ci/gpu_check.py
+# Any Python that has torch will do, so that a machine with a GPU and no network can check what it was handed.
+gpu-check: ## prove the kernels on this machine's GPU; ONLY="spmm bench" for a part, OUT= for another result file
+	PYTHONPATH=$(CURDIR)/.ci $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m gpu_check $(ONLY) $(if $(OUT),--out "$(OUT)")
 
 bench: $(INSTALLED) ## the speed of the kernels and of decoding on this machine, into benchmarks/results/ and docs/
 	mkdir -p build
