@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from msp.errors import MspError
-from msp.ops import PackedWeight, nm_linear
+from msp.ops import PackedWeight
+from msp.ops.nm_linear import product
 from msp.patterns import NMPattern
 
 
@@ -78,7 +79,8 @@ class SparseLinear(nn.Module):
         return self.packed.unpack()
 
     def forward(self, x: Tensor) -> Tensor:
-        return nm_linear(x, self.packed, self.bias)
+        pattern = self.pattern
+        return product(x, self.values, self.bitmask, self.bias, pattern.n, pattern.m, self.in_features)
 
     def extra_repr(self) -> str:
         return (

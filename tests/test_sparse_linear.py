@@ -67,6 +67,16 @@ def test_a_new_module_is_valid_and_computes_its_bias(columns: int, pattern: str)
     assert torch.equal(module(torch.randn(2, columns)), module.bias.expand(2, 3))
 
 
+def test_refuses_tokens_that_do_not_fit() -> None:
+    module = make("2:8")
+    with pytest.raises(TypeError, match=r"x is torch\.bfloat16, but the packed values are torch\.float32"):
+        module(torch.randn(2, 96).bfloat16())
+    with pytest.raises(ValueError, match=r"x has shape \[2, 88\], but its last dimension must be 96"):
+        module(torch.randn(2, 88))
+    with pytest.raises(ValueError, match="x is on meta"):
+        module(torch.randn(2, 96, device="meta"))
+
+
 def test_extra_repr_tells_sizes_pattern_and_bias() -> None:
     assert repr(make("2:8", bias=False)) == "SparseLinear(in_features=96, out_features=7, pattern=2:8, bias=False)"
 

@@ -101,7 +101,10 @@ def _serves_device(backend: str, device_type: str) -> bool:
 class _Backend:
     function: Callable[..., Any]
     available: Callable[[], bool]
-    supports: Callable[..., bool]
+    supports: Callable[..., bool] | None
+
+    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return self.supports is None or self.supports(*args, **kwargs)
 
 
 class Op(Generic[P, T]):
@@ -139,9 +142,7 @@ class Op(Generic[P, T]):
             "cpu": lambda: hasattr(compiled_module("msp._cpu"), self.name),
             "cuda": lambda: hasattr(compiled_module("msp._cuda"), self.name) and torch.cuda.is_available(),
         }
-        self._backends[backend] = _Backend(
-            function, available or defaults[backend], supports or (lambda *args, **kwargs: True)
-        )
+        self._backends[backend] = _Backend(function, available or defaults[backend], supports)
 
     def backend(
         self,
@@ -166,8 +167,10 @@ class Op(Generic[P, T]):
         return self._last.get()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
-        device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        name = self._choose(device.type, args, kwargs)
+        first = args[0] if args else None
+        if not isinstance(first, Tensor):
+            first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        name = self._choose(first.device.type, args, kwargs)
         result: T = self._backends[name].function(*args, **kwargs)
         self._last.set(name)
         return result
@@ -179,7 +182,7 @@ class Op(Generic[P, T]):
             return forced
         for name in AUTOMATIC.get(device_type, ()):
             backend = self._backends.get(name)
-            if backend is not None and backend.available() and backend.supports(*args, **kwargs):
+            if backend is not None and backend.available() and backend.takes(args, kwargs):
                 return name
         return "reference"
 
@@ -191,12 +194,30 @@ class Op(Generic[P, T]):
             reason = "this machine or installation lacks it"
         elif not _serves_device(name, device_type):
             reason = f"it cannot serve tensors on {device_type}"
-        elif not backend.supports(*args, **kwargs):
+        elif not backend.takes(args, kwargs):
             reason = "it does not support these arguments"
         else:
             return
         available = ", ".join(self.available())
         raise UsageError(f"{self.name}: backend {name!r} was forced, but {reason}; available: {available}")
+
+
+_library = torch.library.Library("msp", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """The torch op ``msp::<name>``, as ``torch.library.custom_op`` makes it, but 4 us cheaper in every call.
+
+    Args:
+        schema: ``name(Tensor x, int n) -> Tensor``; nothing may be mutated or returned.
+        implementation: takes the arguments in order, on every device.
+        fake: the same for tensors without data.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
+    _library.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"msp::{name}", fake, lib=_library)
+    return getattr(torch.ops.msp, name).default
 
 
 def _forced_by_environment() -> str | None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from msp.ops import PackedWeight, force_backend, last_backend, nm_linear, nm_select
-from msp.ops.nm_linear import nm_linear_op
+from msp.ops.nm_linear import inference_op, nm_linear_op
 from msp.patterns import NMPattern
 
 BACKENDS = ["reference", "triton", "cpu"]
@@ -223,6 +223,36 @@ def test_is_a_well_formed_torch_op(pattern):
     torch.library.opcheck(nm_linear_op, (x, packed.values, packed.bitmask, bias, n, m, 24))
     trained = packed.values.clone().requires_grad_()
     torch.library.opcheck(nm_linear_op, (x, trained, packed.bitmask, bias.requires_grad_(), n, m, 24))
+    with torch.no_grad():
+        torch.library.opcheck(inference_op, (x.detach(), packed.values, packed.bitmask, bias.detach(), n, m, 24))
+
+
+@pytest.mark.parametrize("which", [nm_linear_op, inference_op], ids=str)
+def test_the_op_itself_refuses_parts_of_another_shape(which):
+    packed, bias, _ = make(6, 24, "2:8", torch.float32, "cpu")
+    values, bitmask = packed.values, packed.bitmask
+    for wrong in ((values[:, :5], bitmask), (values, bitmask[:, :2]), (values, bitmask[:5]), (values[:5], bitmask)):
+        with pytest.raises(ValueError, match=r"2:8 needs \[\d, 6\] and \[\d, 3\]"):
+            which(torch.zeros(3, 24), *wrong, None, 2, 8, 24)
+    with pytest.raises(ValueError, match="bias has shape"):
+        which(torch.zeros(3, 24), values, bitmask, bias[:5], 2, 8, 24)
+    with pytest.raises(ValueError, match=r"x has shape \[3, 16\]"):
+        which(torch.zeros(3, 16, device="meta"), values.to("meta"), bitmask.to("meta"), None, 2, 8, 24)
+
+
+def test_without_gradients_the_op_that_autograd_does_not_know_serves():
+    packed, bias, _ = make(6, 24, "2:8", torch.float32, "cpu")
+    x = torch.randn(4, 24, requires_grad=True)
+
+    def served(x, bias):
+        with torch.profiler.profile() as profile:
+            nm_linear(x, packed, bias)
+        return {event.name for event in profile.events() if event.name.startswith("msp::")}
+
+    assert served(x, bias) == served(x.detach(), bias.clone().requires_grad_()) == {"msp::nm_linear"}
+    assert served(x.detach(), bias) == {"msp::nm_linear_inference"}
+    with torch.no_grad():
+        assert served(x, bias) == {"msp::nm_linear_inference"}
 
 
 def test_triton_unpacks_what_was_packed(device):
