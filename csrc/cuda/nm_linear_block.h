@@ -16,7 +16,7 @@ constexpr int kRingBytes = kLinearWarps * kRingDepth * kWarpChunkBytes;
 
 // Columns are dealt out in tiles, as evenly as whole tiles allow.
 MSP_HD constexpr int first_tile(int tiles, int part, int parts) {
-    return static_cast<int>(static_cast<int64_t>(tiles) * part / parts);
+    return static_cast<int>(static_cast<uint32_t>(tiles * part) / static_cast<uint32_t>(parts));
 }
 
 // Most tiles that a block, which has every part of one split, can have.
