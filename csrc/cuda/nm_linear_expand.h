@@ -40,7 +40,7 @@ struct Expander {
     static __device__ uint32_t window(const uint32_t (&values)[Count], int first) {
         const uint32_t low = values[first / 2];
         if (first % 2 == 0) return low;
-        return __byte_perm(low, first / 2 + 1 < Count ? values[first / 2 + 1] : 0u, 0x5432);
+        return permute_bytes(low, first / 2 + 1 < Count ? values[first / 2 + 1] : 0u, 0x5432);
     }
 
     // The weights of the 8 columns of byte `byte` of `word`, whose values start at value `first`.
@@ -80,8 +80,9 @@ struct Expander {
         for (int pair = 0; pair < 4; ++pair) {
             const uint32_t selector = selectors[pair / 2] >> (pair % 2 * 16);
             weights[pair] =
-                pair < 2 ? __byte_perm(low, high, selector) : __byte_perm(last_low, last_high, selector);
-            if (kWithKeep) weights[pair] &= __byte_perm(keep[pair / 2], 0u, pair % 2 == 0 ? 0x1100 : 0x3322);
+                pair < 2 ? permute_bytes(low, high, selector) : permute_bytes(last_low, last_high, selector);
+            if (kWithKeep)
+                weights[pair] &= permute_bytes(keep[pair / 2], 0u, pair % 2 == 0 ? 0x1100 : 0x3322);
         }
     }
 };
