@@ -31,6 +31,15 @@ extern "C" int64_t nm_spmm_workspace(int64_t tokens, int64_t rows, int64_t colum
     return bytes;
 }
 
+// Tokens of a tile, splits of K, blocks of a cluster.
+extern "C" void nm_spmm_cut(int64_t tokens, int64_t rows, int64_t columns, int major, int multiprocessors,
+                            int* cut) {
+    const SpmmPlan plan = spmm_plan(tokens, rows, columns, major == 9, multiprocessors);
+    cut[0] = plan.tokens;
+    cut[1] = plan.splits;
+    cut[2] = plan.cluster;
+}
+
 extern "C" const char* nm_spmm_pack(const uint16_t* values, const uint8_t* bitmask, void* fragments,
                                     int64_t rows, int64_t columns, int group_size, int n, uint64_t seed) {
     return emulation::guarded([&] {

@@ -156,7 +156,7 @@ void wgmma_sp(float (&d)[N / 2], uint4 a, uint64_t b, uint32_t metadata) {
         const uint32_t base = emulation::in_block(start, emulation::current->block->rank);
         std::array<float*, 32> sums;
         for (size_t i = 0; i < 32; ++i) sums[i] = lanes[i]->d;
-        emulation::hold_products([=] {
+        emulation::hold_product([=] {
             auto tokens = std::make_unique<emulation::Matrix<N, 32>>();
             for (uint32_t n = 0; n < N; ++n) {
                 for (uint32_t k = 0; k < 32; ++k) {
