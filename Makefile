@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY ?= passive
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -67,6 +67,9 @@ sanitize: $(INSTALLED) ## the C++ kernels under the address, undefined-behaviour
 gpu-check: ## prove the kernels on this machine's GPU; ONLY="spmm bench" for a part, OUT= for another result file
 	PYTHONPATH=$(CURDIR)/.ci $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m gpu_check $(ONLY) $(if $(OUT),--out "$(OUT)")
 
+kernel-table: $(INSTALLED) ## docs/kernels/resources.md from the compiled GPU kernels; needs nvcc, but no GPU
+	$(BIN)/python tests/build/kernel_table.py
+
 bench: $(INSTALLED) ## the speed of the kernels and of decoding on this machine, into benchmarks/results/ and docs/
 	mkdir -p build
 	$(BIN)/python -m pytest benchmarks --benchmark-disable-gc --benchmark-json build/bench.json $(ARGS)
@@ -79,4 +82,4 @@ clean: ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info .coverage coverage.xml .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f msp/*.so
 
-.PHONY: help build demo test coverage lint format types wheel sanitize gpu-check bench quality clean
+.PHONY: help build demo test coverage lint format types wheel sanitize gpu-check kernel-table bench quality clean

@@ -195,13 +195,15 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_
                  : "memory");
 }
 
-// Arrive at the barrier that lies at the same place in another block of the cluster.
+// Arrive at the barrier that lies at the same place in another block of the cluster. Ordered within the block
+// only, which is enough where copies and wgmma are all that touch the memory it guards; more would flush
+// caches.
 __device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
     asm volatile(
         "{\n"
         ".reg .b32 remote;\n"
         "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
         "}" ::"r"(barrier),
         "r"(rank)
         : "memory");
@@ -214,7 +216,7 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
         asm volatile(
             "{\n"
             ".reg .pred over;\n"
-            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%1], %2;\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n"
             "selp.u32 %0, 1, 0, over;\n"
             "}"
             : "=r"(done)

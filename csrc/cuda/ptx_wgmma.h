@@ -29,35 +29,33 @@ __device__ __forceinline__ void wgmma_wait() {
 #define MSP_F16(i) MSP_F4(i), MSP_F4(i + 4), MSP_F4(i + 8), MSP_F4(i + 12)
 #define MSP_F64(i) MSP_F16(i), MSP_F16(i + 16), MSP_F16(i + 32), MSP_F16(i + 48)
 
-#define MSP_WGMMA_SP(shape, type, accumulators, operands, accumulate_operand, ...)                \
-    asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " accumulate_operand         \
-                 ", 0;\n"                                                                         \
-                 "wgmma.mma_async.sp.sync.aligned." shape ".f32." type "." type " {" accumulators \
-                 "}, " operands ", accumulate, 1, 1, 0;\n}"                                       \
-                 : __VA_ARGS__                                                                    \
-                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(metadata), "n"(Selector),  \
-                   "r"(static_cast<uint32_t>(accumulate)))
+#define MSP_WGMMA_SP(shape, type, accumulators, operands, ...)                                          \
+    asm volatile(                                                                                       \
+        "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"                                                  \
+        "wgmma.mma_async.sp.sync.aligned." shape ".f32." type "." type " {" accumulators "}, " operands \
+        ", add, 1, 1, 0;\n}"                                                                            \
+        : __VA_ARGS__                                                                                   \
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(metadata), "n"(Selector))
 
 #define MSP_WGMMA_SP_TYPE(type)                                                                            \
     if constexpr (N == 64) {                                                                               \
         MSP_WGMMA_SP("m64n64k32", type, MSP_D10() MSP_D10(1) MSP_D10(2) "%30,%31",                         \
-                     "{%32, %33, %34, %35}, %36, %37, %38", "%39", MSP_F16(0), MSP_F16(16));               \
+                     "{%32, %33, %34, %35}, %36, %37, %38", MSP_F16(0), MSP_F16(16));                      \
     } else if constexpr (N == 128) {                                                                       \
         MSP_WGMMA_SP("m64n128k32", type, MSP_D60 "%60,%61,%62,%63", "{%64, %65, %66, %67}, %68, %69, %70", \
-                     "%71", MSP_F64(0));                                                                   \
+                     MSP_F64(0));                                                                          \
     } else {                                                                                               \
         MSP_WGMMA_SP("m64n256k32", type,                                                                   \
                      MSP_D60 MSP_D10(6) MSP_D10(7) MSP_D10(8) MSP_D10(9) MSP_D10(10)                       \
                          MSP_D10(11) "%120,%121,%122,%123,%124,%125,%126,%127",                            \
-                     "{%128, %129, %130, %131}, %132, %133, %134", "%135", MSP_F64(0), MSP_F64(64));       \
+                     "{%128, %129, %130, %131}, %132, %133, %134", MSP_F64(0), MSP_F64(64));               \
     }
 
-// 9.7.15.5 wgmma.mma_async.sp: d (+)= a b, with a [64, 32] 2:4 sparse in registers and b [32, N] in shared
+// 9.7.15.5 wgmma.mma_async.sp: d += a b, with a [64, 32] 2:4 sparse in registers and b [32, N] in shared
 // memory, where `b` is its matrix descriptor, k contiguous. Lanes 2 Selector and 2 Selector + 1 of each four
 // hold the metadata.
 template <Dtype D, int N, int Selector>
-__device__ __forceinline__ void wgmma_sp(float (&d)[N / 2], uint4 a, uint64_t b, uint32_t metadata,
-                                         bool accumulate) {
+__device__ __forceinline__ void wgmma_sp(float (&d)[N / 2], uint4 a, uint64_t b, uint32_t metadata) {
     static_assert(N == 64 || N == 128 || N == 256, "no such shape is spelled out");
     if constexpr (D == Dtype::kBFloat16) {
         MSP_WGMMA_SP_TYPE("bf16")

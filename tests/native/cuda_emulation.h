@@ -18,6 +18,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -135,11 +136,19 @@ struct Block {
     size_t shared_bytes = 0;
 };
 
+// An mbarrier: what it still waits for in this phase.
+struct MemoryBarrier {
+    int arrivals, pending;
+    int64_t bytes;
+    uint64_t phase;
+};
+
 // The blocks that run at the same time; one where a launch names no cluster.
 struct Cluster {
     std::vector<Block> blocks;
     std::vector<std::function<void()>> in_flight;  // bulk copies, done in any order
     Barrier barrier;
+    std::map<const void*, MemoryBarrier> memory_barriers;
 };
 
 inline Thread* current = nullptr;
@@ -268,6 +277,7 @@ inline void enter() {
     try {
         body();
         require(current->open_copies.empty() && current->copies.empty(), "cp.async left unfinished");
+        require(warp().open_products.empty() && warp().products.empty(), "wgmma left unfinished");
     } catch (const std::exception& error) {
         if (failure.empty()) failure = error.what();
     }

@@ -10,20 +10,22 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parent
 NATIVE = TESTS / "native"
 
 
-def build(source: str, folder: Path, *flags: str) -> ctypes.CDLL:
-    """``tests/native/<source>`` as a library in ``folder``; .cu files it includes find the emulated CUDA headers."""
+def build(source: str, folder: Path, *kernels: str) -> ctypes.CDLL:
+    """``tests/native/<source>`` and kernels of ``csrc/cuda/``, CUDA and PTX emulated, as a library in ``folder``."""
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     if compiler is None:
         pytest.skip("this machine has no C++ compiler")
     library = folder / f"{Path(source).stem}.so"
     strict = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    includes = [f"-I{NATIVE / 'cuda_headers'}", f"-I{NATIVE}", f"-I{TESTS.parent / 'csrc'}"]
-    command = [compiler, *strict, *flags, *includes, "-shared", "-fPIC", str(NATIVE / source), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    csrc = TESTS.parent / "csrc"
+    includes = [f"-I{NATIVE / 'cuda_headers'}", f"-I{NATIVE}", f"-I{csrc}", "-include", str(NATIVE / "ptx_emulation.h")]
+    sources = ["-x", "c++", str(NATIVE / source), *(str(csrc / "cuda" / kernel) for kernel in kernels)]
+    command = [compiler, *strict, *includes, '-DMSP_CUDA_ARCHS="80,90a"', "-shared", "-fPIC", *sources]
+    done = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(library))
 
