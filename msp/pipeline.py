@@ -20,7 +20,7 @@ from msp.data import DEFAULT_CALIBRATION, DEFAULT_EVALUATION, TokenSets, make_to
 from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference, Quality, perplexity
 from msp.model import LoadedModel, Structure, check_finite, device_of, find_structure, load_model
-from msp.ops import check_forced_backend
+from msp.ops import check_environment
 from msp.patterns import parse_sparsity
 from msp.progress import NoProgress, Progress
 from msp.pruners import get_pruner
@@ -383,7 +383,7 @@ def _device(name: str) -> torch.device:
             raise UsageError(f"device {name!r} is not known to torch") from error
         if device.type == "cuda" and not torch.cuda.is_available():
             raise UsageError("device cuda was asked for, but torch sees no GPU")
-    check_forced_backend(device.type)
+    check_environment(device.type)
     return device
 
 

@@ -293,6 +293,23 @@ def test_wrong_requests_fail_before_the_model_is_loaded(
     assert failed.exit_code == code, failed.stderr
     assert message in failed.stderr
     assert "Traceback" not in failed.stderr and not failed.stdout
+
+
+@pytest.mark.parametrize("arguments", [("generate", "M", "x"), ("evaluate", "M", "--evaluate", "TEXT")], ids=str)
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("MSP_BACKEND", "fortran", "MSP_BACKEND=fortran is not one of cuda, cpu, triton, reference"),
+        ("MSP_ISA", "mmx", "MSP_ISA=mmx is not available on this machine; available: "),
+    ],
+)
+def test_a_wrong_variable_is_wrong_usage(variable, value, message, arguments, llama: Path, text: Path, monkeypatch):
+    pytest.importorskip("msp._cpu", reason="the compiled module msp._cpu is not built")
+    monkeypatch.setenv(variable, value)
+    places = {"M": llama, "TEXT": text}
+    failed = msp_run(*(places.get(argument, argument) for argument in arguments), *("--device", "cpu"))
+    assert failed.exit_code == 2, failed.stderr
+    assert message in failed.stderr
     assert (tmp_path / "taken" / "precious.txt").read_text() == "x"
     assert not (tmp_path / "out").exists()
 

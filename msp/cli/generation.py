@@ -11,6 +11,7 @@ from transformers import StoppingCriteria
 
 from msp.errors import MspError, UsageError
 from msp.model import device_of, load_model
+from msp.ops import check_environment
 from msp.progress import Advance
 
 
@@ -70,6 +71,7 @@ def complete(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_environment(torch.device(device).type)
     loaded = load_model(model, dtype=dtype, device=device)
     if loaded.tokenizer is None:
         raise MspError(f"{model} has no tokenizer to read a prompt with")

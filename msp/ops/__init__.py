@@ -1,6 +1,6 @@
 """The ops: a plain-torch reference and faster backends behind one function each."""
 
-from msp.ops._dispatch import available_backends, check_forced_backend, force_backend, last_backend
+from msp.ops._dispatch import available_backends, check_environment, force_backend, last_backend
 from msp.ops.fisher_diag import fisher_diag_
 from msp.ops.fisher_trace import fisher_trace
 from msp.ops.nm_keep import nm_keep
@@ -13,7 +13,7 @@ from msp.ops.packed import PackedWeight
 __all__ = [
     "PackedWeight",
     "available_backends",
-    "check_forced_backend",
+    "check_environment",
     "fisher_diag_",
     "fisher_trace",
     "force_backend",

@@ -53,6 +53,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 BACKENDS = ("cuda", "cpu", "triton", "reference")
+# What MSP_ISA may name for the cpu backend.
+ISAS = ("amx", "avx512", "avx2", "scalar")
 
 # Per device type, in order of preference. Triton under its interpreter is a test tool: never a choice.
 AUTOMATIC: dict[str, tuple[str, ...]] = {
@@ -215,31 +217,40 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
-    _library.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    # as custom_op does: a compiler that gave up on the calling frame would try its luck with this one
+    opaque = torch._disable_dynamo(implementation)  # type: ignore[attr-defined]
+    _library.impl(name, opaque, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"msp::{name}", fake, lib=_library)
     return getattr(torch.ops.msp, name).default
 
 
 def _forced_by_environment() -> str | None:
     name = os.environ.get("MSP_BACKEND", "").strip().lower()
-    return None if name in ("", "auto") else name
-
-
-def check_forced_backend(device_type: str) -> None:
-    """Raise now what ops forced by ``MSP_BACKEND`` would raise later: that no op has it for tensors on the device.
-
-    Raises:
-        UsageError: no such backend, or one that this machine or installation lacks or that serves other devices.
-    """
-    name = _forced_by_environment()
-    if name is None:
-        return
+    if name in ("", "auto"):
+        return None
     if name not in BACKENDS:
         raise UsageError(f"MSP_BACKEND={name} is not one of {', '.join(BACKENDS)}")
-    if not _serves_device(name, device_type):
+    return name
+
+
+def check_environment(device_type: str) -> None:
+    """Raise now what ops on this device would raise later for the sake of ``MSP_BACKEND`` or ``MSP_ISA``.
+
+    Raises:
+        UsageError: the variable names nothing that is known, or what this machine or installation lacks, or a
+            backend that serves other devices or that no op has.
+    """
+    name = _forced_by_environment()
+    if name is not None and not _serves_device(name, device_type):
         raise UsageError(f"MSP_BACKEND={name} cannot serve tensors on {device_type}")
-    if not any(name in op.available() for op in _ops.values()):
+    if name is not None and not any(name in op.available() for op in _ops.values()):
         raise UsageError(f"MSP_BACKEND={name} was asked for, but this machine or installation lacks it")
+    compiled = compiled_module("msp._cpu")
+    if compiled is not None and device_type == "cpu":
+        try:
+            compiled.isa()
+        except RuntimeError as error:  # names the variable and what this machine has
+            raise UsageError(f"{error} (of {', '.join(ISAS)})") from error
 
 
 @contextmanager

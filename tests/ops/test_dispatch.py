@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from msp.errors import UsageError
-from msp.ops import _dispatch, available_backends, check_forced_backend, force_backend, last_backend, nm_select
+from msp.ops import _dispatch, available_backends, check_environment, force_backend, last_backend, nm_select
 from msp.ops._dispatch import Op
 from msp.patterns import NMPattern
 
@@ -123,7 +123,7 @@ def test_the_environment_forces_and_the_context_wins(make_op, monkeypatch):
     with pytest.raises(UsageError, match=f"{op.name}: backend 'cuda' was forced, but it has no such implementation"):
         op(CPU)
     monkeypatch.setenv("MSP_BACKEND", "fortran")
-    with pytest.raises(UsageError, match=r"backend 'fortran' was forced.*available: cpu, reference"):
+    with pytest.raises(UsageError, match="MSP_BACKEND=fortran is not one of cuda, cpu, triton, reference"):
         op(CPU)
 
 
@@ -239,15 +239,25 @@ def test_nm_select_calls_its_binding_as_agreed(compiled):
 
 def test_a_forced_backend_is_checked_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MSP_BACKEND", raising=False)
-    check_forced_backend("cpu")
+    check_environment("cpu")
     monkeypatch.setenv("MSP_BACKEND", "reference")
-    check_forced_backend("cuda")
+    check_environment("cuda")
     monkeypatch.setenv("MSP_BACKEND", "fortran")
     with pytest.raises(UsageError, match="MSP_BACKEND=fortran is not one of cuda, cpu, triton, reference"):
-        check_forced_backend("cpu")
+        check_environment("cpu")
     monkeypatch.setenv("MSP_BACKEND", "cuda")
     with pytest.raises(UsageError, match="MSP_BACKEND=cuda cannot serve tensors on cpu"):
-        check_forced_backend("cpu")
+        check_environment("cpu")
     monkeypatch.setattr(_dispatch, "_ops", {})
     with pytest.raises(UsageError, match="MSP_BACKEND=cuda was asked for, but this machine or installation lacks it"):
-        check_forced_backend("cuda")
+        check_environment("cuda")
+
+
+def test_a_forced_instruction_set_is_checked_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("msp._cpu", reason="the compiled module msp._cpu is not built")
+    monkeypatch.setenv("MSP_ISA", "scalar")
+    check_environment("cpu")
+    monkeypatch.setenv("MSP_ISA", "mmx")
+    check_environment("cuda")
+    with pytest.raises(UsageError, match=r"MSP_ISA=mmx .*available: .*scalar \(of amx, avx512, avx2, scalar\)"):
+        check_environment("cpu")

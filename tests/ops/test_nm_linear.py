@@ -193,6 +193,23 @@ def test_compiles_without_a_graph_break(pattern):
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+def test_a_compiler_that_gave_up_on_the_caller_leaves_the_op_alone():
+    packed, bias, _ = make(6, 24, "2:8", torch.float32, "cpu")
+
+    def caller(x):
+        try:
+            torch._dynamo.graph_break()
+            return nm_linear_op(x, packed.values, packed.bitmask, bias, 2, 8, 24)
+        finally:
+            pass
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    x = torch.randn(3, 24)
+    assert torch.equal(torch.compile(caller, backend="aot_eager")(x), caller(x))
+    assert not torch._dynamo.utils.counters["graph_break"] and not torch._dynamo.utils.counters["stats"]
+
+
 @pytest.mark.parametrize(
     ("error", "message", "change"),
     [
