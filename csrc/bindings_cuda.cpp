@@ -11,6 +11,7 @@ namespace py = pybind11;
 using namespace py::literals;
 
 namespace msp {
+void bind_linear(py::module_& module);
 void bind_spmm(py::module_& module);
 }
 
@@ -43,6 +44,7 @@ PYBIND11_MODULE(_cuda, module) {
         "Arguments as in msp._cpu.nm_select; returns before the work is done. Weights and scores must be "
         "finite.");
 
+    msp::bind_linear(module);
     msp::bind_spmm(module);
 
     module.def(

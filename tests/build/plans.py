@@ -25,7 +25,23 @@ def select_shared(kernel: Kernel) -> int:
     return kernel.threads * max(8, group_size) * (4 if dtype == 0 else 2)
 
 
-PLANS = {"nm_select_kernel": Plan(4, select_shared)}
+def gather_shared(kernel: Kernel) -> int:
+    """The values' ring and the activations of a whole row of 4096 columns."""
+    tokens = int(kernel.arguments[2])
+    return (32 << 10) + 4096 * 3 * tokens
+
+
+def expand_shared(kernel: Kernel) -> int:
+    """The values' ring, the table and the activations of one tile; ``nm_linear_plan`` adds tiles while two fit."""
+    tokens = int(kernel.arguments[3])
+    return (64 << 10) + 256 * 2 * tokens
+
+
+PLANS = {
+    "nm_linear_gather_kernel": Plan(2, gather_shared),
+    "nm_linear_expand_kernel": Plan(2, expand_shared),
+    "nm_linear_sum_kernel": Plan(4),
+    "nm_select_kernel": Plan(4, select_shared)}
 
 
 def plan_of(kernel: Kernel) -> Plan:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
+import types
 
 import emulated
 import numpy as np
 import pytest
 import torch
 
+import msp.ops.nm_linear_tiles as op_file
 from msp.ops import nm_select
 from msp.ops.layouts import has_tiles, to_tiles
+from msp.ops.nm_linear_plan import Device
 from msp.patterns import NMPattern
 
 GATHER, EXPAND = 0, 1
@@ -195,3 +199,36 @@ def test_table_places_every_byte(library) -> None:
                 assert int.from_bytes(cleared[2 * half : 2 * half + 2], "little") == expected
                 if len(kept) <= 3:
                     assert int.from_bytes(picked[2 * half : 2 * half + 2], "little") == expected
+
+
+@pytest.mark.parametrize(("tokens", "pattern"), [(1, "2:8"), (2, "1:16"), (6, "4:8"), (40, "2:8"), (7, "5:16")])
+def test_the_op_calls_the_kernels_as_they_want_it(library, monkeypatch, tokens, pattern) -> None:
+    """From torch tensors to the kernels and back, with what only a device has replaced."""
+    served = []
+
+    def nm_linear(*arguments):
+        *pointers, dtype, tokens, rows, columns, group_size, n, form, at_once, stripes, splits, _ = arguments
+        sizes = (tokens, rows, columns, group_size, n, form, at_once, stripes, splits, dtype)
+        served.append(form)
+        found = emulated.call(
+            library.emulated_nm_linear,
+            *(ctypes.c_void_p(pointer or None) for pointer in pointers),
+            (ctypes.c_int * len(sizes))(*sizes),
+            ctypes.c_uint64(0),
+        )
+        assert found == ""
+
+    monkeypatch.setattr(op_file, "compiled_module", lambda name: types.SimpleNamespace(nm_linear=nm_linear))
+    monkeypatch.setattr(op_file, "device_limits", lambda device: Device(2, 100 << 10, 99 << 10))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
+    packed = nm_select(torch.randn(96, 1024).bfloat16(), NMPattern.parse(pattern))
+    bias = torch.randn(96).bfloat16()
+    # not contiguous, and in memory that starts off the 16 bytes
+    x = torch.randn(2 * tokens * 1024 + 1).bfloat16()[1:].view(1, 2 * tokens, 1024)[:, ::2]
+    n, m = packed.pattern.n, packed.pattern.m
+    y = op_file.cuda(x, *to_tiles(packed.values, packed.bitmask), bias, n, m, False)
+    assert served == [GATHER if tokens <= 2 or pattern == "5:16" else EXPAND]
+    assert y.shape == (1, tokens, 96) and y.dtype == torch.bfloat16
+    exact = x.double() @ packed.unpack().double().T + bias.double()
+    torch.testing.assert_close(y.double(), exact, rtol=1e-2, atol=1e-2 * float(exact.std()))
