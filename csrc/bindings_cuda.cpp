@@ -13,7 +13,7 @@ using namespace py::literals;
 namespace msp {
 void bind_linear(py::module_& module);
 void bind_spmm(py::module_& module);
-}
+}  // namespace msp
 
 PYBIND11_MODULE(_cuda, module) {
     module.doc() =

@@ -121,7 +121,7 @@ class SparseLinear(nn.Module):
         self.bitmask = bitmask
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseLinear:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.settle()
         return self
 
@@ -148,7 +148,7 @@ class SparseLinear(nn.Module):
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.layout != "rows":
             values, bitmask = self._canonical()
             destination[f"{prefix}values"], destination[f"{prefix}bitmask"] = values.detach(), bitmask

@@ -34,11 +34,14 @@ _RING_BYTES, _TABLE_BYTES = 32 << 10, 32 << 10
 
 @dataclass(frozen=True)
 class Device:
-    """What the cut of the work depends on: multiprocessors, and bytes of shared memory of one and of a block."""
+    """What the cut of the work depends on: multiprocessors, and bytes of shared memory of one."""
 
     multiprocessors: int
     shared: int
-    block_shared: int
+
+    def block_shared(self, blocks: int = 1) -> int:
+        """Most that each of so many blocks can have; the driver keeps 1 KiB of each block's."""
+        return self.shared // blocks - 1024
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,7 @@ class Plan:
 @functools.cache
 def device_limits(device: torch.device) -> Device:
     found = torch.cuda.get_device_properties(device)
-    return Device(
-        found.multi_processor_count, found.shared_memory_per_multiprocessor, found.shared_memory_per_block_optin
-    )
+    return Device(found.multi_processor_count, found.shared_memory_per_multiprocessor)
 
 
 def packed_share(pattern: NMPattern, itemsize: int = 2) -> float:
@@ -108,9 +109,9 @@ def _cut(how: How, at_once: int, tokens: int, rows: int, columns: int, device: D
     blocks fit a multiprocessor, and until every multiprocessor has some."""
     stripes = {1: 1, 2: 1, 4: 2, 8: 2, 16: 4, 32: 8}[at_once]
     tiles = columns // TILE_COLUMNS
-    room = device.shared // 2 - 1024
+    room = device.block_shared(2)
     if shared_bytes(how, at_once, TILE_COLUMNS, 1) > room:
-        room = device.block_shared
+        room = device.block_shared()
     splits = 1
     while splits < tiles and shared_bytes(how, at_once, columns, splits) > room:
         splits += 1

@@ -219,7 +219,7 @@ def test_the_op_calls_the_kernels_as_they_want_it(library, monkeypatch, tokens, 
         assert found == ""
 
     monkeypatch.setattr(op_file, "compiled_module", lambda name: types.SimpleNamespace(nm_linear=nm_linear))
-    monkeypatch.setattr(op_file, "device_limits", lambda device: Device(2, 100 << 10, 99 << 10))
+    monkeypatch.setattr(op_file, "device_limits", lambda device: Device(2, 100 << 10))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
     packed = nm_select(torch.randn(96, 1024).bfloat16(), NMPattern.parse(pattern))
