@@ -85,7 +85,7 @@ def test_zero_tokens_and_any_strides(device):
 
 
 def test_is_a_well_formed_torch_op(device):
-    packed, (values, bitmask), bias = make(16, 256, "2:8", torch.bfloat16, device)
+    _, (values, bitmask), bias = make(16, 256, "2:8", torch.bfloat16, device)
     x = torch.randn(3, 256, device=device).bfloat16().requires_grad_()
     torch.library.opcheck(nm_linear_tiles, (x, values, bitmask, bias, 2, 8, 256, True))
 
