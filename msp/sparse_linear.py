@@ -67,8 +67,14 @@ class SparseLinear(nn.Module):
 
     @classmethod
     def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None) -> SparseLinear:
-        """A module that shares memory with ``packed`` and, where given, ``bias`` ``[out_features]``."""
+        """A module that shares memory with ``packed`` and, where given, ``bias`` ``[out_features]``.
+
+        Raises:
+            MspError: the bias or the parts of ``packed`` do not fit; no later call checks them.
+        """
         rows, columns = packed.shape
+        if not packed.bitmask.is_meta:
+            packed.check()
         if bias is not None and bias.shape != (rows,):
             raise MspError(f"a bias of shape {list(bias.shape)} for {rows} output features")
         module = cls(columns, rows, packed.pattern, bias is not None, device="meta", dtype=packed.dtype)

@@ -293,6 +293,8 @@ def test_wrong_requests_fail_before_the_model_is_loaded(
     assert failed.exit_code == code, failed.stderr
     assert message in failed.stderr
     assert "Traceback" not in failed.stderr and not failed.stdout
+    assert (tmp_path / "taken" / "precious.txt").read_text() == "x"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("arguments", [("generate", "M", "x"), ("evaluate", "M", "--evaluate", "TEXT")], ids=str)
@@ -310,8 +312,6 @@ def test_a_wrong_variable_is_wrong_usage(variable, value, message, arguments, ll
     failed = msp_run(*(places.get(argument, argument) for argument in arguments), *("--device", "cpu"))
     assert failed.exit_code == 2, failed.stderr
     assert message in failed.stderr
-    assert (tmp_path / "taken" / "precious.txt").read_text() == "x"
-    assert not (tmp_path / "out").exists()
 
 
 LATE = [

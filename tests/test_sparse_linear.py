@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from msp.checkpoint import replace_linears
@@ -100,6 +101,13 @@ def test_shares_memory_with_what_it_was_made_from() -> None:
 def test_refuses_a_bias_of_another_length() -> None:
     with pytest.raises(MspError, match=r"\[5\].*4 output features"):
         SparseLinear.from_packed(nm_select(torch.randn(4, 32), NMPattern(2, 8)), torch.zeros(5))
+
+
+def test_refuses_a_wrong_bitmask() -> None:
+    packed = nm_select(torch.randn(4, 32), NMPattern(2, 8))
+    packed.bitmask[2, 1] = 0b0000_0111
+    with pytest.raises(MspError, match="row 2, group 1, which keeps 3"):
+        SparseLinear.from_packed(packed)
 
 
 def test_deepcopy_is_independent() -> None:
@@ -236,6 +244,37 @@ def test_is_compiled_in_tiles_too() -> None:
     x = torch.randn(2, 512).bfloat16()
     with force_backend("reference"):
         torch.testing.assert_close(torch.compile(other, fullgraph=True, backend="aot_eager")(x), other(x))
+
+
+def test_compiles_with_inductor() -> None:
+    torch._dynamo.reset()
+    module = make("3:8", dtype=torch.bfloat16)
+    layer = nn.Sequential(module, nn.ReLU())
+    x = torch.randn(2, 3, 96).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
+
+
+def test_a_packed_llama_compiles_whole_and_generates_the_same() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, eos_token_id=None)).eval()
+    linears = {name: linear for name, linear in model.model.named_modules() if isinstance(linear, nn.Linear)}
+    patterns = [NMPattern(1 + index % 8, 8) for index in range(len(linears))]
+    items = zip(linears.items(), patterns, strict=True)
+    replace_linears(model, {f"model.{name}": nm_select(linear.weight.detach(), p) for (name, linear), p in items})
+    ids = torch.randint(0, 64, (2, 5))
+
+    def generate() -> torch.Tensor:
+        return model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, cache_implementation="static")
+
+    with torch.no_grad():
+        wanted, tokens = model(ids).logits, generate()
+        model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(model(ids).logits, wanted)
+        assert torch.equal(generate(), tokens)
 
 
 class Holder(nn.Module):

@@ -175,7 +175,8 @@ def nm_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Te
 
     Args:
         x: ``[..., K]``, in the dtype and on the device of ``packed``; any strides.
-        packed: a ``[R, K]`` weight. An empty one (N = 0) costs no product.
+        packed: a ``[R, K]`` weight. An empty one (N = 0) costs no product. Its bitmask is checked in the first
+            call, which a compiler does not see.
         bias: ``[R]``, same dtype and device.
 
     Returns:
@@ -184,6 +185,9 @@ def nm_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Te
     Raises:
         TypeError: dtypes differ.
         ValueError: a shape or device that does not fit.
+        MspError: the parts of ``packed`` do not fit together, or its bitmask keeps another number than N.
     """
+    if not torch.compiler.is_compiling() and not packed.values.is_meta:
+        packed.check_once()
     pattern = packed.pattern
     return product(x, packed.values, packed.bitmask, bias, pattern.n, pattern.m, packed.shape[1])

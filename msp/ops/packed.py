@@ -124,6 +124,12 @@ class PackedWeight:
         """Bool ``[R, K]``: which weights are kept."""
         return unpack_bits(self.bitmask, self.shape[1])
 
+    def check_once(self) -> None:
+        """``check``, unless this object has passed it already."""
+        if "checked" not in self.__dict__:
+            self.check()
+            self.__dict__["checked"] = True
+
     def check(self, name: str = "") -> None:
         """Raise ``MspError`` unless the parts fit together; no kernel checks them again.
 

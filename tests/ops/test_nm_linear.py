@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from msp.errors import MspError
 from msp.ops import PackedWeight, force_backend, last_backend, nm_linear, nm_select
 from msp.ops.nm_linear import inference_op, nm_linear_op
 from msp.patterns import NMPattern
@@ -255,6 +256,16 @@ def test_the_op_itself_refuses_parts_of_another_shape(which):
         which(torch.zeros(3, 24), values, bitmask, bias[:5], 2, 8, 24)
     with pytest.raises(ValueError, match=r"x has shape \[3, 16\]"):
         which(torch.zeros(3, 16, device="meta"), values.to("meta"), bitmask.to("meta"), None, 2, 8, 24)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("row", "byte", "wrong"), [(0, 0, 0b0000_0111), (5, 2, 0), (3, 1, 0xFF)])
+def test_refuses_a_bitmask_that_keeps_another_number(row, byte, wrong, backend, device):
+    by_hand.need("nm_linear", backend, device)
+    packed, _, _ = make(6, 24, "2:8", torch.float32, device)
+    packed.bitmask[row, byte] = wrong
+    with force_backend(backend), pytest.raises(MspError, match=f"first in row {row}, group {byte}"):
+        nm_linear(torch.zeros(1, 24, device=device), packed)
 
 
 def test_without_gradients_the_op_that_autograd_does_not_know_serves():
