@@ -17,7 +17,7 @@ from gpu_check.process import ROOT, Done, run
 
 Result = dict[str, Any]
 HERE = Path(__file__).resolve().parent
-OPS = ("nm_select", "nm_rank", "nm_keep", "fisher_diag_", "fisher_trace", "obs_prune", "nm_linear")
+OPS = ("nm_select", "nm_rank", "nm_keep", "fisher_diag_", "fisher_trace", "obs_prune", "nm_linear", "nm_spmm")
 # what an op's kernels are called where that is not the op's name
 KERNELS = {"nm_linear": ("spmm", "gemv", "skinny")}
 TOOLS = ("memcheck", "racecheck")
