@@ -131,6 +131,9 @@ void wgmma_wait() {
     });
 }
 
+template <int Count>
+void wgmma_done(float (&)[Count]) {}
+
 // A warp's 16 of the 64 rows.
 template <Dtype D, int N, int Selector>
 void wgmma_sp(float (&d)[N / 2], uint4 a, uint64_t b, uint32_t metadata) {
