@@ -46,9 +46,9 @@ format: $(INSTALLED) ## let ruff and clang-format change what lint complains of
 types: $(INSTALLED) ## mypy --strict on msp
 	$(BIN)/mypy --strict msp
 
-wheel: $(INSTALLED) ## a wheel in dist/; MSP_CUDA=0|1 and MSP_CUDA_ARCHS as in setup.py
+wheel: $(INSTALLED) ## the wheel that is released, repaired and checked, in dist/; MSP_CUDA=0|1 and MSP_CUDA_ARCHS as in setup.py
 	rm -rf build/lib.* build/bdist.*
-	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+	$(BIN)/python .ci/wheel.py
 
 # Preloaded, since the interpreter itself has no sanitizer; libstdc++ too, for its exceptions to be seen.
 # An interpreter never frees all it allocates, so leaks are not looked for.
