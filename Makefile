@@ -48,7 +48,7 @@ types: $(INSTALLED) ## mypy --strict on msp
 
 wheel: $(INSTALLED) ## the wheel that is released, repaired and checked, in dist/; MSP_CUDA=0|1 and MSP_CUDA_ARCHS as in setup.py
 	rm -rf build/lib.* build/bdist.*
-	$(BIN)/python .ci/wheel.py
+	$(BIN)/python .ci/release_wheel.py
 
 # Preloaded, since the interpreter itself has no sanitizer; libstdc++ too, for its exceptions to be seen.
 # An interpreter never frees all it allocates, so leaks are not looked for.

@@ -19,7 +19,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-# sm_86 and sm_89 run the code of sm_80; a released wheel has code of their own (.ci/wheel.py)
+# sm_86 and sm_89 run the code of sm_80; a released wheel has code of their own (.ci/release_wheel.py)
 CUDA_ARCHS = "80;90a"
 
 

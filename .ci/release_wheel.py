@@ -44,7 +44,7 @@ def build(source: Path, folder: Path) -> Path:
 
 
 def repair(wheel: Path, dist: Path) -> Path:
-    """Into ``dist``, tagged with the oldest manylinux that its symbols allow; auditwheel refuses what no policy does."""
+    """Into ``dist``, tagged with the oldest manylinux that its symbols allow; refused where no policy does."""
     with tempfile.TemporaryDirectory() as folder:
         run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", folder, wheel)
         (repaired,) = Path(folder).glob("*.whl")
