@@ -46,9 +46,9 @@ format: $(INSTALLED) ## let ruff and clang-format change what lint complains of
 types: $(INSTALLED) ## mypy --strict on msp
 	$(BIN)/mypy --strict msp
 
-wheel: $(INSTALLED) ## a wheel in dist/; MSP_CUDA=0|1 and MSP_CUDA_ARCHS as in setup.py
+wheel: $(INSTALLED) ## the wheel that is released, repaired and checked, in dist/; MSP_CUDA=0|1 and MSP_CUDA_ARCHS as in setup.py
 	rm -rf build/lib.* build/bdist.*
-	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+	$(BIN)/python .ci/release_wheel.py
 
 # Preloaded, since the interpreter itself has no sanitizer; libstdc++ too, for its exceptions to be seen.
 # An interpreter never frees all it allocates, so leaks are not looked for.
@@ -70,6 +70,9 @@ gpu-check: ## prove the kernels on this machine's GPU; ONLY="spmm bench" for a p
 kernel-table: $(INSTALLED) ## docs/kernels/resources.md from the compiled GPU kernels; needs nvcc, but no GPU
 	$(BIN)/python tests/build/kernel_table.py
 
+gpu-table: $(INSTALLED) ## the GPU figures of docs/results.md from the newest result of gpu-check
+	cd benchmarks && ../$(BIN)/python -m gpu.tables
+
 bench: $(INSTALLED) ## the speed of the kernels and of decoding on this machine, into benchmarks/results/ and docs/
 	mkdir -p build
 	$(BIN)/python -m pytest benchmarks --benchmark-disable-gc --benchmark-json build/bench.json $(ARGS)
@@ -82,4 +85,4 @@ clean: ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info .coverage coverage.xml .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f msp/*.so
 
-.PHONY: help build demo test coverage lint format types wheel sanitize gpu-check kernel-table bench quality clean
+.PHONY: help build demo test coverage lint format types wheel sanitize gpu-check kernel-table gpu-table bench quality clean

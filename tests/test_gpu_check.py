@@ -16,6 +16,9 @@ from gpu import timing
 from gpu_check import __main__ as check
 from gpu_check import build, process, units
 
+import msp.ops
+from msp.ops import _dispatch
+
 ROOT = Path(__file__).resolve().parents[1]
 SHELL = shutil.which("sh") or "/bin/sh"
 
@@ -28,7 +31,8 @@ def test_everything_is_run_unless_less_is_asked_for():
     everything = chosen()
     names = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "ops").glob("test_*.py")}
     assert {("tests", name) for name in names if name != "device" and not name.endswith("_cpu")} <= everything
-    for op in units.OPS:
+    assert set(units.every_op()) >= {name for name in msp.ops.__all__ if name in _dispatch._ops}
+    for op in units.every_op():
         assert {
             ("tests", f"device {op}"),
             ("sanitizer", f"memcheck {op}"),
@@ -120,6 +124,7 @@ def test_tests_are_told_one_by_one(tmp_path: Path):
     ("script", "outcome", "why"),
     [
         ("echo '3 calls of nm_keep by cuda'", "passed", ""),
+        ("echo '0 calls of nm_keep by triton'", "missing", "0 calls"),
         ("echo nothing", "failed", "nothing"),
         ("echo '========= Invalid __global__ write of size 4 bytes'; exit 99", "failed", "Invalid __global__ write"),
         ("echo '========= Error: Device not supported'; exit 1", "missing", "does not support this device"),

@@ -63,7 +63,8 @@ def run_part(report: Report, units: list[Unit], deadline: float) -> None:
     def run_unit(index: int, unit: Unit) -> Result:
         left = deadline - time.monotonic()
         # alone, a unit leaves a fair share to those behind it
-        share = left if together > 1 else max(left / (len(units) - index), 4 * LEAST_SECONDS)
+        weights = sum(other.weight for other in units[index:])
+        share = left if together > 1 else max(left * unit.weight / weights, 4 * LEAST_SECONDS)
         limit = min(unit.limit, share, left)
         known = {"part": unit.part, "name": unit.name}
         if limit < LEAST_SECONDS:

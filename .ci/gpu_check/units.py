@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -17,22 +18,28 @@ from gpu_check.process import ROOT, Done, run
 
 Result = dict[str, Any]
 HERE = Path(__file__).resolve().parent
-OPS = ("nm_select", "nm_rank", "nm_keep", "fisher_diag_", "fisher_trace", "obs_prune", "nm_linear")
 # what an op's kernels are called where that is not the op's name
 KERNELS = {"nm_linear": ("spmm", "gemv", "skinny")}
 TOOLS = ("memcheck", "racecheck")
+# benchmarks with many more rows than the others get as many times their share of the time
+WEIGHTS = {"nm_spmm": 4.0}
 PART_NAMES = ("tests", "sanitizer", "bench")
 SANITIZER_FOUND = 99
 
 
 @dataclass(frozen=True)
 class Unit:
-    """``run`` gets its limit in seconds and gives at least an ``outcome``: passed, failed, timeout or missing."""
+    """``run`` gets its limit in seconds and gives at least an ``outcome``.
+
+    Outcomes are passed, failed, timeout, cut short (by itself, with what it had) and missing (a tool or a test).
+    ``weight`` is its share of the time among units that run one after another.
+    """
 
     part: str
     name: str
     limit: float
     run: Callable[[float], Result]
+    weight: float = 1.0
 
     def asked_for(self, words: Iterable[str]) -> bool:
         """Whether ``ONLY`` wants it: its part and its op, where parts or ops are named."""
@@ -42,6 +49,12 @@ class Unit:
         return (not parts or self.part in parts) and (
             not ops or any(word.rstrip("_") in alias for word in ops for alias in aliases)
         )
+
+
+def every_op() -> list[str]:
+    """The names under which ``msp/ops`` registers its ops, read from the source: importing it may be what fails."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "msp" / "ops").glob("[a-z]*.py"))]
+    return [name for text in texts for name in re.findall(r'^op = Op\("(\w+)"', text, re.MULTILINE)]
 
 
 def every_unit(dry: bool) -> list[Unit]:
@@ -57,7 +70,7 @@ def test_units(dry: bool) -> list[Unit]:
         if path.stem != "test_device" and not path.stem.endswith("_cpu")
     ]
     device = str(folder / "test_device.py")
-    units += [Unit("tests", f"device {op}", 120, pytest([device, "-k", op])) for op in OPS]
+    units += [Unit("tests", f"device {op}", 120, pytest([device, "-k", op])) for op in every_op()]
     if not dry:
         marked = ["tests", "-m", "gpu", f"--ignore={folder}", f"--ignore={ROOT / 'tests' / 'build'}"]
         units.append(Unit("tests", "marked gpu", 120, pytest(marked)))
@@ -99,7 +112,7 @@ def read_report(path: Path) -> Result:
 
 
 def sanitizer_units(dry: bool) -> list[Unit]:
-    return [Unit("sanitizer", f"{tool} {op}", 120, sanitizer(tool, op, dry)) for tool in TOOLS for op in OPS]
+    return [Unit("sanitizer", f"{tool} {op}", 120, sanitizer(tool, op, dry)) for tool in TOOLS for op in every_op()]
 
 
 def find_sanitizer() -> str | None:
@@ -126,7 +139,10 @@ def sanitizer(tool: str, op: str, dry: bool) -> Callable[[float], Result]:
         outcome = outcome_of(done)
         if outcome == "passed":
             calls = [line for line in done.out.splitlines() if f"calls of {op}" in line]
-            return {"outcome": outcome, "calls": calls[-1]} if calls else {"outcome": "failed", "why": done.tail()}
+            if not calls:
+                return {"outcome": "failed", "why": done.tail()}
+            nothing = calls[-1].startswith("0 ")
+            return {"outcome": "missing", "why": calls[-1]} if nothing else {"outcome": outcome, "calls": calls[-1]}
         found_lines = [line for line in done.out.splitlines() if line.startswith("=========")]
         return {"outcome": outcome, "why": "\n".join(found_lines[:60]) or done.tail()}
 
@@ -136,7 +152,7 @@ def sanitizer(tool: str, op: str, dry: bool) -> Callable[[float], Result]:
 def bench_units(dry: bool) -> list[Unit]:
     folder = ROOT / "benchmarks"
     ops = [path.stem.removeprefix("bench_") for path in sorted((folder / "gpu").glob("bench_*.py"))]
-    return [Unit("bench", op, 180, bench(op, dry)) for op in ops]
+    return [Unit("bench", op, 180, bench(op, dry), WEIGHTS.get(op, 1.0)) for op in ops]
 
 
 def bench(op: str, dry: bool) -> Callable[[float], Result]:
@@ -165,6 +181,8 @@ def read_bench(done: Done) -> Result:
         "clocks": [record["clocks"] for record in records if "clocks" in record],
     }
     ends = [record for record in records if "complete" in record]
+    if ends and ends[-1].get("cut_short"):
+        result["outcome"] = "cut short"
     if ends and "roofs" in ends[-1]:
         result["roofs"] = ends[-1]["roofs"]
     if records and "seed" in records[0]:
