@@ -44,7 +44,9 @@ def triton(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: i
     return triton_of_rows(x, *from_tiles(values, bitmask), bias, n, m)
 
 
-@op.backend("cuda", available=_available)
+@op.backend(
+    "cuda", available=_available, supports=lambda x, values, bitmask, bias, n, m, compliant: x.dtype.itemsize == 2
+)
 def cuda(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, compliant: bool) -> Tensor:
     columns, rows = x.shape[-1], values.shape[0]
     pattern = NMPattern(n, m)

@@ -18,6 +18,8 @@ from test_obs_prune import FINE, published
 from torch import Tensor
 
 from msp.ops import fisher_diag_, fisher_trace, nm_keep, nm_linear, nm_rank, nm_select, obs_prune
+from msp.ops.layouts import to_tiles
+from msp.ops.nm_linear_tiles import nm_linear_tiles
 from msp.ops.nm_spmm import nm_spmm
 from msp.patterns import NMPattern
 
@@ -173,6 +175,12 @@ def on_sparse_tensor_cores(x, packed, bias):
     return nm_spmm(x, packed.values, packed.bitmask, bias, packed.pattern.n, packed.pattern.m)
 
 
+def in_tiles(x, packed, bias):
+    n, m = packed.pattern.n, packed.pattern.m
+    tiles = to_tiles(packed.values, packed.bitmask)
+    return nm_linear_tiles(x, *tiles, bias, n, m, packed.shape[1], n <= 2)
+
+
 @dataclass(frozen=True)
 class Shaped:
     """How a case is made, and the arguments that say its shape."""
@@ -225,6 +233,17 @@ PREPARED = {
             *((tokens, 200, 1048, "4:8", True) for tokens in (1, 31, 192)),
             *((1, 301, 4104, pattern, False) for pattern in ("1:8", "3:8", "4:8", "5:8", "7:8")),
             *((3, 130, 2080, pattern, False) for pattern in ("1:4", "3:4", "1:16", "2:16", "11:32")),
+        ],
+    ),
+    # every line of nm_linear_plan, K split and whole
+    "nm_linear_tiles": Shaped(
+        functools.partial(product, compliant=False, multiply=in_tiles),
+        [(1, 16, 256, "2:8"), (2, 48, 512, "3:16"), (9, 32, 256, "4:8")],
+        [
+            *((tokens, 144, 2816, "2:8") for tokens in (1, 2, 3, 8, 16, 33, 64, 257, 1025)),
+            *((tokens, 4096, 512, "4:8") for tokens in (1, 8, 32, 100)),
+            *((tokens, 64, 14336, "9:16") for tokens in (1, 4, 40)),
+            *((tokens, 80, 1280, pattern) for tokens in (1, 7) for pattern in ("1:8", "7:8", "1:4", "3:4", "4:32")),
         ],
     ),
     # every token tile of both kernels, K split and whole, and more tiles than a GPU has multiprocessors
