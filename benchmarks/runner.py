@@ -66,10 +66,8 @@ def measure(
     slowest = max(_time(call) for call in calls.values())
     counted = TURN if slowest < seconds / TURN else 1
     turns = max(2, min(12, int(seconds / slowest / counted)))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(turns):
-        for name, call in calls.items():
-            times[name] += [_time(call) for _ in range(1 + counted)][1:]
+    samplers = {name: functools.partial(_time, call) for name, call in calls.items()}
+    times = take_turns(samplers, turns, counted=counted, uncounted=1)
     benchmark.pedantic(ours, rounds=counted, iterations=1)
     medians = {name: statistics.median(values) for name, values in times.items()}
     row: dict[str, Any] = {"median_seconds": medians["ours"], "error": error, "bound": bound}
@@ -80,6 +78,17 @@ def measure(
     if flops is not None:
         row["gflop_per_second"] = flops / medians["ours"] / 1e9
     benchmark.extra_info.update(row)
+
+
+def take_turns(
+    samplers: dict[str, Callable[[], float]], turns: int, *, counted: int = 1, uncounted: int = 0
+) -> dict[str, list[float]]:
+    """The counted samples of each, taken in turn: what disturbs the machine disturbs all of them."""
+    times: dict[str, list[float]] = {name: [] for name in samplers}
+    for _ in range(turns):
+        for name, sample in samplers.items():
+            times[name] += [sample() for _ in range(uncounted + counted)][uncounted:]
+    return times
 
 
 def _time(call: Call) -> float:

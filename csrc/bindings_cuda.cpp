@@ -10,6 +10,11 @@
 namespace py = pybind11;
 using namespace py::literals;
 
+namespace msp {
+void bind_linear(py::module_& module);
+void bind_spmm(py::module_& module);
+}  // namespace msp
+
 PYBIND11_MODULE(_cuda, module) {
     module.doc() =
         "CUDA kernels. Pointers are data_ptr() integers of device memory; sizes are the caller's word.";
@@ -38,6 +43,9 @@ PYBIND11_MODULE(_cuda, module) {
         "integer, 0 for the default one) of the device that holds the weight.\n\n"
         "Arguments as in msp._cpu.nm_select; returns before the work is done. Weights and scores must be "
         "finite.");
+
+    msp::bind_linear(module);
+    msp::bind_spmm(module);
 
     module.def(
         "archs",

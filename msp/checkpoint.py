@@ -29,6 +29,7 @@ from msp.errors import MspError
 from msp.manifest import QUANT_METHOD, WEIGHT_BYTES, Manifest
 from msp.model_card import model_card
 from msp.ops import PackedWeight
+from msp.ops.nm_linear_plan import stays_dense
 from msp.patterns import Allocation, NMPattern
 from msp.sparse_linear import SparseLinear, find_linear, note_pattern, patterns_of, shape_of
 
@@ -275,6 +276,13 @@ class LinearInfo:
     packed_bytes: int
     dense_bytes: int
 
+    @property
+    def dense_on_gpu(self) -> bool:
+        """Whether it is unpacked once when it comes to a CUDA device; see ``SparseLinear.settle``."""
+        rows, columns = self.shape
+        itemsize = self.dense_bytes // max(rows * columns, 1)
+        return not self.pattern.is_dense and stays_dense(self.pattern, max(itemsize, 1))
+
 
 @dataclass(frozen=True)
 class PackedInfo:
@@ -325,6 +333,7 @@ class PackedInfo:
                     "dtype": linear.dtype,
                     "packed_bytes": linear.packed_bytes,
                     "dense_bytes": linear.dense_bytes,
+                    "dense_on_gpu": linear.dense_on_gpu,
                 }
                 for linear in self.linears
             ],

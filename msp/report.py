@@ -235,6 +235,12 @@ def packed_report(info: PackedInfo) -> RenderableType:
     ):
         table.add_row(label, size(packed), size(before), f"{before / max(packed, 1):.2f}x")
     kept = Text(f"{info.kept:,} of {info.weights:,} weights kept: density {info.kept / max(info.weights, 1):.2%}")
+    dense_on_gpu = [linear for linear in info.linears if linear.dense_on_gpu]
+    if dense_on_gpu:
+        more = sum(linear.dense_bytes - linear.packed_bytes for linear in dense_on_gpu)
+        kept.append(
+            f"\n{len(dense_on_gpu)} linears save too little to be packed on a GPU, where they take {size(more)} more"
+        )
     made = _table("How it was made", right=())
     made.add_column("", overflow="fold")
     recipe = {**info.recipe, "versions": info.manifest.versions}

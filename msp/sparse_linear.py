@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from msp.errors import MspError
-from msp.ops import PackedWeight
+from msp.ops import PackedWeight, nm_linear_tiles
+from msp.ops.layouts import from_tiles, to_tiles
 from msp.ops.nm_linear import product
+from msp.ops.nm_linear_plan import stays_dense
+from msp.ops.nm_spmm import is_compliant
+from msp.ops.packed import unpack, unpack_bits
 from msp.patterns import NMPattern
 
 
@@ -21,6 +26,9 @@ class SparseLinear(nn.Module):
     ``values`` is a parameter: it is weight, so ``model.dtype``, parameter counts, casts and offloading treat
     it as such, and it can be trained at its fixed positions. It starts frozen, so that adapters elsewhere
     do not make every call keep its input. ``bitmask`` is a buffer: no cast or optimizer may touch it.
+
+    On a CUDA device ``settle`` puts values and bitmask into another order for the kernels (``layout``), of the same
+    size, or unpacks a weight that would save next to nothing. ``packed``, ``weight`` and the state dict stay canonical.
 
     A new module has values of zero at the first N positions of every group; ``from_packed`` is how to
     get one with content, and loading a state dict checks the positions before any kernel sees them.
@@ -44,6 +52,8 @@ class SparseLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.pattern = pattern
+        self.layout: Literal["rows", "tiles", "dense"] = "rows"
+        self.compliant = pattern.always_compliant
         kept = pattern.kept(out_features, in_features) // max(out_features, 1)
         self.values = nn.Parameter(torch.zeros(out_features, kept, device=device, dtype=dtype), requires_grad=False)
         columns = torch.arange(-(-in_features // 8) * 8, device=device)
@@ -76,8 +86,50 @@ class SparseLinear(nn.Module):
 
     @property
     def packed(self) -> PackedWeight:
-        """The weight as the ops take it; shares memory with the module."""
-        return PackedWeight(self.values, self.bitmask, self.pattern, (self.out_features, self.in_features))
+        """The weight as the ops take it; shares memory with the module whose layout is ``rows``."""
+        values, bitmask = self._canonical()
+        return PackedWeight(values, bitmask, self.pattern, (self.out_features, self.in_features))
+
+    def _canonical(self) -> tuple[Tensor, Tensor]:
+        if self.layout == "tiles":
+            return from_tiles(self.values, self.bitmask)
+        if self.layout == "dense":
+            kept = unpack_bits(self.bitmask, self.in_features)
+            return self.values[kept].view(self.out_features, -1), self.bitmask
+        return self.values, self.bitmask
+
+    def settle(self) -> None:
+        """Bring the weight into the layout that its device multiplies with fastest.
+
+        Called when a model is loaded and when a module is moved or cast. A weight that is trained stays in rows.
+        """
+        frozen = not self.values.requires_grad and not self.values.is_meta
+        cuda = frozen and self.values.device.type == "cuda"
+        size = self.pattern, self.out_features, self.in_features, self.values.dtype, self.values.device
+        if cuda and self.pattern.n > 0 and stays_dense(self.pattern, self.values.dtype.itemsize):
+            self._set_layout("dense")
+        elif cuda and nm_linear_tiles.serves(*size):
+            self._set_layout("tiles")
+        else:
+            self._set_layout("rows")
+
+    def _set_layout(self, layout: Literal["rows", "tiles", "dense"]) -> None:
+        if layout == self.layout:
+            return
+        values, bitmask = (part.detach() for part in self._canonical())
+        if layout == "tiles":
+            self.compliant = self.pattern.always_compliant or is_compliant(bitmask, self.pattern.m)
+            values, bitmask = to_tiles(values, bitmask)
+        elif layout == "dense":
+            values = unpack(values, bitmask, self.in_features)
+        self.layout = layout
+        self.values = nn.Parameter(values, requires_grad=self.values.requires_grad)
+        self.bitmask = bitmask
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseLinear:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.settle()
+        return self
 
     @property
     def weight(self) -> Tensor:
@@ -86,6 +138,13 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pattern = self.pattern
+        if self.layout == "tiles":
+            y: Tensor = nm_linear_tiles.nm_linear_tiles(
+                x, self.values, self.bitmask, self.bias, pattern.n, pattern.m, self.in_features, self.compliant
+            )
+            return y
+        if self.layout == "dense":
+            return F.linear(x, self.values, self.bias)
         return product(x, self.values, self.bitmask, self.bias, pattern.n, pattern.m, self.in_features)
 
     def extra_repr(self) -> str:
@@ -93,6 +152,12 @@ class SparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"pattern={self.pattern}, bias={self.bias is not None}"
         )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout != "rows":
+            values, bitmask = self._canonical()
+            destination[f"{prefix}values"], destination[f"{prefix}bitmask"] = values.detach(), bitmask
 
     def _load_from_state_dict(
         self,
@@ -113,9 +178,11 @@ class SparseLinear(nn.Module):
             except MspError as error:
                 error_msgs.append(str(error))
                 return
+        self._set_layout("rows")
         super()._load_from_state_dict(
             dict(state_dict), prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self.settle()
 
 
 def find_linear(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Linear | Conv1D:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from msp.checkpoint import replace_linears
 from msp.errors import MspError
 from msp.ops import force_backend, nm_select
+from msp.ops.layouts import from_tiles
 from msp.patterns import NMPattern
 from msp.sparse_linear import SparseLinear, find_linear, patterns_of
 
@@ -172,6 +174,76 @@ def test_compiles_without_a_graph_break(pattern: str, bias: bool) -> None:
     for tokens in (1, 3):
         x = torch.randn(tokens, 96)
         torch.testing.assert_close(compiled(x), module(x))
+
+
+LAYOUTS = [("2:8", "tiles"), ("4:8", "tiles"), ("3:16", "tiles"), ("1:4", "tiles"), ("7:8", "dense")]
+
+
+def settled(pattern: str, layout: str, **options: Any) -> tuple[SparseLinear, SparseLinear]:
+    """A module as it was made, and its copy in the layout that a CUDA device would give it."""
+    module = make(pattern, 512, 32, dtype=torch.bfloat16, **options)
+    other = copy.deepcopy(module)
+    other._set_layout(layout)  # type: ignore[arg-type]
+    assert other.layout == layout and module.layout == "rows"
+    return module, other
+
+
+@pytest.mark.parametrize(("pattern", "layout"), LAYOUTS)
+def test_a_layout_shows_neither_in_results_nor_in_what_is_saved(pattern: str, layout: str) -> None:
+    module, other = settled(pattern, layout)
+    assert not torch.equal(other.values.flatten()[:999], module.values.flatten()[:999])
+    x = torch.randn(3, 512).bfloat16()
+    with force_backend("reference"):
+        assert torch.equal(other(x), module(x))
+    assert torch.equal(other.weight, module.weight)
+    other.packed.check("other")
+    expected = module.state_dict()
+    assert list(other.state_dict()) == list(expected)
+    assert all(torch.equal(found, expected[name]) for name, found in other.state_dict().items())
+    if layout == "tiles":
+        assert sum(part.nbytes for part in (other.values, other.bitmask)) == module.packed.nbytes
+
+
+@pytest.mark.parametrize(("pattern", "layout"), LAYOUTS)
+def test_a_layout_ends_where_the_module_is_cast_moved_or_loaded(pattern: str, layout: str) -> None:
+    module, other = settled(pattern, layout)
+    other.to(torch.float32)
+    assert other.layout == "rows" and torch.equal(other.values, module.values.float())
+    assert torch.equal(other.bitmask, module.bitmask)
+    _, other = settled(pattern, layout)
+    changed = make(pattern, 512, 32, dtype=torch.bfloat16, seed=9)
+    other.load_state_dict(changed.state_dict())
+    assert torch.equal(other.weight, changed.weight) and torch.equal(other.bias, changed.bias)
+
+
+def test_gradients_pass_through_tiles() -> None:
+    module, other = settled("2:8", "tiles")
+    x, upstream = torch.randn(3, 512).bfloat16(), torch.randn(3, 32).bfloat16()
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for one, leaf in zip((module, other), inputs, strict=True):
+        one.requires_grad_()
+        with force_backend("reference"):
+            one(leaf).backward(upstream)
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+    assert torch.equal(other.bias.grad, module.bias.grad)
+    assert torch.equal(from_tiles(other.values.grad, other.bitmask)[0], module.values.grad)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "compliant", "expected"), [("2:8", False, True), ("4:8", False, False), ("4:8", True, True)]
+)
+def test_knows_whether_sparse_tensor_cores_can_multiply(pattern: str, compliant: bool, expected: bool) -> None:
+    weight = torch.randn(32, 512).bfloat16()
+    module = SparseLinear.from_packed(nm_select(weight, NMPattern.parse(pattern), compliant=compliant))
+    module._set_layout("tiles")
+    assert module.compliant == expected
+
+
+def test_is_compiled_in_tiles_too() -> None:
+    _, other = settled("2:8", "tiles")
+    x = torch.randn(2, 512).bfloat16()
+    with force_backend("reference"):
+        torch.testing.assert_close(torch.compile(other, fullgraph=True, backend="aot_eager")(x), other(x))
 
 
 def test_compiles_with_inductor() -> None:

@@ -90,6 +90,7 @@ class MspQuantizer(HfQuantizer):
                 values, bitmask = (read_tensor(self._headers, f"{name}.{kind}") for kind in ("values", "bitmask"))
                 packed = PackedWeight(values, bitmask, packed.pattern, packed.shape)
             packed.check(name)
+            module.settle()
         del self._headers
 
     def is_serializable(self) -> bool:

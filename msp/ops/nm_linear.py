@@ -108,7 +108,7 @@ def cpu(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int,
     return y
 
 
-def _check(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, columns: int) -> None:
+def check(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, columns: int) -> None:
     """Raise unless the arguments fit together: a kernel sees only pointers. What the bitmask says is not read."""
     if x.ndim == 0 or x.shape[-1] != columns:
         raise ValueError(f"x has shape {list(x.shape)}, but its last dimension must be {columns}")
@@ -134,7 +134,7 @@ def _check(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: i
 def _implementation(
     x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, columns: int
 ) -> Tensor:
-    _check(x, values, bitmask, bias, n, m, columns)
+    check(x, values, bitmask, bias, n, m, columns)
     if n == 0 or x.numel() == 0:
         y = x.new_zeros(*x.shape[:-1], values.shape[0])
         return y if bias is None else y + bias
@@ -142,7 +142,7 @@ def _implementation(
 
 
 def _fake(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, columns: int) -> Tensor:
-    _check(x, values, bitmask, bias, n, m, columns)
+    check(x, values, bitmask, bias, n, m, columns)
     return x.new_empty(*x.shape[:-1], values.shape[0])
 
 

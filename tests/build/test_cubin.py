@@ -2,106 +2,89 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
+import cubins
 import pytest
+from plans import plan_of
 
-# 128 threads of 128 registers: four blocks, or 16 warps, on a multiprocessor
-MOST_REGISTERS = 128
-KERNEL = re.compile(r"nm_select_kernel\w*DtypeE(\d)ELi(\d+)E\w*ScoreKindE(\d)E")
-
-
-@pytest.fixture(scope="module")
-def module() -> Path:
-    spec = importlib.util.find_spec("msp._cuda")
-    if spec is None or spec.origin is None:
-        pytest.skip("msp._cuda is not built on this machine")
-    return Path(spec.origin)
-
-
-@pytest.fixture(scope="module")
-def cuobjdump() -> str:
-    """nvcc's, or the one that Triton brings along."""
-    triton = importlib.util.find_spec("triton")
-    candidates = [shutil.which("cuobjdump"), "/usr/local/cuda/bin/cuobjdump"]
-    if triton is not None and triton.submodule_search_locations:
-        candidates.append(f"{triton.submodule_search_locations[0]}/backends/nvidia/bin/cuobjdump")
-    found = next((path for path in candidates if path and Path(path).is_file()), None)
-    if found is None:
-        pytest.skip("neither the CUDA toolkit nor Triton brings cuobjdump")
-    return found
-
-
-def read(*command: str | Path) -> str:
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
-
-
-@pytest.fixture(scope="module")
-def resources(cuobjdump: str, module: Path) -> dict[tuple[str, str], dict[str, int]]:
-    """``(target, kernel) -> {"REG": ..., "STACK": ..., "LOCAL": ..., ...}``."""
-    found: dict[tuple[str, str], dict[str, int]] = {}
-    target = name = ""
-    for line in read(cuobjdump, "--dump-resource-usage", module).splitlines():
-        if match := re.search(r"arch = (sm_\w+)|\.(sm_\w+)\.cubin", line):
-            target = match[1] or match[2]
-        elif match := re.search(r"Function (\S+):", line):
-            name = match[1]
-        elif "REG:" in line:
-            found[target, name] = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
-    return found
+# dtypes, group sizes and kinds of score
+SELECT_VARIANTS = 3 * 4 * 5
 
 
 def test_module_imports_without_a_driver(module: Path) -> None:
     import msp._cuda
 
     assert msp._cuda.archs()
-    needed = read("readelf", "--dynamic", module) if shutil.which("readelf") else ""
-    assert "libcudart" not in needed and "libtorch" not in needed and "libcuda." not in needed
+    if shutil.which("readelf"):
+        command = ["readelf", "--dynamic", str(module)]
+        needed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "libcudart" not in needed and "libtorch" not in needed and "libcuda." not in needed
 
 
-def test_every_kernel_is_there_for_every_target(resources, module: Path, cuobjdump: str) -> None:
+def test_there_is_machine_code_for_every_target_and_ptx_for_newer_ones(cuda_kernels, module: Path) -> None:
     import msp._cuda
 
     archs = msp._cuda.archs()
     for arch in archs:
-        kernels = [KERNEL.search(name) for target, name in resources if target == f"sm_{arch}"]
-        variants = {match.groups() for match in kernels if match}
-        assert len(variants) == 3 * 4 * 5, f"sm_{arch}"
+        built = Counter(kernel.family for kernel in cuda_kernels if kernel.target == f"sm_{arch}")
+        assert built["nm_select_kernel"] == SELECT_VARIANTS, f"sm_{arch}"
+    assert {kernel.target for kernel in cuda_kernels} == {f"sm_{arch}" for arch in archs}
     newest = re.sub("[a-z]+$", "", archs[-1])
-    assert f"sm_{newest}.ptx" in read(cuobjdump, "--list-ptx", module)
+    tool = cubins.find_tool("cuobjdump")
+    listed = subprocess.run([tool, "--list-ptx", str(module)], capture_output=True, text=True, check=True).stdout
+    assert f"sm_{newest}.ptx" in listed
 
 
-def test_no_kernel_spills(resources) -> None:
-    wrong = {
-        key: use
-        for key, use in resources.items()
-        if use["STACK"] or use["LOCAL"] or use["REG"] > MOST_REGISTERS
-    }  # fmt: skip
-    assert resources and not wrong
+def test_no_kernel_spills(cuda_kernels) -> None:
+    assert cuda_kernels and [kernel for kernel in cuda_kernels if kernel.spilled] == []
 
 
-def test_weights_are_read_16_bytes_at_a_time(module: Path, cuobjdump: str) -> None:
-    import msp._cuda
+def test_every_kernel_leaves_the_room_it_was_planned_to(cuda_kernels) -> None:
+    for kernel in cuda_kernels:
+        plan = plan_of(kernel)
+        assert kernel.threads, f"{kernel.name} has no launch bounds"
+        assert kernel.blocks(dynamic_shared=plan.dynamic_shared(kernel)) >= plan.blocks, kernel.name
 
-    target = f"sm_{msp._cuda.archs()[-1]}"
-    sass = read(cuobjdump, "--dump-sass", "--gpu-architecture", target, module)
-    functions = sass.split("Function : ")[1:]
-    seen = 0
-    for function in functions:
-        match = KERNEL.search(function.partition("\n")[0])
-        if match is None:
-            continue
-        seen += 1
-        dtype, group_size, kind = int(match[1]), int(match[2]), int(match[3])
+
+def test_selection_moves_weights_16_bytes_at_a_time(cuda_kernels) -> None:
+    for kernel in cubins.family(cuda_kernels, "nm_select_kernel"):
+        dtype, group_size, kind = map(int, kernel.arguments)
         element = 4 if dtype == 0 else 2
         unit = max(8, group_size)
         fp32_terms = {0: 0, 1: 1, 2: 2, 3: 1, 4: 1}[kind]
-        wide = re.findall(r"\bLDG\.\S*128", function)
-        assert len(wide) >= unit * element // 16 + fp32_terms * unit * 4 // 16, match[0]
-        assert not re.search(r"\b(LDL|STL)\b", function), match[0]
-        assert re.search(r"\bSTG\.\S*128", function), match[0]
-    assert seen == 3 * 4 * 5
+        assert kernel.count("LDG", 128) >= unit * element // 16 + fp32_terms * unit * 4 // 16, kernel.name
+        assert kernel.count("STG", 128), kernel.name
+
+
+def kernel_of(target: str, **changes) -> cubins.Kernel:
+    use = {"threads": 128, "registers": 64, "stack": 0, "local": 0, "shared": 0, "instructions": Counter()}
+    return cubins.Kernel(target, "some_kernel<1, 2>", **{**use, **changes})
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dynamic_shared", "blocks"),
+    [
+        (kernel_of("sm_80"), 0, 8),  # 65536 / (64 * 128)
+        (kernel_of("sm_80", registers=65), 0, 7),  # 72 registers, in granules of 8
+        (kernel_of("sm_80", threads=1024), 0, 1),
+        (kernel_of("sm_80", threads=32, registers=16), 0, 32),
+        (kernel_of("sm_86", registers=16), 0, 12),  # 48 warps
+        (kernel_of("sm_90a", shared=40 << 10), 0, 5),  # 228 / (40 + 1)
+        (kernel_of("sm_90a", threads=384, registers=168), 220 << 10, 1),
+    ],
+)
+def test_occupancy(kernel: cubins.Kernel, dynamic_shared: int, blocks: int) -> None:
+    assert kernel.blocks(dynamic_shared=dynamic_shared) == blocks
+
+
+def test_instructions_are_counted_by_their_modifiers() -> None:
+    instructions = Counter({"HMMA.SP.16832.F32.BF16": 4, "HMMA.16816.F32": 2, "LDG.E.128.CONSTANT": 3, "LDG.E": 5})
+    kernel = kernel_of("sm_80", instructions=instructions)
+    assert kernel.count("HMMA") == 6 and kernel.count("HMMA", "SP") == 4
+    assert kernel.count("LDG", 128) == 3 and not kernel.spilled
+    assert kernel_of("sm_80", instructions=Counter({"STL.64": 1})).spilled

@@ -1,0 +1,1 @@
+"""Benchmarks of the GPU kernels: ``runner`` says how one is written and run."""

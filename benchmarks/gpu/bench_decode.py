@@ -1,0 +1,125 @@
+"""Greedy decoding with a packed model beside its dense one: Llama-2-7B's shape, random weights, mixed 75 %, batch 1.
+
+Both go through ``model.generate`` with a static cache, ``torch.compile`` and CUDA graphs. Time to the first token is
+taken off, so what remains is decoding alone; memory is what the loaded model and its decoding keep allocated.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import torch
+
+from gpu.runner import Context, Row, relative_error
+from msp.allocators import Problem, get_allocator
+from msp.checkpoint import replace_linears
+from msp.model import find_structure
+from msp.ops import force_backend, nm_select
+from msp.sparse_linear import SparseLinear
+from msp.workbench import make_plan
+
+LLAMA_2_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32_000,
+}
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 64,
+}
+PROMPT, NEW, RUNS = 32, 64, 5
+BOUND = 2e-2
+
+
+def rows(context: Context) -> Iterator[Row]:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    shape = SMALL if context.dry else LLAMA_2_7B
+    torch.manual_seed(context.seed)
+    with context.device:
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16).eval()
+    model.generation_config.eos_token_id = None
+    prompt = torch.arange(PROMPT, device=context.device)[None] * 7 % shape["vocab_size"]
+    dense_seconds, dense_bytes = measure(context, model, prompt)
+    pack(model)
+    with torch.inference_mode():
+        found = model(prompt).logits
+        with force_backend("reference"):
+            wanted = model(prompt).logits
+    error = relative_error(found, wanted)
+    if not error <= BOUND:
+        yield Row("decode mixed 75 % bf16", "Llama-2-7B", error, BOUND)
+        return
+    seconds, allocated = measure(context, model, prompt)
+    yield Row(
+        "decode mixed 75 % bf16",
+        "small" if context.dry else "Llama-2-7B",
+        error,
+        BOUND,
+        median_us=seconds * 1e6,
+        ratio={"dense": dense_seconds / seconds},
+        method="generate" if context.dry else "generate, static cache, CUDA graphs",
+        figures=("decode-speed", "decode-memory"),
+        extra={
+            "memory": allocated / dense_bytes,
+            "memory_gb": allocated / 1e9,
+            "tokens_per_second": 1 / seconds,
+            "dense_tokens_per_second": 1 / dense_seconds,
+        },
+    )
+
+
+def pack(model: Any) -> None:
+    """Levels of a ramp over depth, weights kept by magnitude."""
+    structure = find_structure(model)
+    plan = make_plan(structure, sparsity=Fraction(3, 4), group_size=8, unit="linear")
+    problem = Problem(plan.units, plan.budget, evidence=None)  # type: ignore[arg-type]  # a ramp asks for none
+    allocation = problem.allocation(get_allocator("ramp").allocate(problem).levels)
+    linears = {linear.name: linear for linear in structure.linears}
+    for name, pattern in allocation.items():  # one by one: the dense weight goes before the next is packed
+        replace_linears(model, {name: nm_select(linears.pop(name).weight, pattern)})
+    for module in model.modules():
+        if isinstance(module, SparseLinear):
+            module.settle()
+
+
+def measure(context: Context, model: Any, prompt: torch.Tensor) -> tuple[float, int]:
+    """Seconds a token, median of a few runs, and bytes allocated meanwhile."""
+    from transformers.generation.configuration_utils import CompileConfig
+
+    torch.compiler.reset()
+    options = copy.deepcopy(model.generation_config)
+    options.do_sample, options.pad_token_id = False, 0
+    if not context.dry:
+        options.cache_implementation = "static"
+        options.compile_config = CompileConfig(mode="reduce-overhead", fullgraph=False, dynamic=False)
+
+    def seconds(count: int) -> float:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            options.max_new_tokens = options.min_new_tokens = count
+            mask = torch.ones_like(prompt)
+            model.generate(prompt, attention_mask=mask, generation_config=options)
+        if not context.dry:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for count in (2, 1 + NEW, 1):
+        seconds(count)
+    times = [(seconds(1 + NEW) - seconds(1)) / NEW for _ in range(RUNS)]
+    if context.dry:
+        parts = [*model.parameters(), *model.buffers()]
+        return statistics.median(times), sum(part.nbytes for part in parts)
+    return statistics.median(times), torch.cuda.memory_allocated()

@@ -1,0 +1,93 @@
+"""``nm_linear`` from tiles beside cuBLAS: linears of Llama-2-7B, Llama-3-8B, Qwen2.5-7B and 14B, 1 to 64 tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from gpu.runner import Context, Row, relative_error
+from msp.ops import PackedWeight, nm_select
+from msp.ops.layouts import to_tiles
+from msp.ops.nm_linear_tiles import nm_linear_tiles
+from msp.patterns import NMPattern
+
+# [out, in]
+SHAPES = {
+    "Llama-2-7B": [(4096, 4096), (11008, 4096), (4096, 11008)],
+    "Llama-3-8B": [(14336, 4096), (4096, 14336), (1024, 4096)],
+    "Qwen2.5-7B": [(18944, 3584), (3584, 18944), (3584, 3584)],
+    "Qwen2.5-14B": [(13824, 5120), (5120, 13824), (5120, 5120)],
+}
+LARGE = 14336 * 4096
+ONE_TOKEN = [f"{n}:8" for n in range(1, 8)] + ["2:4", "1:4", "1:16", "2:16", "4:16", "8:16", "4:32", "8:32"]
+FEW_TOKENS = [2, 4, 8, 16, 32, 64]
+BOUND = 1e-2
+
+
+def rows(context: Context) -> Iterator[Row]:
+    shapes = [shape for model in SHAPES.values() for shape in model]
+    shapes = sorted(context.sizes(shapes, small=[(32, 512)]), key=lambda shape: -shape[0] * shape[1])
+    # what the figures need comes first, on every shape; then the breadth, on one shape of each kind
+    for shape in shapes:
+        yield from one_shape(context, shape, [("2:8", 1), ("2:4", 1), ("4:8", 1), ("2:8", 16)])
+    for shape in dict.fromkeys((shapes[0], shapes[-1])):
+        yield from one_shape(context, shape, [(pattern, 1) for pattern in ONE_TOKEN])
+        yield from one_shape(context, shape, [("2:8", tokens) for tokens in FEW_TOKENS])
+        yield from one_shape(context, shape, [(pattern, 8) for pattern in ("1:8", "3:8", "4:8", "2:16", "5:8")])
+    for tokens in (1, 8):
+        yield from one_shape(context, shapes[0], [("2:8", tokens)], torch.float16)
+
+
+def one_shape(
+    context: Context, shape: tuple[int, int], cases: list[tuple[str, int]], dtype: torch.dtype = torch.bfloat16
+) -> Iterator[Row]:
+    out, columns = shape
+    dense = context.randn(out, columns, dtype=dtype)
+    dense_copies = context.rotate(dense.clone, dense.nbytes)
+    for text, tokens in cases:
+        packed = nm_select(dense, NMPattern.parse(text))
+        yield one_row(context, packed, dense_copies, text, tokens)
+
+
+def one_row(context: Context, packed: PackedWeight, dense_copies: object, text: str, tokens: int) -> Row:
+    (out, columns), pattern = packed.shape, packed.pattern
+    x, bias = context.randn(tokens, columns, dtype=packed.dtype), context.randn(out, dtype=packed.dtype)
+    tiles = to_tiles(packed.values, packed.bitmask)
+    copies = context.rotate(lambda: [part.clone() for part in tiles], packed.nbytes)
+    always = pattern.always_compliant
+
+    def ours(turn: int) -> torch.Tensor:
+        values, bitmask = copies[turn]
+        y: torch.Tensor = nm_linear_tiles(x, values, bitmask, bias, pattern.n, pattern.m, columns, always)
+        return y
+
+    def cublas(turn: int) -> torch.Tensor:
+        return torch.nn.functional.linear(x, dense_copies[turn], bias)  # type: ignore[index]
+
+    wanted = x.double() @ packed.unpack().double().T + bias.double()
+    with context.backend("cuda"):
+        return context.row(
+            f"nm_linear {text} {str(packed.dtype).removeprefix('torch.')} {tokens} tokens",
+            f"{out}x{columns}",
+            ours,
+            {"cuBLAS": cublas},
+            error=relative_error(ours(0), wanted),
+            bound=BOUND,
+            moved=packed.nbytes + (tokens * (columns + out) + out) * 2,
+            flops=2 * tokens * out * columns * pattern.n // pattern.m,
+            turns=len(copies),
+            figures=figures(pattern, tokens, out * columns),
+        )
+
+
+def figures(pattern: NMPattern, tokens: int, weights: int) -> tuple[str, ...]:
+    """The figures that a row counts for."""
+    large, text = weights >= LARGE, str(pattern)
+    named = {
+        "linear-2:8": tokens == 1 and text == "2:8" and large,
+        "linear-half": tokens == 1 and text in ("2:4", "4:8") and large,
+        "linear-bandwidth": tokens == 1 and pattern.m == 8,
+        "linear-16-tokens": tokens == 16 and text == "2:8",
+    }
+    return tuple(name for name, counts in named.items() if counts)

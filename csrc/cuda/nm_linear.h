@@ -1,0 +1,44 @@
+// y = x W^T + b on a CUDA device, for few tokens and a packed weight in the order of nm_tiles.h.
+#pragma once
+
+#include <string>
+
+#include "../nm_format.h"
+
+namespace msp {
+
+// Which kernel: one product a kept weight, or expansion into tensor core fragments.
+enum class LinearForm : int { kGather = 0, kExpand = 1 };
+
+// Work is cut into `splits` x `slices` parts of the columns and blocks of `stripes` x 16 rows; a block of 8
+// warps has slices = 8 / stripes of them. How it is cut decides the order of additions, so the same cut gives
+// the same bits.
+struct NmLinear {
+    const void* x;        // [tokens, columns], 16-byte aligned
+    const void* values;   // in tile order, 16-byte aligned
+    const void* bitmask;  // in tile order, 16-byte aligned
+    const void* bias;     // [rows] or null
+    void* y;              // [tokens, rows]
+    float* partials;      // [splits, tokens, rows], read and written where splits > 1
+    Dtype dtype;          // of x, values, bias and y: 16 bits wide
+    int tokens, rows, columns;
+    int group_size, n;
+    LinearForm form;
+    int tokens_at_once;  // gather: 1, 2, 4; expand: 8, 16, 32
+    int stripes;         // 1, 2, 4, 8
+    int splits;
+};
+
+constexpr int kLinearWarps = 8;
+
+// Whether a kernel for these exists.
+bool nm_linear_has(LinearForm form, int group_size, int n, int tokens_at_once);
+
+// Dynamic shared memory of a block, to be held against the device's limit.
+int64_t nm_linear_shared_bytes(const NmLinear& op);
+
+// Computes y in order on `stream` of the device that holds the weight; allocates nothing and returns without
+// waiting. Returns what went wrong, or an empty string.
+std::string nm_linear_cuda(const NmLinear& op, void* stream);
+
+}  // namespace msp

@@ -1,0 +1,9 @@
+#include "nm_linear_launch.h"
+
+namespace msp {
+
+cudaError_t launch_linear_bf16(const NmLinear& op, cudaStream_t stream) {
+    return launch_linear<Dtype::kBFloat16>(op, stream);
+}
+
+}  // namespace msp

@@ -1,0 +1,138 @@
+// Which instance of the kernels of nm_linear serves a call, and its launch.
+#pragma once
+
+#include "nm_linear_expand.h"
+#include "nm_linear_gather.h"
+
+namespace msp {
+
+// Values of `unit` columns that the expansion treats as one, as Expander's parameters.
+struct ExpandUnit {
+    int columns, values;
+};
+
+MSP_HD constexpr ExpandUnit expand_unit(int group_size, int n) {
+    return group_size == 4 ? ExpandUnit{8, 2 * n} : ExpandUnit{group_size, n};
+}
+
+// The values that the gather takes at a time.
+MSP_HD constexpr int gather_step(int group_size, int n) {
+    const int per_word = 32 / group_size * n;
+    return per_word % 8 == 0 ? 8 : per_word % 4 == 0 ? 4 : 2;
+}
+
+using LinearKernel = void (*)(NmLinear);
+
+template <Dtype D, int Step>
+LinearKernel gather_kernel(int tokens) {
+    switch (tokens) {
+        case 1:
+            return nm_linear_gather_kernel<D, Step, 1>;
+        case 2:
+            return nm_linear_gather_kernel<D, Step, 2>;
+        case 4:
+            return nm_linear_gather_kernel<D, Step, 4>;
+        default:
+            return nullptr;
+    }
+}
+
+template <Dtype D, int Unit, int PerUnit>
+LinearKernel expand_kernel(int tokens) {
+    switch (tokens) {
+        case 8:
+            return nm_linear_expand_kernel<D, Unit, PerUnit, 8>;
+        case 16:
+            return nm_linear_expand_kernel<D, Unit, PerUnit, 16>;
+        case 32:
+            return nm_linear_expand_kernel<D, Unit, PerUnit, 32>;
+        default:
+            return nullptr;
+    }
+}
+
+template <Dtype D>
+LinearKernel expand_kernel(ExpandUnit unit, int tokens) {
+    switch (unit.columns * 100 + unit.values) {
+        case 801:
+            return expand_kernel<D, 8, 1>(tokens);
+        case 802:
+            return expand_kernel<D, 8, 2>(tokens);
+        case 803:
+            return expand_kernel<D, 8, 3>(tokens);
+        case 804:
+            return expand_kernel<D, 8, 4>(tokens);
+        case 805:
+            return expand_kernel<D, 8, 5>(tokens);
+        case 806:
+            return expand_kernel<D, 8, 6>(tokens);
+        case 807:
+            return expand_kernel<D, 8, 7>(tokens);
+        case 1601:
+            return expand_kernel<D, 16, 1>(tokens);
+        case 1602:
+            return expand_kernel<D, 16, 2>(tokens);
+        case 1603:
+            return expand_kernel<D, 16, 3>(tokens);
+        case 1604:
+            return expand_kernel<D, 16, 4>(tokens);
+        case 3202:
+            return expand_kernel<D, 32, 2>(tokens);
+        case 3204:
+            return expand_kernel<D, 32, 4>(tokens);
+        default:
+            return nullptr;
+    }
+}
+
+template <Dtype D>
+LinearKernel linear_kernel(const NmLinear& op) {
+    if (op.form == LinearForm::kExpand) {
+        return expand_kernel<D>(expand_unit(op.group_size, op.n), op.tokens_at_once);
+    }
+    switch (gather_step(op.group_size, op.n)) {
+        case 8:
+            return gather_kernel<D, 8>(op.tokens_at_once);
+        case 4:
+            return gather_kernel<D, 4>(op.tokens_at_once);
+        default:
+            return gather_kernel<D, 2>(op.tokens_at_once);
+    }
+}
+
+inline cudaError_t launch(LinearKernel kernel, const NmLinear& op, dim3 grid, int64_t shared_bytes,
+                          cudaStream_t stream) {
+    const int shared = static_cast<int>(shared_bytes);
+    if (shared > 48 << 10) {
+        const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+        if (error != cudaSuccess) return error;
+    }
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(kLinearThreads);
+    config.dynamicSmemBytes = static_cast<size_t>(shared);
+    config.stream = stream;
+    return cudaLaunchKernelEx(&config, kernel, op);
+}
+
+template <Dtype D>
+cudaError_t launch_linear(const NmLinear& op, cudaStream_t stream) {
+    const auto over = [](int64_t a, int64_t b) { return static_cast<unsigned>((a + b - 1) / b); };
+    const LinearKernel kernel = linear_kernel<D>(op);
+    if (kernel == nullptr) return cudaErrorInvalidValue;
+    const unsigned row_blocks = over(op.rows, op.stripes * kTileRows);
+    const dim3 grid(over(op.tokens, op.tokens_at_once) * row_blocks, static_cast<unsigned>(op.splits));
+    cudaError_t error = launch(kernel, op, grid, nm_linear_shared_bytes(op), stream);
+    if (error == cudaSuccess && op.splits > 1) {
+        const int64_t outputs = static_cast<int64_t>(op.tokens) * op.rows;
+        error = launch(nm_linear_sum_kernel<D>, op, dim3(over(outputs, kLinearThreads)), 0, stream);
+    }
+    return error;
+}
+
+// In a file of its own for each dtype, which compile side by side.
+cudaError_t launch_linear_bf16(const NmLinear& op, cudaStream_t stream);
+cudaError_t launch_linear_fp16(const NmLinear& op, cudaStream_t stream);
+
+}  // namespace msp

@@ -1,0 +1,123 @@
+"""How ``nm_linear`` computes a product on a CUDA device whose weight lies in tiles: the table, and how work is cut.
+
+Every threshold here is chosen by arithmetic (``docs/kernels/nm_linear.md``), none is measured yet.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from msp.ops.layouts import TILE_COLUMNS, TILE_ROWS
+from msp.patterns import NMPattern
+
+How = Literal["gather", "expand", "spmm", "unpack"]
+
+# One product a kept weight and token: the load of each activation is what more tokens pay for.
+GATHER_TOKENS = 2
+# Patterns that have no expansion gather on in passes over the weight, as long as these read less than a dense product.
+GATHER_PASS = 4
+# Expansion once for every 32 tokens, until unpacking all is cheaper.
+EXPAND_TOKENS = 256
+# Sparse tensor cores need their own fragment order, made for each product: it pays from here on.
+SPMM_TOKENS = 1024
+# Above this share of the dense bytes a weight is kept dense on the device.
+DENSE_SHARE = 0.85
+
+WARPS = 8
+_RING_BYTES, _TABLE_BYTES = 32 << 10, 32 << 10
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the cut of the work depends on: multiprocessors, and bytes of shared memory of one."""
+
+    multiprocessors: int
+    shared: int
+
+    def block_shared(self, blocks: int = 1) -> int:
+        """Most that each of so many blocks can have; the driver keeps 1 KiB of each block's."""
+        return self.shared // blocks - 1024
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a product is computed; the sizes are those of ``msp._cuda.nm_linear`` and 0 where it is not called."""
+
+    how: How
+    tokens_at_once: int = 0
+    stripes: int = 0
+    splits: int = 0
+
+
+@functools.cache
+def device_limits(device: torch.device) -> Device:
+    found = torch.cuda.get_device_properties(device)
+    return Device(found.multi_processor_count, found.shared_memory_per_multiprocessor)
+
+
+def packed_share(pattern: NMPattern, itemsize: int = 2) -> float:
+    """Packed bytes as a share of the dense ones."""
+    return float(pattern.density) + 1 / (8 * itemsize)
+
+
+def stays_dense(pattern: NMPattern, itemsize: int = 2) -> bool:
+    """Whether so little is saved that the weight is better unpacked once, when it comes to a CUDA device."""
+    return packed_share(pattern, itemsize) > DENSE_SHARE
+
+
+def can_expand(pattern: NMPattern) -> bool:
+    """Whether a byte permutation can place a group's values."""
+    return pattern.m <= 8 or pattern.n <= 4
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(tokens: int, rows: int, columns: int, pattern: NMPattern, compliant: bool, device: Device) -> Plan:
+    """The table, first line that holds.
+
+    Args:
+        tokens: of the product with a ``[rows, columns]`` weight.
+        compliant: whether 2:4 sparse tensor cores can multiply with it and their kernel is there.
+    """
+    passes = math.ceil(tokens / GATHER_PASS)
+    if tokens <= GATHER_TOKENS:
+        return _cut("gather", tokens, tokens, rows, columns, device)
+    if can_expand(pattern) and tokens <= EXPAND_TOKENS:
+        at_once = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
+        return _cut("expand", at_once, tokens, rows, columns, device)
+    if passes * packed_share(pattern) <= 1:
+        return _cut("gather", GATHER_PASS, tokens, rows, columns, device)
+    if compliant and tokens >= SPMM_TOKENS:
+        return Plan("spmm")
+    return Plan("unpack")
+
+
+def shared_bytes(how: How, at_once: int, columns: int, splits: int) -> int:
+    """Shared memory of a block: ``nm_linear_shared_bytes`` of the kernels."""
+    tiles = math.ceil(columns // TILE_COLUMNS / splits)
+    # activations: 2 bytes, and a third as much again between the gather's words
+    activations = tiles * TILE_COLUMNS * at_once * (3 if how == "gather" else 2)
+    return _RING_BYTES + activations + (_TABLE_BYTES if how == "expand" else 0)
+
+
+def _cut(how: How, at_once: int, tokens: int, rows: int, columns: int, device: Device) -> Plan:
+    """More tokens, more rows a block: its activations are read for all of them. Then splits of the columns until two
+    blocks fit a multiprocessor, and until every multiprocessor has some."""
+    stripes = {1: 1, 2: 1, 4: 2, 8: 2, 16: 4, 32: 8}[at_once]
+    tiles = columns // TILE_COLUMNS
+    room = device.block_shared(2)
+    if shared_bytes(how, at_once, TILE_COLUMNS, 1) > room:
+        room = device.block_shared()
+    splits = 1
+    while splits < tiles and shared_bytes(how, at_once, columns, splits) > room:
+        splits += 1
+    blocks = math.ceil(rows / (TILE_ROWS * stripes)) * math.ceil(tokens / at_once)
+    if how == "expand":
+        # no more than leave each warp a tile
+        wanted = min(math.ceil(2 * device.multiprocessors / blocks), tiles * stripes // WARPS)
+        splits = max(splits, wanted)
+    return Plan(how, at_once, stripes, splits)

@@ -1,0 +1,152 @@
+"""``y = x W^T + b`` with W packed in the tile order of ``msp.ops.layouts``, which the CUDA kernels read.
+
+``nm_linear_plan`` says how a product is computed. ``SparseLinear`` brings its weight into tiles when it comes to a CUDA
+device; everything else sees the canonical form.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msp.ops._dispatch import Op, compiled_module, define
+from msp.ops.layouts import from_tiles, has_tiles, to_tiles
+from msp.ops.nm_linear import check
+from msp.ops.nm_linear import triton as triton_of_rows
+from msp.ops.nm_linear_plan import Plan, device_limits, plan
+from msp.ops.packed import VALUE_DTYPES, unpack, unpack_bits
+from msp.patterns import NMPattern
+
+
+def reference(
+    x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, compliant: bool
+) -> Tensor:
+    return F.linear(x, unpack(*from_tiles(values, bitmask), x.shape[-1]), bias)
+
+
+op = Op("nm_linear_tiles", reference)
+
+
+def _available() -> bool:
+    return hasattr(compiled_module("msp._cuda"), "nm_linear") and torch.cuda.is_available()
+
+
+def serves(pattern: NMPattern, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a weight on this device should lie in tiles."""
+    return device.type == "cuda" and has_tiles(pattern, rows, columns, dtype) and _available()
+
+
+@op.backend("triton")
+def triton(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, compliant: bool) -> Tensor:
+    return triton_of_rows(x, *from_tiles(values, bitmask), bias, n, m)
+
+
+@op.backend(
+    "cuda", available=_available, supports=lambda x, values, bitmask, bias, n, m, compliant: x.dtype.itemsize == 2
+)
+def cuda(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, compliant: bool) -> Tensor:
+    columns, rows = x.shape[-1], values.shape[0]
+    pattern = NMPattern(n, m)
+    chosen = plan(x.numel() // columns, rows, columns, pattern, compliant, device_limits(x.device))
+    if chosen.how == "unpack":
+        return _unpacked(x, values, bitmask, bias, n, m)
+    if chosen.how == "spmm":
+        from msp.ops.nm_spmm import nm_spmm
+
+        return nm_spmm(x, *from_tiles(values, bitmask), bias, n, m)
+    return _few_tokens(x, values, bitmask, bias, pattern, chosen)
+
+
+def _few_tokens(
+    x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, pattern: NMPattern, chosen: Plan
+) -> Tensor:
+    columns, rows = x.shape[-1], values.shape[0]
+    flat = x.reshape(-1, columns).contiguous()
+    # the kernels read 16 bytes at a time
+    flat = flat.clone() if flat.data_ptr() % 16 else flat
+    bias = None if bias is None else bias.contiguous()
+    tokens = flat.shape[0]
+    y = x.new_empty(*x.shape[:-1], rows)
+    partials = None
+    if chosen.splits > 1:
+        partials = x.new_empty(chosen.splits, tokens, rows, dtype=torch.float32)
+    compiled = compiled_module("msp._cuda")
+    assert compiled is not None
+    with torch.cuda.device(x.device):
+        compiled.nm_linear(
+            flat.data_ptr(),
+            values.data_ptr(),
+            bitmask.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            0 if partials is None else partials.data_ptr(),
+            VALUE_DTYPES.index(x.dtype),
+            tokens,
+            rows,
+            columns,
+            pattern.m,
+            pattern.n,
+            ("gather", "expand").index(chosen.how),
+            chosen.tokens_at_once,
+            chosen.stripes,
+            chosen.splits,
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return y
+
+
+def _unpacked(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
+    from msp.triton_kernels import nm_linear as kernels
+
+    values, bitmask = from_tiles(values, bitmask)
+    dense = values.new_empty(values.shape[0], x.shape[-1])
+    return F.linear(x, kernels.unpack(values, bitmask, dense, n=n, group_size=m), bias)
+
+
+def _implementation(
+    x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, columns: int, compliant: bool
+) -> Tensor:
+    check(x, values, bitmask, bias, n, m, columns)
+    if x.numel() == 0:
+        return x.new_zeros(*x.shape[:-1], values.shape[0])
+    return op(x, values, bitmask, bias, n, m, compliant)
+
+
+def _fake(
+    x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, columns: int, compliant: bool
+) -> Tensor:
+    check(x, values, bitmask, bias, n, m, columns)
+    return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+nm_linear_tiles = define(
+    "nm_linear_tiles(Tensor x, Tensor values, Tensor bitmask, Tensor? bias, int n, int m, int columns, bool compliant)"
+    " -> Tensor",
+    _implementation,
+    _fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, bitmask, _, _, _, ctx.columns, _ = inputs
+    ctx.save_for_backward(values, bitmask, x if values.requires_grad else None)
+
+
+def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    values, bitmask, x = ctx.saved_tensors
+    needs_x, needs_values, _, needs_bias = ctx.needs_input_grad[:4]
+    flat = grad_y.reshape(-1, grad_y.shape[-1])
+    rows_values, rows_bitmask = from_tiles(values, bitmask)
+    grad_x = grad_values = None
+    if needs_x:
+        grad_x = grad_y @ unpack(rows_values, rows_bitmask, ctx.columns)
+    if needs_values:
+        kept = (flat.t() @ x.reshape(-1, ctx.columns))[unpack_bits(rows_bitmask, ctx.columns)]
+        grad_values = to_tiles(kept.view(values.shape), rows_bitmask)[0]
+    return grad_x, grad_values, None, flat.sum(0) if needs_bias else None, None, None, None, None
+
+
+torch.library.register_autograd(nm_linear_tiles, _backward, setup_context=_setup_context)

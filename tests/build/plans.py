@@ -1,0 +1,80 @@
+"""What each CUDA kernel is planned to leave of a multiprocessor to others; ``test_cubin.py`` holds it to that.
+
+A kernel that is not listed is taken to need no dynamic shared memory and to be alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cubins import Kernel
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``blocks`` on one multiprocessor, each with as much dynamic shared memory as a launch asks for at most."""
+
+    blocks: int = 1
+    dynamic_shared: Callable[[Kernel], int] = lambda kernel: 0
+
+
+def select_shared(kernel: Kernel) -> int:
+    """The kept values of a block where all are kept: ``SelectBlock::shared_bytes``."""
+    dtype, group_size, _ = map(int, kernel.arguments)
+    return kernel.threads * max(8, group_size) * (4 if dtype == 0 else 2)
+
+
+def gather_shared(kernel: Kernel) -> int:
+    """The values' ring and the activations of a whole row of 4096 columns."""
+    tokens = int(kernel.arguments[2])
+    return (32 << 10) + 4096 * 3 * tokens
+
+
+def expand_shared(kernel: Kernel) -> int:
+    """The values' ring, the table and the activations of one tile; ``nm_linear_plan`` adds tiles while two fit."""
+    tokens = int(kernel.arguments[3])
+    return (64 << 10) + 256 * 2 * tokens
+
+
+def spmm_tokens(kernel: Kernel) -> int:
+    """Of a tile, from ``SpmmShape<row warps, token warps, slabs, octets>``."""
+    shape = re.search(r"SpmmShape<(\d+), (\d+), (\d+), (\d+)>", kernel.name)
+    assert shape, kernel.name
+    return int(shape[2]) * int(shape[4]) * 8
+
+
+def spmm_sm80_shared(kernel: Kernel) -> int:
+    """Stages of 128 rows of fragments and as many bytes of each token: ``SpmmPipeline::kSharedBytes``."""
+    stages = int(kernel.name.rstrip(">").rpartition(",")[2])
+    return stages * (8 * 1152 + spmm_tokens(kernel) * 128)
+
+
+def spmm_epilogue_shared(tokens: int) -> int:
+    """A tile of 128 rows, 8 more a token: ``SpmmEpilogue::kSharedBytes``."""
+    return tokens * (128 + 8) * 2
+
+
+def spmm_sm90_shared(kernel: Kernel) -> int:
+    """Four stages of x, the epilogue's tile and eight barriers: ``Sm90Layout::kSharedBytes``. Elsewhere it is empty."""
+    if kernel.target != "sm_90a":
+        return 0
+    tokens = int(kernel.arguments[1])
+    return 4 * tokens * 128 + spmm_epilogue_shared(tokens) + 64
+
+
+PLANS = {
+    "nm_linear_gather_kernel": Plan(2, gather_shared),
+    "nm_linear_expand_kernel": Plan(2, expand_shared),
+    "nm_linear_sum_kernel": Plan(4),
+    "nm_select_kernel": Plan(4, select_shared),
+    "nm_spmm_pack_kernel": Plan(6),
+    "nm_spmm_sm80_kernel": Plan(1, spmm_sm80_shared),
+    "nm_spmm_sm90_kernel": Plan(1, spmm_sm90_shared),
+    "nm_spmm_sum_kernel": Plan(3, lambda kernel: spmm_epilogue_shared(spmm_tokens(kernel))),
+}
+
+
+def plan_of(kernel: Kernel) -> Plan:
+    return PLANS.get(kernel.family, Plan())

@@ -1,0 +1,65 @@
+"""What nvcc made of ``nm_linear``: the instructions that were planned, in every instance and for every target."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import cubins
+
+from msp.ops.nm_linear_plan import can_expand
+from msp.patterns import GROUP_SIZES, NMPattern
+
+
+def test_every_pattern_and_dtype_has_its_kernels(cuda_kernels) -> None:
+    import msp._cuda
+
+    units = {
+        (8, 2 * n) if m == 4 else (m, n)
+        for m in GROUP_SIZES
+        for n in range(1, m)
+        if can_expand(NMPattern(n, m)) and msp._cuda.nm_linear_has(1, m, n, 8)
+    }
+    for arch in msp._cuda.archs():
+        here = [kernel for kernel in cuda_kernels if kernel.target == f"sm_{arch}"]
+        expand = Counter(kernel.arguments for kernel in cubins.family(here, "nm_linear_expand_kernel"))
+        gather = Counter(kernel.arguments for kernel in cubins.family(here, "nm_linear_gather_kernel"))
+        assert set(expand) == {
+            (dtype, str(unit), str(kept), tokens)
+            for dtype in "12"
+            for unit, kept in units
+            for tokens in ("8", "16", "32")
+        }
+        assert set(gather) == {(dtype, step, tokens) for dtype in "12" for step in "248" for tokens in "124"}
+        assert len(cubins.family(here, "nm_linear_sum_kernel")) == 2
+
+
+def test_weights_come_16_bytes_at_a_time(cuda_kernels) -> None:
+    for name in ("nm_linear_gather_kernel", "nm_linear_expand_kernel"):
+        for kernel in cubins.family(cuda_kernels, name):
+            assert kernel.count("LDGSTS", 128) >= 7, kernel.name  # the ring is filled before the loop
+            assert kernel.count("LDGSTS") == kernel.count("LDGSTS", 128), kernel.name
+            assert kernel.count("LDG", 128), kernel.name  # the bitmask
+            assert kernel.count("LDS", 128), kernel.name  # the values
+
+
+def test_expanded_weights_go_to_tensor_cores(cuda_kernels) -> None:
+    for kernel in cubins.family(cuda_kernels, "nm_linear_expand_kernel"):
+        _, _, kept, tokens = map(int, kernel.arguments)
+        products = kernel.count("HMMA", 16816)
+        # a tile is 16 steps of 16 columns, unrolled at least by half
+        assert products % (8 * tokens // 8) == 0 and products, kernel.name
+        # four registers of two columns for each row and byte of the bitmask, cleared only where four or more are kept
+        places = products // (tokens // 8) * 4
+        assert kernel.count("PRMT") >= places * (2 if kept >= 4 else 1), kernel.name
+        lookup = kernel.count("LDS", 128 if kept >= 4 else 64)
+        assert lookup >= places // 4, kernel.name
+        assert kernel.count("FLO") == 0, kernel.name
+
+
+def test_gathered_weights_cost_one_search_each(cuda_kernels) -> None:
+    for kernel in cubins.family(cuda_kernels, "nm_linear_gather_kernel"):
+        _, step, tokens = map(int, kernel.arguments)
+        kept = 4 * step  # four words are unrolled
+        assert kernel.count("FLO", "U32") >= kept, kernel.name
+        assert kernel.count("LDS", "U16") == kernel.count("FFMA") == kernel.count("FLO", "U32") * tokens, kernel.name
+        assert kernel.count("HMMA") == 0, kernel.name

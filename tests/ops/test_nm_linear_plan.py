@@ -1,0 +1,101 @@
+"""The table by which a CUDA device multiplies, and that every plan of it can be launched."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from msp.ops.nm_linear_plan import Device, can_expand, packed_share, plan, shared_bytes, stays_dense
+from msp.patterns import GROUP_SIZES, NMPattern
+
+H200 = Device(132, 228 << 10)
+A100 = Device(108, 164 << 10)
+RTX_4090 = Device(128, 100 << 10)
+SHAPES = [
+    (4096, 4096),
+    (11008, 4096),
+    (4096, 11008),
+    (14336, 4096),
+    (4096, 14336),
+    (1024, 4096),
+    (3584, 18944),
+    (16, 256),
+]
+TOKENS = [1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 64, 65, 256, 257, 1023, 1024, 8192]
+PATTERNS = [NMPattern(n, m) for m in GROUP_SIZES for n in range(1, m)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "compliant", "expected"),
+    [
+        ("2:8", True, ["gather"] * 2 + ["expand"] * 11 + ["unpack"] * 2 + ["spmm"] * 2),
+        ("4:8", False, ["gather"] * 2 + ["expand"] * 11 + ["unpack"] * 4),
+        ("8:16", False, ["gather"] * 3 + ["unpack"] * 14),
+        ("6:32", False, ["gather"] * 7 + ["unpack"] * 10),
+    ],
+)
+def test_table(pattern, compliant, expected):
+    found = [plan(tokens, 4096, 4096, NMPattern.parse(pattern), compliant, H200).how for tokens in TOKENS]
+    assert found == expected
+
+
+@pytest.mark.parametrize("device", [H200, A100, RTX_4090], ids=["H200", "A100", "RTX 4090"])
+def test_every_plan_fits_the_device(device):
+    for (rows, columns), tokens, pattern in itertools.product(SHAPES, TOKENS, PATTERNS[::3]):
+        found = plan(tokens, rows, columns, pattern, False, device)
+        if found.how not in ("gather", "expand"):
+            continue
+        assert found.how == "gather" or can_expand(pattern)
+        assert 1 <= found.splits <= columns // 256 and found.stripes in (1, 2, 4, 8)
+        assert shared_bytes(found.how, found.tokens_at_once, columns, found.splits) <= device.block_shared()
+
+
+def test_large_products_fill_every_multiprocessor_twice():
+    for rows, columns in SHAPES[:-1]:
+        found = plan(16, rows, columns, NMPattern(2, 8), True, H200)
+        blocks = -(-rows // (16 * found.stripes)) * found.splits
+        assert blocks >= 2 * H200.multiprocessors or found.splits == columns // 256 * found.stripes // 8
+
+
+def test_sizes_are_those_of_the_kernels():
+    compiled = pytest.importorskip("msp._cuda")
+    for how, at_once, columns, splits in itertools.product(
+        ("gather", "expand"), (1, 2, 4, 8, 16, 32), (256, 11008), (1, 3)
+    ):
+        form = ("gather", "expand").index(how)
+        if compiled.nm_linear_has(form, 8, 2, at_once) and splits <= columns // 256:
+            expected = compiled.nm_linear_shared_bytes(columns, form, at_once, splits)
+            assert shared_bytes(how, at_once, columns, splits) == expected
+    for pattern in PATTERNS:
+        if compiled.nm_linear_has(0, pattern.m, pattern.n, 1):
+            assert compiled.nm_linear_has(1, pattern.m, pattern.n, 8) == can_expand(pattern)
+
+
+def test_binding_refuses_what_no_kernel_serves():
+    compiled = pytest.importorskip("msp._cuda")
+    good = dict.fromkeys(("x_ptr", "values_ptr", "bitmask_ptr", "y_ptr"), 16)
+    good |= {"bias_ptr": 0, "partials_ptr": 0, "dtype_code": 2, "tokens": 1, "rows": 16, "columns": 256}
+    good |= {"group_size": 8, "n": 2, "form": 0, "tokens_at_once": 1, "stripes": 1, "splits": 1, "stream": 0}
+    for change, message in (
+        ({"dtype_code": 0}, "float32"),
+        ({"rows": 8}, "not made of tiles"),
+        ({"columns": 128}, "not made of tiles"),
+        ({"x_ptr": 8}, "x_ptr is not a multiple of 16"),
+        ({"values_ptr": 0}, "values_ptr is null"),
+        ({"tokens_at_once": 3}, "no kernel for 2:8 and 3 tokens"),
+        ({"form": 2}, "form 2"),
+        ({"form": 1, "tokens_at_once": 8, "group_size": 16, "n": 5}, "no kernel for 5:16"),
+        ({"group_size": 32, "n": 3}, "no kernel for 3:32"),
+        ({"stripes": 3}, "stripes 3"),
+        ({"splits": 2}, "splits 2 is outside 1 ... 1"),
+        ({"columns": 512, "splits": 2}, "partials_ptr is null"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compiled.nm_linear(**{**good, **change})
+
+
+def test_only_what_saves_next_to_nothing_stays_dense():
+    assert packed_share(NMPattern(2, 8)) == 0.3125 and packed_share(NMPattern(4, 8)) == 0.5625
+    assert [n for n in range(9) if stays_dense(NMPattern(n, 8))] == [7, 8]
+    assert [n for n in range(5) if stays_dense(NMPattern(n, 4))] == [4]

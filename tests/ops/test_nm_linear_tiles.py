@@ -1,0 +1,108 @@
+"""``nm_linear`` of a weight in tiles, on the device there is; the CUDA kernels run on the CPU in ``tests/build``."""
+
+from __future__ import annotations
+
+import by_hand
+import pytest
+import torch
+
+from msp.ops import available_backends, force_backend, last_backend, nm_select
+from msp.ops.layouts import to_tiles
+from msp.ops.nm_linear_tiles import nm_linear_tiles
+from msp.patterns import NMPattern
+
+BACKENDS = ["reference", "triton", "cuda"]
+# the second has more stripes than whole blocks, the third an odd number of tiles across
+SHAPES = [(16, 256), (144, 1024), (64, 2816)]
+PATTERNS = ["2:8", "1:8", "3:8", "4:8", "7:8", "2:4", "3:4", "1:16", "4:16", "9:16", "2:32", "10:32"]
+TOKENS = [1, 2, 3, 8, 13, 33, 64, 300]
+ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def need(backend, device):
+    by_hand.need("nm_linear_tiles", backend, device)
+
+
+def make(rows, columns, pattern, dtype, device):
+    weight = torch.randn(rows, columns, device=device).to(dtype)
+    packed = nm_select(weight, NMPattern.parse(pattern))
+    return packed, to_tiles(packed.values, packed.bitmask), torch.randn(rows, device=device).to(dtype)
+
+
+def multiply(x, packed, tiles, bias, compliant=False):
+    n, m = packed.pattern.n, packed.pattern.m
+    return nm_linear_tiles(x, *tiles, bias, n, m, packed.shape[1], compliant or n <= 2)
+
+
+def assert_product(y, x, packed, bias):
+    weight = packed.unpack().double()
+    exact = x.double() @ weight.T + (0 if bias is None else bias.double())
+    size = x.double().abs() @ weight.abs().T + (0 if bias is None else bias.double().abs())
+    # many tokens are left to products that round before they add the bias
+    assert (
+        (y.double() - exact).abs() <= 2 * ROUNDING[x.dtype] * exact.abs() + 2.0**-8 * ROUNDING[x.dtype] * size
+    ).all()
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_the_product_with_the_unpacked_weight(backend, pattern, dtype, device):
+    need(backend, device)
+    if backend == "triton" and device.type == "cpu":
+        pytest.skip("interpreted kernels are tested on the canonical form")
+    for index, (rows, columns) in enumerate(SHAPES):
+        packed, tiles, bias = make(rows, columns, pattern, dtype, device)
+        for tokens in TOKENS if backend == "cuda" else TOKENS[index :: len(SHAPES)]:
+            x = torch.randn(tokens, columns, device=device).to(dtype)
+            given = bias if tokens % 2 else None
+            with force_backend(backend):
+                y = multiply(x, packed, tiles, given)
+                again = multiply(x, packed, tiles, given)
+            assert last_backend("nm_linear_tiles") == backend
+            assert torch.equal(y, again)
+            assert_product(y.cpu(), x.cpu(), packed.to("cpu"), None if given is None else given.cpu())
+
+
+def test_interpreted_triton_serves_tiles(device):
+    need("triton", device)
+    packed, tiles, bias = make(16, 256, "2:8", torch.float16, device)
+    x = torch.randn(2, 3, 256, device=device).half()
+    with force_backend("triton"):
+        assert_product(multiply(x, packed, tiles, bias), x, packed, bias)
+
+
+def test_zero_tokens_and_any_strides(device):
+    packed, tiles, bias = make(32, 512, "2:8", torch.bfloat16, device)
+    empty = multiply(torch.empty(2, 0, 512, dtype=torch.bfloat16, device=device), packed, tiles, bias)
+    assert empty.shape == (2, 0, 32)
+    x = torch.randn(512, 3, 2, device=device).bfloat16().permute(2, 1, 0)
+    assert_product(multiply(x, packed, tiles, bias), x, packed, bias)
+    expanded = torch.randn(1, 512, device=device).bfloat16().expand(4, 512)
+    assert_product(multiply(expanded, packed, tiles, None), expanded, packed, None)
+
+
+def test_is_a_well_formed_torch_op(device):
+    _, (values, bitmask), bias = make(16, 256, "2:8", torch.bfloat16, device)
+    x = torch.randn(3, 256, device=device).bfloat16().requires_grad_()
+    torch.library.opcheck(nm_linear_tiles, (x, values, bitmask, bias, 2, 8, 256, True))
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+def test_runs_in_a_cuda_graph(tokens, device):
+    if "cuda" not in available_backends("nm_linear_tiles"):
+        pytest.skip("needs a CUDA device and msp._cuda")
+    packed, tiles, bias = make(1024, 4096, "2:8", torch.bfloat16, device)
+    x = torch.randn(tokens, 4096, device=device).bfloat16()
+    multiply(x, packed, tiles, bias)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = multiply(x, packed, tiles, bias)
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, multiply(x, packed, tiles, bias))
+        assert_product(y, x, packed, bias)
