@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "bindings.h"
+#include "bindings_cuda_prune.h"
 #include "cuda/nm_select.h"
 
 namespace py = pybind11;
@@ -38,6 +39,8 @@ PYBIND11_MODULE(_cuda, module) {
         "integer, 0 for the default one) of the device that holds the weight.\n\n"
         "Arguments as in msp._cpu.nm_select; returns before the work is done. Weights and scores must be "
         "finite.");
+
+    msp::bind_prune(module);
 
     module.def(
         "archs",

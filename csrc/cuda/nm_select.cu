@@ -1,5 +1,4 @@
-#include <cuda_runtime.h>
-
+#include "device.h"
 #include "nm_select.h"
 #include "nm_select_block.h"
 
@@ -72,18 +71,8 @@ cudaError_t launch_dtype(const NmSelect& op, cudaStream_t stream) {
 
 std::string nm_select_cuda(const NmSelect& op, void* stream) {
     if (op.rows == 0 || op.columns == 0) return "";
-    cudaPointerAttributes weight{};
-    int current = 0;
-    cudaError_t error = cudaPointerGetAttributes(&weight, op.weight);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-    if (weight.type != cudaMemoryTypeDevice && weight.type != cudaMemoryTypeManaged) {
-        return "weight_ptr is not device memory";
-    }
-    error = cudaGetDevice(&current);
-    if (error == cudaSuccess && current != weight.device) error = cudaSetDevice(weight.device);
-    if (error == cudaSuccess) error = launch_dtype(op, static_cast<cudaStream_t>(stream));
-    if (current != weight.device) cudaSetDevice(current);
-    return error == cudaSuccess ? "" : cudaGetErrorString(error);
+    return on_device_of(op.weight, "weight",
+                        [&] { return launch_dtype(op, static_cast<cudaStream_t>(stream)); });
 }
 
 }  // namespace msp
