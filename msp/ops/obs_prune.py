@@ -80,7 +80,7 @@ def cuda(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> 
 def sweep_blocks(
     weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int, prune_block: Callable[..., None]
 ) -> tuple[Tensor, Tensor]:
-    """The reference's outer loop around a compiled sweep of one block, which takes addresses as ``msp._cuda``'s does."""
+    """The reference's outer loop around a compiled sweep of one block, called as ``msp._cuda.obs_prune_block``."""
     updated = weight.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     factor = hinv_chol.contiguous()
     if factor.data_ptr() % 16:
