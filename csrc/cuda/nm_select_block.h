@@ -43,6 +43,12 @@ struct SelectBlock {
         return {row, column, first_group_of_unit(row, unit_in_row, op.columns, M), cut ? 1 : kGroups};
     }
 
+    // Its first group, without a division where all rows are whole units. `unit` may be the one past the
+    // last.
+    static MSP_HD int64_t first_group(const NmSelect& op, int64_t unit) {
+        return op.columns % kUnit == 0 ? unit * kGroups : place(op, unit).group;
+    }
+
     // Whether all that a unit reads begins at multiples of 16 bytes.
     static MSP_HD bool loads_vectors(const NmSelect& op) {
         const uintptr_t addresses =
@@ -135,7 +141,7 @@ struct SelectBlock {
             load<false>(op, at, weight);
         }
 
-        Bits* slot = shared + (at.group - place(op, first_unit).group) * op.n;
+        Bits* slot = shared + (first_group(op, unit) - first_group(op, first_unit)) * op.n;
         uint32_t mask = 0;
         MSP_UNROLL
         for (int group = 0; group < kGroups; ++group) {
@@ -167,9 +173,8 @@ struct SelectBlock {
         const int64_t first_unit = block * kSelectThreads;
         const int64_t end_unit =
             first_unit + kSelectThreads < units(op) ? first_unit + kSelectThreads : units(op);
-        const int64_t first = place(op, first_unit).group;
-        const Place last = place(op, end_unit - 1);
-        const int count = static_cast<int>(last.group + last.groups - first) * op.n;
+        const int64_t first = first_group(op, first_unit);
+        const int count = static_cast<int>(first_group(op, end_unit) - first) * op.n;
         Bits* to = static_cast<Bits*>(op.values) + first * op.n;
         // 16-byte stores where the block's first value is aligned, which all but odd row lengths give
         int done = 0;
