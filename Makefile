@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY ?= passive
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -46,9 +46,9 @@ format: $(INSTALLED) ## let ruff and clang-format change what lint complains of
 types: $(INSTALLED) ## mypy --strict on msp
 	$(BIN)/mypy --strict msp
 
-wheel: $(INSTALLED) ## a wheel in dist/; MSP_CUDA=0|1 and MSP_CUDA_ARCHS as in setup.py
+wheel: $(INSTALLED) ## the wheel that is released, repaired and checked, in dist/; MSP_CUDA=0|1 and MSP_CUDA_ARCHS as in setup.py
 	rm -rf build/lib.* build/bdist.*
-	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+	$(BIN)/python .ci/release_wheel.py
 
 # Preloaded, since the interpreter itself has no sanitizer; libstdc++ too, for its exceptions to be seen.
 # An interpreter never frees all it allocates, so leaks are not looked for.
@@ -63,8 +63,12 @@ sanitize: $(INSTALLED) ## the C++ kernels under the address, undefined-behaviour
 	    -o $(SANITIZED)/parallel_stress
 	$(SANITIZED)/parallel_stress
 
-gpu-check: $(INSTALLED) ## the ops on this machine's GPU; result in benchmarks/results/gpu-check-<date>.json
-	$(BIN)/python .ci/gpu_check.py
+# Any Python that has torch will do, so that a machine with a GPU and no network can check what it was handed.
+gpu-check: ## prove the kernels on this machine's GPU; ONLY="spmm bench" for a part, OUT= for another result file
+	PYTHONPATH=$(CURDIR)/.ci $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m gpu_check $(ONLY) $(if $(OUT),--out "$(OUT)")
+
+kernel-table: $(INSTALLED) ## docs/kernels/resources.md from the compiled GPU kernels; needs nvcc, but no GPU
+	$(BIN)/python tests/build/kernel_table.py
 
 bench: $(INSTALLED) ## the speed of the kernels and of decoding on this machine, into benchmarks/results/ and docs/
 	mkdir -p build
@@ -78,4 +82,4 @@ clean: ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info .coverage coverage.xml .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f msp/*.so
 
-.PHONY: help build demo test coverage lint format types wheel sanitize gpu-check bench quality clean
+.PHONY: help build demo test coverage lint format types wheel sanitize gpu-check kernel-table bench quality clean

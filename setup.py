@@ -19,6 +19,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+# sm_86 and sm_89 run the code of sm_80; a released wheel has code of their own (.ci/release_wheel.py)
+CUDA_ARCHS = "80;90a"
 
 
 def find_nvcc() -> str | None:
@@ -49,8 +51,10 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         sanitize = os.environ.get("MSP_SANITIZE") == "1"
+        archs = os.environ.get("MSP_CUDA_ARCHS") or CUDA_ARCHS
+        kind = "-sanitize" if sanitize else "" if archs == CUDA_ARCHS else "-" + archs.replace(";", "-")
         # not build_temp, which an editable installation makes anew each time
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{'-sanitize' if sanitize else ''}"
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{kind}"
         build.mkdir(parents=True, exist_ok=True)
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
         cuda = any(extension.name == "msp._cuda" for extension in self.extensions)
@@ -65,9 +69,7 @@ class CMakeBuild(build_ext):
             f"-DMSP_SANITIZE={'ON' if sanitize else 'OFF'}",
         ]
         if cuda:
-            configure.append(f"-DCMAKE_CUDA_COMPILER={find_nvcc()}")
-            if os.environ.get("MSP_CUDA_ARCHS"):
-                configure.append(f"-DMSP_CUDA_ARCHS={os.environ['MSP_CUDA_ARCHS']}")
+            configure += [f"-DCMAKE_CUDA_COMPILER={find_nvcc()}", f"-DMSP_CUDA_ARCHS={archs}"]
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(build)], check=True)
         for extension in self.extensions:

@@ -6,13 +6,10 @@ import json
 import math
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from gpu import runner as gpu
 from runner import take_turns
 

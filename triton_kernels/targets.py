@@ -3,7 +3,7 @@
 An op's file says how its kernels are launched by a function ``compile_cases()`` that yields ``CompileCase``
 objects: the types and alignment of the arguments as its launch function passes them, for the settings
 that differ most, the commonest first. Every architecture gets a kernel's first case and Hopper gets all,
-unless ``--full`` asks for everything. Nothing is run and no driver is needed.
+unless ``--full`` asks for everything. ``--cubins FOLDER`` keeps what was compiled. Nothing is run and no driver is needed.
 """
 
 from __future__ import annotations
@@ -53,16 +53,21 @@ class CompileCase:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a case became. ``local_bytes`` is stack and local memory a thread: 0 unless registers spill."""
+    """What a case became. ``local_bytes`` is stack and local memory a thread: 0 unless registers spill.
+
+    ``cubin`` is the file that holds it, where a folder for it was given.
+    """
 
     op: str
     kernel: str
     name: str
     architecture: int
+    threads: int
     cubin_bytes: int
     shared_bytes: int
     registers: int | None
     local_bytes: int | None
+    cubin: str | None = None
 
 
 def all_cases() -> Iterator[tuple[str, CompileCase]]:
@@ -76,8 +81,8 @@ def all_cases() -> Iterator[tuple[str, CompileCase]]:
             yield from ((module.name, case) for case in cases())
 
 
-def compile_case(op: str, case: CompileCase, architecture: int) -> Compiled:
-    """Compile one case to a cubin for one architecture; whatever the compiler raises goes through."""
+def compile_case(op: str, case: CompileCase, architecture: int, folder: Path | None = None) -> Compiled:
+    """Compile one case to a cubin, kept in ``folder``, for one architecture; what the compiler raises goes through."""
     names = case.kernel.arg_names
     missing = set(names) ^ (set(case.types) | set(case.constants))
     if missing:
@@ -87,16 +92,23 @@ def compile_case(op: str, case: CompileCase, architecture: int) -> Compiled:
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(case.kernel, signature, case.constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=case.options)
-    registers, local = resource_usage(compiled.asm["cubin"])
+    cubin = compiled.asm["cubin"]
+    registers, local = resource_usage(cubin)
+    kept = None
+    if folder is not None:
+        kept = folder / (re.sub(r"\W", "_", f"{op}-{case.kernel.__name__}-{case.name}-sm_{architecture}") + ".cubin")
+        kept.write_bytes(cubin)
     return Compiled(
         op,
         case.kernel.__name__,
         case.name,
         architecture,
-        len(compiled.asm["cubin"]),
+        32 * compiled.metadata.num_warps,
+        len(cubin),
         compiled.metadata.shared,
         registers,
         local,
+        kept and str(kept),
     )
 
 
@@ -129,11 +141,12 @@ def main() -> None:
     """Print one JSON object a line for every kernel, case and architecture."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--full", action="store_true", help="compile every case for every architecture")
+    parser.add_argument("--cubins", type=Path, help="a folder to keep the cubins in")
     parser.add_argument("--op", action="append", help="only these ops")
     options = parser.parse_args()
     for op, case, architecture in plan(options.full):
         if not options.op or op in options.op:
-            print(json.dumps(asdict(compile_case(op, case, architecture))), flush=True)
+            print(json.dumps(asdict(compile_case(op, case, architecture, options.cubins))), flush=True)
 
 
 if __name__ == "__main__":

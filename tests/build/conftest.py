@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import cubins
+import kernel_table
 import pytest
 
 
@@ -23,3 +25,10 @@ def cuda_kernels(module: Path) -> tuple[cubins.Kernel, ...]:
     if cubins.find_tool("cuobjdump") is None:
         pytest.skip("neither the CUDA toolkit nor Triton brings cuobjdump")
     return cubins.read_kernels(module)
+
+
+@pytest.fixture(scope="session")
+def triton_cases(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Every Triton kernel, compiled for every architecture: what ``msp.triton_kernels.targets`` prints."""
+    pytest.importorskip("triton")
+    return kernel_table.compile_triton(tmp_path_factory.mktemp("cubins"))

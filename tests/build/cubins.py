@@ -139,7 +139,7 @@ def read_kernels(path: Path) -> tuple[Kernel, ...]:
     """Every kernel in a shared object or cubin, for every target it has machine code for."""
     sass = dump("sass", path)
     # a bare cubin has one target, which the other dumps do not tell
-    target = re.search(r"\.target\s+(sm_\w+)", sass)
+    target = re.search(r"code for (sm_\w+)", sass)
     only = target[1] if target else ""
     instructions = {
         key: Counter(INSTRUCTION.findall(text)) for key, text in _by_function(sass, only, r"\s*Function : (\S+)")
@@ -149,8 +149,10 @@ def read_kernels(path: Path) -> tuple[Kernel, ...]:
         for key, text in _by_function(dump("elf", path), only, r"\.nv\.info\.(\S+)$")
         if (match := re.search(r"EIATTR_(?:MAX_THREADS|REQNTID).*?Value:\s+0x([0-9a-f]+)", text, re.DOTALL))
     }
+    uses = list(_by_function(dump("resource-usage", path), only, r"\s*Function (\S+):"))
+    names = _plain_names(symbol for (_, symbol), _ in uses)
     kernels = []
-    for key, text in _by_function(dump("resource-usage", path), only, r"\s*Function (\S+):$"):
+    for key, text in uses:
         use = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
         target, symbol = key
         if _capability(target) >= 90:
@@ -158,7 +160,7 @@ def read_kernels(path: Path) -> tuple[Kernel, ...]:
         kernels.append(
             Kernel(
                 target,
-                _plain_name(symbol),
+                names.get(symbol, symbol),
                 threads.get(key, 0),
                 use["REG"],
                 use["STACK"],
@@ -186,13 +188,17 @@ def _by_function(text: str, target: str, function: str) -> Iterator[tuple[tuple[
         yield key, text[start:]
 
 
-@functools.cache
-def _plain_name(symbol: str) -> str:
+def _plain_names(symbols: Iterable[str]) -> dict[str, str]:
     """``void msp::(anonymous namespace)::select_kernel<(msp::Dtype)2, 32>(msp::Op)`` -> ``select_kernel<2, 32>``."""
+    mangled = sorted({symbol for symbol in symbols if symbol.startswith("_Z")})
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
-    name = subprocess.run([tool, symbol], capture_output=True, text=True, check=True).stdout if tool else symbol
-    name = name.strip().replace("(anonymous namespace)::", "").removeprefix("void ")
-    name = re.sub(r"\([\w:]+\)(?=-?\d)", "", name)  # the type of an enumerator
-    name = name.partition("(")[0]
-    head, bracket, arguments = name.partition("<")
-    return head.split("::")[-1] + bracket + arguments
+    if not mangled or tool is None:
+        return {}
+    told = subprocess.run([tool], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
+    names = {}
+    for symbol, name in zip(mangled, told.splitlines(), strict=True):
+        name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
+        name = re.sub(r"\([\w:]+\)(?=-?\d)", "", name)  # the type of an enumerator
+        head, bracket, arguments = name.partition("(")[0].partition("<")
+        names[symbol] = head.split("::")[-1] + bracket + arguments
+    return names

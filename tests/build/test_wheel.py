@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import release_wheel as release
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("msp", "triton_kernels", "csrc", "CMakeLists.txt", "MANIFEST.in", "README.md", "constraints.txt")
@@ -44,13 +46,23 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env={**env, "MSP_CUDA": "0", **environment},
+        env={**env, **environment},
         capture_output=True,
         text=True,
         timeout=900,
     )
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout
+
+
+def without_nvcc() -> dict[str, str]:
+    """An environment in which setup.py finds no nvcc; MSP_CUDA=0 where it would find one that is not on PATH."""
+    folders = [str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(os.pathsep)]
+    path = os.pathsep.join(folder for folder in folders if not (Path(folder) / "nvcc").exists())
+    elsewhere = any(os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")) or Path("/usr/local/cuda").exists()
+    # a compiler may lie beside nvcc
+    compiler = {"CXX": found} if (found := shutil.which(os.environ.get("CXX", "c++"))) else {}
+    return {"PATH": path, "MSP_CUDA": "0" if elsewhere else "", **compiler}
 
 
 def copy_source(target: Path) -> Path:
@@ -105,9 +117,17 @@ def unpacked(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(unpacked: Path) -> Path:
     pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index")
-    run(*pip, "--wheel-dir", unpacked.parent, unpacked, cwd=unpacked.parent)
+    run(*pip, "--wheel-dir", unpacked.parent, unpacked, cwd=unpacked.parent, **without_nvcc())
     (path,) = unpacked.parent.glob("msp-*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def repaired(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `make wheel` hands it on."""
+    if importlib.util.find_spec("auditwheel") is None:
+        pytest.skip("auditwheel is not installed")
+    return release.repair(wheel, tmp_path_factory.mktemp("dist"))
 
 
 def test_source_distribution_holds_the_kernels(sdist: Path) -> None:
@@ -135,19 +155,44 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert "msp/py.typed" in names
 
 
-def test_wheel_imports(wheel: Path, tmp_path: Path) -> None:
+def test_wheel_imports(repaired: Path, tmp_path: Path) -> None:
     python = fresh_environment(tmp_path / "venv")
-    run(
-        sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path
-    )  # fmt: skip
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index")
+    run(*pip, repaired, cwd=tmp_path)
     assert run(python, "-c", IMPORTS, tmp_path / "venv", cwd=tmp_path).strip() in ("scalar", "avx2", "avx512")
     help_text = run(tmp_path / "venv" / "bin" / "msp", "--help", cwd=tmp_path)
     assert "Usage" in help_text
+
+
+def test_the_repaired_wheel_may_be_released(repaired: Path) -> None:
+    assert release.check(repaired) == []
+
+
+def test_a_wheel_that_may_not_be_released_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = tmp_path / "msp-1-cp311-cp311-linux_x86_64.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("msp.libs/libstdc++.so", b"x" * 100)
+    monkeypatch.setattr(release, "MOST_BYTES", 50)
+    size, tag, libraries = release.check(wheel)
+    assert "must stay below" in size and "manylinux" in tag and "libstdc++" in libraries
+
+
+def test_source_distribution_has_what_nvcc_reads(unpacked: Path) -> None:
+    """Every header that a kernel includes is in it; that nvcc compiles them all is seen when msp itself is built."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not on PATH")
+    kernels = sorted((unpacked / "csrc" / "cuda").glob("*.cu"))
+    assert kernels
+    for kernel in kernels:
+        command = [nvcc, "-M", "-std=c++17", "-arch=sm_90a", f"-I{unpacked / 'csrc'}", str(kernel)]
+        listed = subprocess.run(command, capture_output=True, text=True)
+        assert listed.returncode == 0, listed.stderr
 
 
 def test_editable_installation_imports(unpacked: Path, wheel: Path, tmp_path: Path) -> None:
     python = fresh_environment(tmp_path / "venv")
     # after the wheel, whose compiled objects it takes over
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index")
-    run(*pip, "--no-build-isolation", "--editable", unpacked, cwd=tmp_path)
+    run(*pip, "--no-build-isolation", "--editable", unpacked, cwd=tmp_path, **without_nvcc())
     run(python, "-c", IMPORTS, unpacked, cwd=tmp_path)

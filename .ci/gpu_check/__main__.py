@@ -1,0 +1,148 @@
+"""Everything about the kernels that only a GPU can tell, in one JSON file: ``make gpu-check``.
+
+Builds what is missing, then runs the tests of the ops on the device, the sanitizers and the benchmarks, each in a
+process of its own with a limit, so that one that hangs or breaks the device's context takes nothing else along. The
+file is written anew after each. Needs no network where the packages are present, and no git history: the commit is then
+taken from ``MSP_COMMIT``. Exits 1 where anything failed, was cut short or there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from gpu_check.build import build
+from gpu_check.process import ROOT, run
+from gpu_check.units import PART_NAMES, Result, Unit, every_unit
+
+FINE = ("passed", "missing")
+# Of the time left, the share that a part may use before the parts after it; benchmarks get what is then left.
+SHARES = {"tests": 0.4, "sanitizer": 0.4, "bench": 1.0}
+# Tests and sanitizers may run beside one another, benchmarks never.
+TOGETHER = {"tests": 4, "sanitizer": 4, "bench": 1}
+LEAST_SECONDS = 8.0
+
+
+class Report:
+    """The result, on disk after every change."""
+
+    def __init__(self, path: Path, known: dict[str, Any]) -> None:
+        self.path, self.start = path, time.monotonic()
+        self.content: dict[str, Any] = {**known, "seconds": 0.0, "failed": [], "units": []}
+        self.write()
+
+    def add(self, unit: Result) -> None:
+        self.content["units"].append(unit)
+        name = f"{unit['part']}: {unit['name']}"
+        if unit["outcome"] not in FINE:
+            self.content["failed"].append(name)
+        self.write()
+        why = unit.get("why")
+        told = f" ({why.splitlines()[0][:120]})" if why and unit["outcome"] != "passed" else ""
+        print(f"{self.content['seconds']:6.1f} s  {unit['outcome']:8} {name}{told}", flush=True)
+
+    def write(self) -> None:
+        self.content["seconds"] = round(time.monotonic() - self.start, 1)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        partial.replace(self.path)
+
+
+def run_part(report: Report, units: list[Unit], deadline: float) -> None:
+    """Run the units of one part, some at a time, until ``deadline`` on the monotonic clock."""
+    together = TOGETHER[units[0].part]
+
+    def run_unit(index: int, unit: Unit) -> Result:
+        left = deadline - time.monotonic()
+        # alone, a unit leaves a fair share to those behind it
+        weights = sum(other.weight for other in units[index:])
+        share = left if together > 1 else max(left * unit.weight / weights, 4 * LEAST_SECONDS)
+        limit = min(unit.limit, share, left)
+        known = {"part": unit.part, "name": unit.name}
+        if limit < LEAST_SECONDS:
+            return {**known, "outcome": "not run", "why": "the time was up"}
+        start = time.monotonic()
+        try:
+            result = unit.run(limit)
+        except Exception as error:  # a mistake of this script should not cost the other results
+            result = {"outcome": "failed", "why": f"{type(error).__name__}: {error}"}
+        return {**known, **result, "seconds": round(time.monotonic() - start, 1)}
+
+    with ThreadPoolExecutor(together) as pool:
+        for done in as_completed([pool.submit(run_unit, *pair) for pair in enumerate(units)]):
+            report.add(done.result())
+
+
+def machine() -> dict[str, Any]:
+    done = run([sys.executable, str(Path(__file__).with_name("machine.py"))], 120)
+    if done.code != 0:
+        return {"device": None, "error": done.tail(3)}
+    found: dict[str, Any] = json.loads(done.out.strip().splitlines()[-1])
+    return found
+
+
+def commit() -> dict[str, Any]:
+    """Of this folder itself: a copy inside another repository is not that repository's commit."""
+    top = run(["git", "rev-parse", "--show-toplevel"], 30)
+    if top.code != 0 or Path(top.out.strip()).resolve() != ROOT:
+        return {"commit": os.environ.get("MSP_COMMIT") or "unknown", "changed": None}
+    head = run(["git", "rev-parse", "HEAD"], 30)
+    status = run(["git", "status", "--porcelain", "--untracked-files=no"], 60)
+    found = head.out.strip() if head.code == 0 else os.environ.get("MSP_COMMIT") or "unknown"
+    return {"commit": found, "changed": bool(status.out.strip()) if status.code == 0 else None}
+
+
+def result_path(asked: Path | None, now: datetime) -> Path:
+    if asked is None:
+        return ROOT / "benchmarks" / "results" / f"gpu-check-{now:%Y-%m-%d}.json"
+    return asked / "gpu-check.json" if asked.is_dir() else asked
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("only", nargs="*", help=f"ops (nm_select, spmm, ...) and parts ({', '.join(PART_NAMES)})")
+    parser.add_argument("--out", type=Path, help="the JSON file, or a folder for it")
+    parser.add_argument("--seconds", type=float, default=520, help="for all of it; default 520")
+    parser.add_argument("--dry", action="store_true", help="without a GPU, to see that the check itself works")
+    options = parser.parse_args()
+
+    units = [unit for unit in every_unit(options.dry) if unit.asked_for(options.only)]
+    if not units:
+        parser.error(f"nothing is called {' '.join(options.only)}")
+    deadline = time.monotonic() + options.seconds
+    now = datetime.now(timezone.utc)
+    where = machine()
+    if where["device"] is None and not options.dry:
+        print(f"gpu-check: {sys.executable} sees no CUDA device{': ' + where['error'] if 'error' in where else ''}")
+        return 1
+    known = {"date": now.isoformat(timespec="seconds"), **commit(), "only": options.only, "dry": options.dry}
+    report = Report(result_path(options.out, now), {**known, "machine": where})
+    if not options.dry:
+        report.add({"part": "build", "name": "compiled modules", **build(where["device"]["capability"])})
+        # what was not built before could not be described either
+        report.content["machine"] = machine()
+    for part in PART_NAMES:
+        if chosen := [unit for unit in units if unit.part == part]:
+            later = any(unit.part in PART_NAMES[PART_NAMES.index(part) + 1 :] for unit in units)
+            left = deadline - time.monotonic()
+            run_part(report, chosen, time.monotonic() + left * (SHARES[part] if later else 1))
+    report.write()
+    failed = report.content["failed"]
+    print(
+        f"gpu-check: {len(report.content['units']) - len(failed)} of {len(report.content['units'])} fine; {report.path}"
+    )
+    for name in failed:
+        print(f"  failed: {name}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,199 @@
+"""The units of the check: each a command of its own with a limit, and how its outcome is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_check.process import ROOT, Done, run
+
+Result = dict[str, Any]
+HERE = Path(__file__).resolve().parent
+# what an op's kernels are called where that is not the op's name
+KERNELS = {"nm_linear": ("spmm", "gemv", "skinny")}
+TOOLS = ("memcheck", "racecheck")
+# benchmarks with many more rows than the others get as many times their share of the time
+WEIGHTS = {"nm_spmm": 4.0}
+PART_NAMES = ("tests", "sanitizer", "bench")
+SANITIZER_FOUND = 99
+
+
+@dataclass(frozen=True)
+class Unit:
+    """``run`` gets its limit in seconds and gives at least an ``outcome``.
+
+    Outcomes are passed, failed, timeout, cut short (by its own choice, with what it had) and missing (a tool or a test).
+    ``weight`` is its share of the time among units that run one after another.
+    """
+
+    part: str
+    name: str
+    limit: float
+    run: Callable[[float], Result]
+    weight: float = 1.0
+
+    def asked_for(self, words: Iterable[str]) -> bool:
+        """Whether ``ONLY`` wants it: its part and its op, where parts or ops are named."""
+        parts = [word for word in words if word in PART_NAMES]
+        ops = [word for word in words if word not in PART_NAMES]
+        aliases = [self.name, *(alias for op, known in KERNELS.items() if op in self.name for alias in known)]
+        return (not parts or self.part in parts) and (
+            not ops or any(word.rstrip("_") in alias for word in ops for alias in aliases)
+        )
+
+
+def every_op() -> list[str]:
+    """The names under which ``msp/ops`` registers its ops, read from the source: importing it may be what fails."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "msp" / "ops").glob("[a-z]*.py"))]
+    return [name for text in texts for name in re.findall(r'^op = Op\("(\w+)"', text, re.MULTILINE)]
+
+
+def every_unit(dry: bool) -> list[Unit]:
+    return [*test_units(dry), *sanitizer_units(dry), *bench_units(dry)]
+
+
+def test_units(dry: bool) -> list[Unit]:
+    """A file of ``tests/ops`` each, the device tests by op, and what is marked ``gpu`` anywhere else."""
+    folder = ROOT / "tests" / "ops"
+    units = [
+        Unit("tests", path.stem.removeprefix("test_"), 120, pytest([str(path)]))
+        for path in sorted(folder.glob("test_*.py"))
+        if path.stem != "test_device" and not path.stem.endswith("_cpu")
+    ]
+    device = str(folder / "test_device.py")
+    units += [Unit("tests", f"device {op}", 120, pytest([device, "-k", op])) for op in every_op()]
+    if not dry:
+        marked = ["tests", "-m", "gpu", f"--ignore={folder}", f"--ignore={ROOT / 'tests' / 'build'}"]
+        units.append(Unit("tests", "marked gpu", 120, pytest(marked)))
+    return units
+
+
+def pytest(arguments: list[str]) -> Callable[[float], Result]:
+    def run_pytest(limit: float) -> Result:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "report.xml"
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={path}"]
+            done = run([*command, *arguments], limit)
+            report = read_report(path) if path.is_file() else {}
+        # 5: no test was selected
+        result: Result = {"outcome": "passed" if done.code in (0, 5) else outcome_of(done), **report}
+        wrong = {**report.get("failure", {}), **report.get("error", {})}
+        if result["outcome"] != "passed":
+            result["why"] = "; ".join(f"{name}: {why}" for name, why in wrong.items())[:2000] or done.tail()
+        return result
+
+    return run_pytest
+
+
+def read_report(path: Path) -> Result:
+    """A JUnit report: how many tests ended how, the names of the passed ones, and why of the others."""
+    passed, seeds, others = [], set(), {outcome: {} for outcome in ("failure", "error", "skipped")}
+    for case in ElementTree.parse(path).iter("testcase"):
+        name = str(case.get("name"))
+        ended = next((outcome for outcome in others if case.find(outcome) is not None), None)
+        if ended is None:
+            passed.append(name)
+        else:
+            others[ended][name] = (case.find(ended).get("message") or "")[:500]
+        seed = case.find("properties/property[@name='seed']")
+        if seed is not None:
+            seeds.add(seed.get("value"))
+    counts = {"passed": len(passed), **{outcome: len(names) for outcome, names in others.items()}}
+    return {"counts": counts, "seeds": sorted(seeds), "passed": passed, **others}
+
+
+def sanitizer_units(dry: bool) -> list[Unit]:
+    return [Unit("sanitizer", f"{tool} {op}", 120, sanitizer(tool, op, dry)) for tool in TOOLS for op in every_op()]
+
+
+def find_sanitizer() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    folders = [f"{home}/{sub}" for home in homes if home for sub in ("bin", "compute-sanitizer")]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *folders]))
+
+
+def sanitizer(tool: str, op: str, dry: bool) -> Callable[[float], Result]:
+    script = [sys.executable, str(HERE / "sanitized.py"), op]
+
+    def run_sanitizer(limit: float) -> Result:
+        found = find_sanitizer()
+        if dry:
+            command = script
+        elif found is None:
+            return {"outcome": "missing", "why": "compute-sanitizer is not installed"}
+        else:
+            command = [found, "--tool", tool, "--error-exitcode", str(SANITIZER_FOUND), *script]
+        # each tensor an allocation of its own, or a step past its end would be one into its neighbour
+        done = run(command, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        if "Device not supported" in done.out + done.errors:
+            return {"outcome": "missing", "why": "compute-sanitizer says that it does not support this device"}
+        outcome = outcome_of(done)
+        if outcome == "passed":
+            calls = [line for line in done.out.splitlines() if f"calls of {op}" in line]
+            if not calls:
+                return {"outcome": "failed", "why": done.tail()}
+            nothing = calls[-1].startswith("0 ")
+            return {"outcome": "missing", "why": calls[-1]} if nothing else {"outcome": outcome, "calls": calls[-1]}
+        found_lines = [line for line in done.out.splitlines() if line.startswith("=========")]
+        return {"outcome": outcome, "why": "\n".join(found_lines[:60]) or done.tail()}
+
+    return run_sanitizer
+
+
+def bench_units(dry: bool) -> list[Unit]:
+    folder = ROOT / "benchmarks"
+    ops = [path.stem.removeprefix("bench_") for path in sorted((folder / "gpu").glob("bench_*.py"))]
+    return [Unit("bench", op, 180, bench(op, dry), WEIGHTS.get(op, 1.0)) for op in ops]
+
+
+def bench(op: str, dry: bool) -> Callable[[float], Result]:
+    def run_bench(limit: float) -> Result:
+        # it stops between rows; what remains of the limit is for its start and its last row
+        seconds = max(5.0, limit - 25)
+        command = [sys.executable, "-m", "gpu", op, "--seconds", f"{seconds:.0f}", *(["--dry"] if dry else [])]
+        done = run(command, limit, cwd=ROOT / "benchmarks")
+        return read_bench(done)
+
+    return run_bench
+
+
+def read_bench(done: Done) -> Result:
+    """Rows, roofs and clocks of the JSON lines that came before it ended, however it ended."""
+    records = []
+    for line in done.out.splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    rows = [record["row"] for record in records if "row" in record]
+    result: Result = {
+        "outcome": outcome_of(done),
+        "rows": rows,
+        "clocks": [record["clocks"] for record in records if "clocks" in record],
+    }
+    ends = [record for record in records if "complete" in record]
+    if ends and ends[-1].get("cut_short"):
+        result["outcome"] = "cut short"
+    if ends and "roofs" in ends[-1]:
+        result["roofs"] = ends[-1]["roofs"]
+    if records and "seed" in records[0]:
+        result["seed"] = records[0]["seed"]
+    if result["outcome"] != "passed":
+        wrong = [
+            f"{row['name']} {row['shape']}: error {row['error']}" for row in result["rows"] if "median_us" not in row
+        ]
+        result["why"] = "; ".join(wrong) or (ends[-1].get("why") if ends else None) or done.tail()
+    return result
+
+
+def outcome_of(done: Done) -> str:
+    return "timeout" if done.code is None else "passed" if done.code == 0 else "failed"

@@ -1,0 +1,224 @@
+"""Calls of every op on fresh random inputs of odd shapes, with checks that any backend must pass.
+
+The device tests (``test_device.py``) run each twice; the GPU check runs them under the sanitizers too. An op that is
+added here is covered by both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import by_hand
+import torch
+from test_fisher_diag import expected as fisher_expected
+from test_nm_linear import assert_product
+from test_obs_prune import FINE, published
+from torch import Tensor
+
+from msp.ops import fisher_diag_, fisher_trace, nm_keep, nm_linear, nm_rank, nm_select, obs_prune
+from msp.patterns import NMPattern
+
+Outputs = tuple[Tensor, ...]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """``run`` calls the op and gives new tensors; ``check`` raises where they are not what they should be."""
+
+    run: Callable[[], Outputs]
+    check: Callable[[Outputs], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one shape and dtype. ``large`` ones would take long in Triton's interpreter."""
+
+    op: str
+    name: str
+    dtype: torch.dtype
+    prepare: Callable[[torch.Generator, torch.dtype, torch.device], Prepared]
+    large: bool = False
+
+
+def every_case() -> Iterator[Case]:
+    for op, shaped in PREPARED.items():
+        for large, shapes in ((False, shaped.small), (True, shaped.large)):
+            for shape in shapes:
+                for label, dtype in DTYPES.items():
+                    words = "-".join(map(str, shape))
+
+                    def prepare(generator, dtype, device, shape=shape, make=shaped.make):
+                        return make(generator, dtype, device, *shape)
+
+                    yield Case(op, f"{label}-{words}", dtype, prepare, large)
+
+
+def scaled_weight(generator, dtype, device, rows, columns):
+    weight = by_hand.weights(rows, columns, dtype, generator).to(device)
+    return weight, by_hand.to(device, by_hand.terms("wanda", rows, columns, generator))
+
+
+def select(generator, dtype, device, rows, columns, pattern, compliant):
+    pattern = NMPattern.parse(pattern)
+    weight, terms = scaled_weight(generator, dtype, device, rows, columns)
+
+    def run():
+        packed = nm_select(weight, pattern, **terms, compliant=compliant)
+        return packed.values, packed.bitmask
+
+    def check(outputs):
+        kept = by_hand.kept(by_hand.scores(weight, **terms), pattern.n, pattern.m, compliant)
+        for found, wanted in zip(outputs, by_hand.packed(weight.cpu(), kept), strict=True):
+            assert torch.equal(found.cpu(), wanted)
+
+    return Prepared(run, check)
+
+
+def rank(generator, dtype, device, rows, columns, m):
+    weight, terms = scaled_weight(generator, dtype, device, rows, columns)
+
+    def check(outputs):
+        wanted = by_hand.ranks(by_hand.scores(weight, **terms), m)
+        assert torch.equal(outputs[0].cpu(), torch.from_numpy(wanted))
+
+    return Prepared(lambda: (nm_rank(weight, m, **terms),), check)
+
+
+def keep(generator, dtype, device, rows, columns, m, n):
+    weight = by_hand.weights(rows, columns, dtype, generator).to(device)
+    ranks = torch.rand(rows, columns // m, m, generator=generator).argsort(-1).view(rows, columns).byte().to(device)
+
+    def check(outputs):
+        wanted = weight.cpu().clone()
+        wanted[ranks.cpu() >= n] = 0
+        assert torch.equal(outputs[0].cpu(), wanted)
+
+    return Prepared(lambda: (nm_keep(weight, ranks, n),), check)
+
+
+def gradients(generator, dtype, device, sequences, tokens, rows, columns):
+    """With a common direction, as real ones have: without it the trace's terms off the diagonal hardly count."""
+
+    def directed(size):
+        numbers = torch.randn(sequences, tokens, size, generator=generator)
+        return (numbers + torch.randn(size, generator=generator)).to(device, dtype)
+
+    return directed(columns), directed(rows)
+
+
+def fisher_diagonal(generator, dtype, device, sequences, tokens, rows, columns):
+    x, g = gradients(generator, dtype, device, sequences, tokens, rows, columns)
+    acc = torch.rand(rows, columns, generator=generator).to(device)
+
+    def check(outputs):
+        wanted, size = fisher_expected(acc, x, g)
+        assert ((outputs[0].double() - wanted).abs() <= 1e-5 * size).all()
+
+    return Prepared(lambda: (fisher_diag_(acc.clone(), x, g),), check)
+
+
+def trace(generator, dtype, device, form, sequences, tokens, rows, columns):
+    x, g = gradients(generator, dtype, device, sequences, tokens, rows, columns)
+
+    def check(outputs):
+        wanted = fisher_expected(torch.zeros(rows, columns, device=device), x, g)[0].sum()
+        assert abs(outputs[0].double() - wanted) <= 1e-5 * wanted
+
+    return Prepared(lambda: (fisher_trace(x, g, form=form),), check)
+
+
+def prune(generator, dtype, device, rows, columns, pattern, block):
+    pattern = NMPattern.parse(pattern)
+    x = torch.randn(3 * columns, columns, generator=generator, dtype=torch.float64)
+    x[:, 1:] += x[:, :-1] / 2
+    hessian = x.T @ x / len(x) + 0.01 * torch.eye(columns)
+    factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True).float().to(device)
+    weight = torch.randn(rows, columns, generator=generator).to(device, dtype)
+
+    def run():
+        packed = obs_prune(weight, factor, pattern, block_size=block)
+        return packed.unpack(), packed.kept()
+
+    def check(outputs):
+        wanted, kept = published(weight, factor, pattern.n, pattern.m, block)
+        found, found_kept = outputs[0].double().cpu(), outputs[1].cpu()
+        # two scores may be so close that rounding decides, and then the rest of the row is another
+        same = (found_kept == kept).all(1)
+        assert (~same).sum() <= max(1, rows // 20)
+        bound = (1e-4 + FINE[dtype]) * wanted.abs() + 1e-4 * wanted.abs().mean()
+        assert ((found - wanted).abs() <= bound)[same].all()
+        assert (found_kept.view(rows, -1, pattern.m).sum(-1) == pattern.n).all()
+
+    return Prepared(run, check)
+
+
+def product(generator, dtype, device, tokens, rows, columns, pattern, compliant):
+    pattern = NMPattern.parse(pattern)
+    weight = torch.randn(rows, columns, generator=generator).to(device, dtype)
+    packed = nm_select(weight, pattern, compliant=compliant)
+    x = torch.randn(tokens, columns, generator=generator).to(device, dtype)
+    bias = torch.randn(rows, generator=generator).to(device, dtype) if tokens % 2 else None
+
+    def check(outputs):
+        assert_product(outputs[0], x, packed, bias)
+
+    return Prepared(lambda: (nm_linear(x, packed, bias),), check)
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """How a case is made, and the arguments that say its shape."""
+
+    make: Callable[..., Prepared]
+    small: list[tuple]
+    large: list[tuple]
+
+
+PREPARED = {
+    "nm_select": Shaped(
+        select,
+        [
+            (1, 4, "2:4", False),
+            (5, 12, "1:4", False),
+            (3, 40, "2:8", False),
+            (7, 48, "5:16", False),
+            (2, 64, "7:32", False),
+            (5, 72, "4:8", True),
+        ],
+        [(67, 1032, "2:8", False), (33, 1032, "3:8", True), (129, 516, "2:4", False), (17, 1040, "2:16", False)],
+    ),
+    "nm_rank": Shaped(
+        rank, [(1, 4, 4), (5, 12, 4), (3, 40, 8), (7, 48, 16), (2, 64, 32)], [(67, 1032, 8), (33, 1056, 32)]
+    ),
+    "nm_keep": Shaped(
+        keep, [(1, 4, 4, 2), (17, 132, 4, 1), (5, 40, 8, 0), (33, 16, 16, 15)], [(67, 1032, 8, 2), (130, 4100, 4, 2)]
+    ),
+    "fisher_diag_": Shaped(
+        fisher_diagonal,
+        [(1, 1, 1, 1), (3, 17, 33, 20), (2, 70, 129, 66)],
+        [(3, 257, 301, 130), (2, 300, 200, 520), (9, 64, 136, 264)],
+    ),
+    "fisher_trace": Shaped(
+        trace,
+        [("direct", 3, 17, 33, 20), ("gram", 3, 17, 33, 20), ("gram", 1, 131, 16, 20)],
+        [("direct", 3, 257, 301, 130), ("gram", 2, 300, 200, 520), ("direct", 9, 64, 136, 264)],
+    ),
+    "obs_prune": Shaped(
+        prune,
+        [(1, 4, "2:4", 4), (7, 48, "2:8", 32), (5, 96, "5:16", 64), (3, 136, "2:8", 128)],
+        [(41, 392, "2:8", 128), (130, 260, "2:4", 128), (17, 288, "9:32", 96)],
+    ),
+    "nm_linear": Shaped(
+        product,
+        [(1, 5, 12, "2:4", False), (3, 6, 40, "2:8", False), (9, 7, 72, "4:8", True), (17, 9, 48, "5:16", False)],
+        [
+            *((tokens, 37, 328, "2:8", False) for tokens in (1, 2, 5, 8, 16, 33, 64, 65, 130)),
+            *((tokens, 129, 520, "2:4", False) for tokens in (1, 4, 17, 64, 127, 257)),
+            *((tokens, 200, 1048, "4:8", True) for tokens in (1, 31, 192)),
+            *((1, 301, 4104, pattern, False) for pattern in ("1:8", "3:8", "4:8", "5:8", "7:8")),
+            *((3, 130, 2080, pattern, False) for pattern in ("1:4", "3:4", "1:16", "2:16", "11:32")),
+        ],
+    ),
+}

@@ -1,0 +1,267 @@
+"""The GPU check on a machine without one: what it runs, what it makes of outcomes, and that nothing takes it down."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from gpu import timing
+from gpu_check import __main__ as check
+from gpu_check import build, process, units
+
+import msp.ops
+from msp.ops import _dispatch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHELL = shutil.which("sh") or "/bin/sh"
+
+
+def chosen(*words: str) -> set[tuple[str, str]]:
+    return {(unit.part, unit.name) for unit in units.every_unit(dry=False) if unit.asked_for(words)}
+
+
+def test_everything_is_run_unless_less_is_asked_for():
+    everything = chosen()
+    names = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "ops").glob("test_*.py")}
+    assert {("tests", name) for name in names if name != "device" and not name.endswith("_cpu")} <= everything
+    assert set(units.every_op()) >= {name for name in msp.ops.__all__ if name in _dispatch._ops}
+    for op in units.every_op():
+        assert {
+            ("tests", f"device {op}"),
+            ("sanitizer", f"memcheck {op}"),
+            ("sanitizer", f"racecheck {op}"),
+        } <= everything
+    benchmarks = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks" / "gpu").glob("bench_*.py")}
+    assert {name for part, name in everything if part == "bench"} == benchmarks
+    assert chosen("tests") == {unit for unit in everything if unit[0] == "tests"}
+
+
+def test_a_part_may_be_asked_for_by_op_and_kernel():
+    assert ("sanitizer", "memcheck obs_prune") in chosen("obs_prune")
+    assert all("obs_prune" in name for _, name in chosen("obs_prune"))
+    for kernel in ("spmm", "gemv"):
+        assert {("tests", "nm_linear"), ("sanitizer", "racecheck nm_linear")} <= chosen(kernel)
+    assert {part for part, _ in chosen("fisher_diag_", "sanitizer")} == {"sanitizer"}
+    assert chosen("nothing_of_that_name") == set()
+
+
+def test_a_command_that_hangs_is_killed_with_its_children(tmp_path: Path):
+    file = tmp_path / "alive"
+    start = time.monotonic()
+    done = process.run([SHELL, "-c", f"echo begun; (sleep 3; touch {file}) & sleep 60"], 0.5)
+    assert done.code is None and done.out == "begun\n" and time.monotonic() - start < 3
+    time.sleep(max(0.0, 3.5 - (time.monotonic() - start)))
+    assert not file.exists()
+    assert process.run(["/no/such/program"], 5).code == 127
+
+
+def unit(part: str, name: str, run, limit: float = 60.0) -> units.Unit:
+    return units.Unit(part, name, limit, run)
+
+
+def test_nothing_takes_the_others_along(tmp_path: Path, monkeypatch, capsys):
+    path = tmp_path / "new" / "result.json"
+    monkeypatch.setattr(check, "LEAST_SECONDS", 0.1)
+    seen = []
+
+    def good(limit):
+        seen.append(json.loads(path.read_text())["failed"] if path.exists() else None)
+        return {"outcome": "passed"}
+
+    def broken(limit):
+        raise KeyError("a mistake in the check")
+
+    def hanging(limit):
+        return {"outcome": units.outcome_of(process.run([SHELL, "-c", "sleep 60"], limit))}
+
+    planned = [
+        unit("bench", "broken", broken),
+        unit("bench", "hanging", hanging, limit=0.3),
+        unit("bench", "missing", lambda limit: {"outcome": "missing", "why": "not installed"}),
+        unit("bench", "good", good),
+    ]
+    report = check.Report(path, {"commit": "unknown"})
+    check.run_part(report, planned, time.monotonic() + 30)
+    check.run_part(report, [unit("tests", "late", good)], time.monotonic())
+    written = json.loads(path.read_text())
+    assert {entry["name"]: entry["outcome"] for entry in written["units"]} == {
+        "broken": "failed",
+        "hanging": "timeout",
+        "missing": "missing",
+        "good": "passed",
+        "late": "not run",
+    }
+    assert written["failed"] == ["bench: broken", "bench: hanging", "tests: late"]
+    assert seen[0][0] == "bench: broken"  # was on disk before the last one began
+    assert "a mistake in the check" in capsys.readouterr().out
+
+
+def test_tests_are_told_one_by_one(tmp_path: Path):
+    file = tmp_path / "test_some.py"
+    file.write_text(
+        "import os, pytest\n"
+        "def test_good(record_property):\n    record_property('seed', 7)\n"
+        "def test_bad():\n    assert 1 == 2\n"
+        "@pytest.mark.skip(reason='no such kernel')\ndef test_left_out(): pass\n"
+    )
+    result = units.pytest([str(file), "-c", os.devnull])(60)
+    assert result["outcome"] == "failed" and result["seeds"] == ["7"]
+    assert result["passed"] == ["test_good"] and result["skipped"] == {"test_left_out": "no such kernel"}
+    assert "assert 1 == 2" in result["failure"]["test_bad"] and "test_bad" in result["why"]
+    file.write_text("import os\ndef test_dies():\n    os.abort()\n")
+    died = units.pytest([str(file), "-c", os.devnull])(60)
+    assert died["outcome"] == "failed" and died["why"]
+
+
+@pytest.mark.parametrize(
+    ("script", "outcome", "why"),
+    [
+        ("echo '3 calls of nm_keep by cuda'", "passed", ""),
+        ("echo '0 calls of nm_keep by triton'", "missing", "0 calls"),
+        ("echo nothing", "failed", "nothing"),
+        ("echo '========= Invalid __global__ write of size 4 bytes'; exit 99", "failed", "Invalid __global__ write"),
+        ("echo '========= Error: Device not supported'; exit 1", "missing", "does not support this device"),
+        ("sleep 60", "timeout", ""),
+    ],
+)
+def test_what_a_sanitizer_says(script: str, outcome: str, why: str, tmp_path: Path, monkeypatch):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f'#!{SHELL}\necho "$@" > {tmp_path}/arguments\n{script}\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    result = units.sanitizer("racecheck", "nm_keep", dry=False)(1.5)
+    assert result["outcome"] == outcome and why in result.get("why", "")
+    arguments = (tmp_path / "arguments").read_text()
+    assert "--tool racecheck" in arguments and "sanitized.py nm_keep" in arguments
+
+
+def test_a_machine_without_the_sanitizer_is_said_so(monkeypatch):
+    monkeypatch.setattr(units, "find_sanitizer", lambda: None)
+    result = units.sanitizer("memcheck", "nm_keep", dry=False)(10)
+    assert result == {"outcome": "missing", "why": "compute-sanitizer is not installed"}
+
+
+def test_rows_that_came_before_a_crash_are_kept():
+    row = {"name": "op", "shape": "8x8", "error": 0.0, "bound": 0.0, "median_us": 3.0}
+    lines = [{"op": "op", "seed": 5, "clocks": "1980 MHz"}, {"op": "op", "row": row}]
+    out = "\n".join(map(json.dumps, lines)) + '\n{"op": "op", "ro'
+    result = units.read_bench(process.Done(-11, out, "Segmentation fault", 2.0))
+    assert result["outcome"] == "failed" and "Segmentation fault" in result["why"]
+    assert result["rows"] == [row] and result["seed"] == 5 and result["clocks"] == ["1980 MHz"]
+    wrong = {"name": "op", "shape": "9x9", "error": 0.5, "bound": 0.1}
+    end = {"op": "op", "complete": True, "roofs": {"copy_gbps": 1.0, "dense_tflops": 2.0}, "clocks": None}
+    out = "\n".join(map(json.dumps, [*lines, {"op": "op", "row": wrong}, end]))
+    result = units.read_bench(process.Done(1, out, "", 2.0))
+    assert result["why"] == "op 9x9: error 0.5" and result["roofs"]["dense_tflops"] == 2.0
+
+
+def test_the_commit_of_a_copy_without_history(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(check, "ROOT", tmp_path)  # which is not the top of the repository that git finds
+    monkeypatch.delenv("MSP_COMMIT", raising=False)
+    assert check.commit() == {"commit": "unknown", "changed": None}
+    monkeypatch.setenv("MSP_COMMIT", "0123abc")
+    assert check.commit()["commit"] == "0123abc"
+
+
+def test_where_the_result_goes(tmp_path: Path):
+    now = check.datetime(2030, 1, 2)
+    assert check.result_path(None, now) == ROOT / "benchmarks" / "results" / "gpu-check-2030-01-02.json"
+    assert check.result_path(tmp_path, now) == tmp_path / "gpu-check.json"
+    assert check.result_path(tmp_path / "some.json", now) == tmp_path / "some.json"
+
+
+def test_builds_for_the_gpu_that_is_there(monkeypatch):
+    assert [build.target(capability) for capability in ("8.0", "8.6", "8.9", "9.0", "10.0")] == [
+        *("80", "86", "89", "90a"),
+        None,
+    ]
+    monkeypatch.setattr(build, "up_to_date", lambda: False)
+    monkeypatch.setattr(build, "NEEDED", ("no_such_package",))
+    result = build.build("9.0")
+    assert result["outcome"] == "failed" and "no_such_package" in result["why"]
+
+
+def test_the_whole_of_it_without_a_gpu(tmp_path: Path):
+    command = [sys.executable, "-m", "gpu_check", "nm_keep", "sanitizer", "--dry", "--out", str(tmp_path)]
+    done = process.run(command, 120, PYTHONPATH=str(ROOT / ".ci"))
+    assert done.code == 0, done.tail()
+    result = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert result["failed"] == [] and result["machine"]["versions"]["torch"] == torch.__version__
+    assert {entry["name"] for entry in result["units"]} == {"memcheck nm_keep", "racecheck nm_keep"}
+
+
+class FakeCuda:
+    """Events, streams and graphs of a device on which every call takes 7 microseconds."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.capturing, self.captured = 0.0, False, 0
+        for name in ("Event", "CUDAGraph", "Stream", "stream", "graph", "current_stream", "synchronize", "_sleep"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch, "ones", lambda count, device: torch.empty(count).fill_(1))
+
+    def call(self, turn):
+        if self.capturing:
+            self.captured += 1
+        else:
+            self.now += 7.0
+
+    def Event(self, enable_timing):
+        cuda = self
+
+        class Event:
+            def record(self):
+                self.at = cuda.now
+
+            def elapsed_time(self, other):
+                return (other.at - self.at) / 1e3
+
+        return Event()
+
+    def CUDAGraph(self):
+        cuda = self
+
+        class Graph:
+            def replay(self):
+                cuda.now += 7.0 * cuda.captured
+
+        return Graph()
+
+    @contextlib.contextmanager
+    def graph(self, graph):
+        self.capturing = True
+        yield
+        self.capturing = False
+
+    def Stream(self):
+        return self
+
+    def wait_stream(self, other):
+        pass
+
+    def current_stream(self):
+        return self
+
+    def stream(self, stream):
+        return contextlib.nullcontext()
+
+    def synchronize(self):
+        pass
+
+    def _sleep(self, cycles):
+        self.now += 300.0
+
+
+def test_samplers_count_the_call_alone(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    sampler = timing.GraphSampler(cuda.call, turns=8)
+    assert sampler.calls == cuda.captured and sampler.calls % 8 == 0
+    assert sampler.calls * 7 >= timing.GRAPH_US / 2
+    assert sampler() == pytest.approx(7.0)
+    assert timing.EventSampler(cuda.call, 1 << 10)() == pytest.approx(7.0)
