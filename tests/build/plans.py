@@ -25,7 +25,13 @@ def select_shared(kernel: Kernel) -> int:
     return kernel.threads * max(8, group_size) * (4 if dtype == 0 else 2)
 
 
-PLANS = {"nm_select_kernel": Plan(4, select_shared)}
+def obs_prune_shared(kernel: Kernel) -> int:
+    """The factor's corner, the tile, the reciprocals, a group's errors and the mask: ``ObsShared``."""
+    return 4 * (4 * 528 * 4 + 128 * 34 + 128 + 32 * 32 + 4 * 32)
+
+
+# Of obs_prune: large groups leave room by registers for one
+PLANS = {"nm_select_kernel": Plan(4, select_shared), "obs_prune_kernel": Plan(1, obs_prune_shared)}
 
 
 def plan_of(kernel: Kernel) -> Plan:
