@@ -66,7 +66,7 @@ def fisher_trace_direct_kernel(
 
 @triton.jit
 def gram_tile(source, sequence, t, u, tokens, width, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):
-    """``a[t:] a[u:]^T``, ``[BLOCK, BLOCK]`` of the Gram matrix of a ``[tokens, width]``; rows past the end count as 0."""
+    """``a[t:] a[u:]^T``, ``[BLOCK, BLOCK]`` of the Gram matrix of a ``[tokens, width]``; 0 past its end."""
     product = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     for column in range(0, width, BLOCK_D):
         left = load_tile(source, sequence, t, column, tokens, width, BLOCK, BLOCK_D, TMA)

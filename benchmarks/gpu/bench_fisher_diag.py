@@ -34,41 +34,45 @@ def gradients(x: Tensor, g: Tensor) -> Iterator[Tensor]:
         yield outputs.double().t() @ inputs.double()
 
 
+def measured(context: Context, shape: tuple[int, int, int, int]) -> Row:
+    sequences, tokens, height, width = shape
+    nbytes = 2 * sequences * tokens * (height + width)
+    pairs = context.rotate(lambda: inputs(context, shape), nbytes)
+    acc, theirs = (torch.zeros(height, width, device=context.device) for _ in range(2))
+    wanted = torch.zeros(height, width, dtype=torch.float64, device=context.device)
+    for gradient in gradients(*pairs[0]):
+        wanted.addcmul_(gradient, gradient)
+
+    def per_sequence(turn: int) -> None:
+        for x, g in zip(*pairs[turn], strict=True):
+            gradient = (g.t() @ x).float()
+            theirs.addcmul_(gradient, gradient)
+
+    def product_alone(turn: int) -> None:
+        for x, g in zip(*pairs[turn], strict=True):
+            torch.mm(g.t(), x)
+
+    with context.backend("triton"):
+        fisher_diag_(acc, *pairs[0])
+        return context.row(
+            "fisher_diag_ bf16",
+            "x".join(map(str, shape)),
+            # without the look for NaN, which waits for an answer
+            lambda turn: op(acc, *pairs[turn]),
+            {
+                "cuBLAS + square + add": per_sequence,
+                "cuBLAS alone": product_alone,
+                "op with its checks": lambda turn: fisher_diag_(acc, *pairs[turn]),
+            },
+            error=relative_error(acc, wanted),
+            bound=1e-2,
+            moved=nbytes + 8 * height * width,
+            flops=2 * sequences * tokens * height * width,
+            turns=len(pairs),
+            figures=(f"fisher-diag-{tokens}", *(("fisher-diag-rate",) if tokens == 2048 else ())),
+        )
+
+
 def rows(context: Context) -> Iterator[Row]:
     for shape in context.sizes(SHAPES, small=[(2, 16, 16, 24)]):
-        sequences, tokens, height, width = shape
-        nbytes = 2 * sequences * tokens * (height + width)
-        pairs = context.rotate(lambda shape=shape: inputs(context, shape), nbytes)
-        acc, theirs, wanted = (torch.zeros(height, width, device=context.device) for _ in range(3))
-        total = wanted.double()
-        for gradient in gradients(*pairs[0]):
-            total.addcmul_(gradient, gradient)
-
-        def per_sequence(turn: int) -> None:
-            for x, g in zip(*pairs[turn], strict=True):
-                gradient = (g.t() @ x).float()
-                theirs.addcmul_(gradient, gradient)
-
-        def product_alone(turn: int) -> None:
-            for x, g in zip(*pairs[turn], strict=True):
-                torch.mm(g.t(), x)
-
-        with context.backend("triton"):
-            fisher_diag_(acc, *pairs[0])
-            yield context.row(
-                "fisher_diag_ bf16",
-                "x".join(map(str, shape)),
-                # without the look for NaN, which waits for an answer
-                lambda turn: op(acc, *pairs[turn]),
-                {
-                    "cuBLAS + square + add": per_sequence,
-                    "cuBLAS alone": product_alone,
-                    "op with its checks": lambda turn: fisher_diag_(acc, *pairs[turn]),
-                },
-                error=relative_error(acc, total),
-                bound=1e-2,
-                moved=nbytes + 8 * height * width,
-                flops=2 * sequences * tokens * height * width,
-                turns=len(pairs),
-                figures=(f"fisher-diag-{tokens}", *(("fisher-diag-rate",) if tokens == 2048 else ())),
-            )
+        yield measured(context, shape)
