@@ -70,6 +70,9 @@ gpu-check: ## prove the kernels on this machine's GPU; ONLY="spmm bench" for a p
 kernel-table: $(INSTALLED) ## docs/kernels/resources.md from the compiled GPU kernels; needs nvcc, but no GPU
 	$(BIN)/python tests/build/kernel_table.py
 
+gpu-table: $(INSTALLED) ## the GPU figures of docs/results.md from the newest result of gpu-check
+	cd benchmarks && ../$(BIN)/python -m gpu.tables
+
 bench: $(INSTALLED) ## the speed of the kernels and of decoding on this machine, into benchmarks/results/ and docs/
 	mkdir -p build
 	$(BIN)/python -m pytest benchmarks --benchmark-disable-gc --benchmark-json build/bench.json $(ARGS)
@@ -82,4 +85,4 @@ clean: ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info .coverage coverage.xml .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f msp/*.so
 
-.PHONY: help build demo test coverage lint format types wheel sanitize gpu-check kernel-table bench quality clean
+.PHONY: help build demo test coverage lint format types wheel sanitize gpu-check kernel-table gpu-table bench quality clean

@@ -5,11 +5,15 @@
 #include <stdexcept>
 
 #include "bindings.h"
-#include "bindings_cuda_prune.h"
 #include "cuda/nm_select.h"
 
 namespace py = pybind11;
 using namespace py::literals;
+
+namespace msp {
+void bind_prune(py::module_& module);
+void bind_spmm(py::module_& module);
+}  // namespace msp
 
 PYBIND11_MODULE(_cuda, module) {
     module.doc() =
@@ -43,6 +47,7 @@ PYBIND11_MODULE(_cuda, module) {
         "to 1 if a weight or a score is NaN or infinite.");
 
     msp::bind_prune(module);
+    msp::bind_spmm(module);
 
     module.def(
         "archs",

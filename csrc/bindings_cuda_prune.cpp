@@ -1,4 +1,4 @@
-#include "bindings_cuda_prune.h"
+#include <pybind11/pybind11.h>
 
 #include <stdexcept>
 

@@ -3,7 +3,7 @@
 An op's file says how its kernels are launched by a function ``compile_cases()`` that yields ``CompileCase``
 objects: the types and alignment of the arguments as its launch function passes them, for the settings
 that differ most, the commonest first. Every architecture gets a kernel's first case and Hopper gets all,
-unless ``--full`` asks for everything. ``--cubins FOLDER`` keeps what was compiled. Nothing is run and no driver is needed.
+unless ``--full`` asks for everything. ``--cubins FOLDER`` keeps what was compiled. Nothing is run, no driver needed.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ SANITIZER_FOUND = 99
 class Unit:
     """``run`` gets its limit in seconds and gives at least an ``outcome``.
 
-    Outcomes are passed, failed, timeout, cut short (by its own choice, with what it had) and missing (a tool or a test).
+    Outcomes are passed, failed, timeout, cut short (by itself, with what it had) and missing (a tool or a test).
     ``weight`` is its share of the time among units that run one after another.
     """
 

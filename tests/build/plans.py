@@ -5,6 +5,7 @@ A kernel that is not listed is taken to need no dynamic shared memory and to be 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,8 +31,41 @@ def obs_prune_shared(kernel: Kernel) -> int:
     return 4 * (4 * 528 * 4 + 128 * 34 + 128 + 32 * 32 + 4 * 32)
 
 
-# Of obs_prune: large groups leave room by registers for one
-PLANS = {"nm_select_kernel": Plan(4, select_shared), "obs_prune_kernel": Plan(1, obs_prune_shared)}
+def spmm_tokens(kernel: Kernel) -> int:
+    """Of a tile, from ``SpmmShape<row warps, token warps, slabs, octets>``."""
+    shape = re.search(r"SpmmShape<(\d+), (\d+), (\d+), (\d+)>", kernel.name)
+    assert shape, kernel.name
+    return int(shape[2]) * int(shape[4]) * 8
+
+
+def spmm_sm80_shared(kernel: Kernel) -> int:
+    """Stages of 128 rows of fragments and as many bytes of each token: ``SpmmPipeline::kSharedBytes``."""
+    stages = int(kernel.name.rstrip(">").rpartition(",")[2])
+    return stages * (8 * 1152 + spmm_tokens(kernel) * 128)
+
+
+def spmm_epilogue_shared(tokens: int) -> int:
+    """A tile of 128 rows, 8 more a token: ``SpmmEpilogue::kSharedBytes``."""
+    return tokens * (128 + 8) * 2
+
+
+def spmm_sm90_shared(kernel: Kernel) -> int:
+    """Four stages of x, the epilogue's tile and eight barriers: ``Sm90Layout::kSharedBytes``. Elsewhere it is empty."""
+    if kernel.target != "sm_90a":
+        return 0
+    tokens = int(kernel.arguments[1])
+    return 4 * tokens * 128 + spmm_epilogue_shared(tokens) + 64
+
+
+PLANS = {
+    "nm_select_kernel": Plan(4, select_shared),
+    "nm_spmm_pack_kernel": Plan(6),
+    "nm_spmm_sm80_kernel": Plan(1, spmm_sm80_shared),
+    "nm_spmm_sm90_kernel": Plan(1, spmm_sm90_shared),
+    "nm_spmm_sum_kernel": Plan(3, lambda kernel: spmm_epilogue_shared(spmm_tokens(kernel))),
+    # of the largest groups registers leave room for one; test_cubin_obs_prune.py has the others
+    "obs_prune_kernel": Plan(1, obs_prune_shared),
+}
 
 
 def plan_of(kernel: Kernel) -> Plan:

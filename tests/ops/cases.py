@@ -6,6 +6,7 @@ added here is covered by both.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from test_obs_prune import FINE, published
 from torch import Tensor
 
 from msp.ops import fisher_diag_, fisher_trace, nm_keep, nm_linear, nm_rank, nm_select, obs_prune
+from msp.ops.nm_spmm import nm_spmm
 from msp.patterns import NMPattern
 
 Outputs = tuple[Tensor, ...]
@@ -154,7 +156,7 @@ def prune(generator, dtype, device, rows, columns, pattern, block):
     return Prepared(run, check)
 
 
-def product(generator, dtype, device, tokens, rows, columns, pattern, compliant):
+def product(generator, dtype, device, tokens, rows, columns, pattern, compliant, multiply=nm_linear):
     pattern = NMPattern.parse(pattern)
     weight = torch.randn(rows, columns, generator=generator).to(device, dtype)
     packed = nm_select(weight, pattern, compliant=compliant)
@@ -164,7 +166,11 @@ def product(generator, dtype, device, tokens, rows, columns, pattern, compliant)
     def check(outputs):
         assert_product(outputs[0], x, packed, bias)
 
-    return Prepared(lambda: (nm_linear(x, packed, bias),), check)
+    return Prepared(lambda: (multiply(x, packed, bias),), check)
+
+
+def on_sparse_tensor_cores(x, packed, bias):
+    return nm_spmm(x, packed.values, packed.bitmask, bias, packed.pattern.n, packed.pattern.m)
 
 
 @dataclass(frozen=True)
@@ -219,6 +225,19 @@ PREPARED = {
             *((tokens, 200, 1048, "4:8", True) for tokens in (1, 31, 192)),
             *((1, 301, 4104, pattern, False) for pattern in ("1:8", "3:8", "4:8", "5:8", "7:8")),
             *((3, 130, 2080, pattern, False) for pattern in ("1:4", "3:4", "1:16", "2:16", "11:32")),
+        ],
+    ),
+    # every token tile of both kernels, K split and whole, and more tiles than a GPU has multiprocessors
+    "nm_spmm": Shaped(
+        functools.partial(product, compliant=True, multiply=on_sparse_tensor_cores),
+        [(1, 5, 12, "2:4"), (3, 6, 40, "2:8"), (9, 7, 72, "4:8"), (70, 9, 48, "1:16")],
+        [
+            (16, 130, 2056, "2:4"),
+            (64, 512, 4096, "1:4"),
+            (129, 1000, 1032, "3:8"),
+            (300, 4104, 520, "2:4"),
+            (1031, 2056, 264, "2:8"),
+            (4100, 5000, 264, "2:4"),
         ],
     ),
 }

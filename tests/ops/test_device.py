@@ -60,7 +60,8 @@ def test_every_op_has_cases() -> None:
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("op", sorted({case.op for case in CASES}))
 def test_every_kernel_there_is_can_run(op: str) -> None:
-    assert "triton" in available_backends(op)
+    # sparse tensor cores are beyond Triton
+    assert "triton" in available_backends(op) or op == "nm_spmm"
     compiled = _dispatch.compiled_module("msp._cuda")
     assert compiled is not None, "msp._cuda is not built"
     if hasattr(compiled, op):

@@ -1,0 +1,123 @@
+"""``nm_spmm``, the product on 2:4 sparse tensor cores, against the dense one and cuSPARSELt's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpu.runner import Call, Context, Missing, Rotation, Row, relative_error
+from msp.ops import PackedWeight, nm_select
+from msp.ops.nm_spmm import nm_spmm, nm_spmm_packed, pack
+from msp.patterns import NMPattern
+
+# [out, in] of Llama-2-7B (with q/k/v and gate/up in one as well), Llama-3-8B, Qwen2.5-7B and Qwen2.5-14B
+SHAPES = [
+    (4096, 4096),
+    (12288, 4096),
+    (11008, 4096),
+    (22016, 4096),
+    (4096, 11008),
+    (1024, 4096),
+    (14336, 4096),
+    (4096, 14336),
+    (3584, 3584),
+    (512, 3584),
+    (18944, 3584),
+    (3584, 18944),
+    (5120, 5120),
+    (1024, 5120),
+    (13824, 5120),
+    (5120, 13824),
+]
+# the tokens of the figures first, should time run out
+TOKENS = [2048, 64, 512, 8192, 128, 1024]
+BOUND = 1e-2
+
+
+@dataclass(frozen=True)
+class Inputs:
+    x: Tensor
+    dense: Tensor
+    packed: PackedWeight
+
+
+def make(context: Context, pattern: str, rows: int, columns: int, tokens: int) -> Inputs:
+    packed = nm_select(context.randn(rows, columns), NMPattern.parse(pattern), compliant=True)
+    return Inputs(context.randn(tokens, columns), packed.unpack(), packed)
+
+
+def cusparselt(inputs: Rotation[Inputs]) -> Call | Missing:
+    """The product by the algorithm, and the split of K, that cuSPARSELt's own search finds fastest for the shape."""
+    if not torch.backends.cusparselt.is_available():
+        return Missing("this torch has no cuSPARSELt")
+    compressed = [torch._cslt_compress(one.dense) for one in inputs.items]
+    tokens = [one.x.t() for one in inputs.items]
+    found = torch._C._cusparselt.mm_search(compressed[0], tokens[0], None, None, None, True)
+    options = dict(zip(("alg_id", "split_k", "split_k_mode"), found, strict=False))
+
+    def call(turn: int) -> Tensor:
+        at = turn % len(tokens)
+        return torch._cslt_sparse_mm(compressed[at], tokens[at], transpose_result=True, **options)
+
+    return call
+
+
+def kept_in_order(context: Context, inputs: Rotation[Inputs]) -> Call:
+    """Our product with weights that were brought into fragment order before, as prefill of a long prompt has them."""
+    if context.dry:
+        return packed_each_time(inputs)
+    first = inputs[0].packed
+    n, m, (rows, columns) = first.pattern.n, first.pattern.m, first.shape
+    fragments = [pack(one.packed.values, one.packed.bitmask, columns, n, m) for one in inputs.items]
+    return lambda turn: nm_spmm_packed(inputs[turn].x, fragments[turn % len(fragments)], None, rows)
+
+
+def packed_each_time(inputs: Rotation[Inputs]) -> Call:
+    def call(turn: int) -> Tensor:
+        one = inputs[turn]
+        pattern = one.packed.pattern
+        return nm_spmm(one.x, one.packed.values, one.packed.bitmask, None, pattern.n, pattern.m)
+
+    return call
+
+
+def row(context: Context, pattern: str, kept: bool, rows: int, columns: int, tokens: int) -> Row:
+    moved = 2 * tokens * (rows + columns) + rows * columns * 9 // 8
+    inputs = context.rotate(lambda: make(context, pattern, rows, columns, tokens), moved)
+    ours = kept_in_order(context, inputs) if kept else packed_each_time(inputs)
+    peers: dict[str, Call | Missing] = {"cuBLASLt": lambda turn: F.linear(inputs[turn].x, inputs[turn].dense)}
+    figures: list[str] = []
+    if kept:
+        peers["cuSPARSELt"] = cusparselt(inputs)
+        figures = ["spmm-cusparselt", "spmm-cusparselt-worst"] + ["spmm-dense"] * (tokens >= 2048)
+    first = inputs[0]
+    return context.row(
+        f"nm_spmm {pattern} bf16{'' if kept else ', packed each time'}",
+        f"{tokens}x{rows}x{columns}",
+        ours,
+        peers,
+        error=relative_error(ours(0), first.x.float() @ first.dense.float().t()),
+        bound=BOUND,
+        moved=moved,
+        flops=2 * tokens * rows * columns,
+        turns=len(inputs),
+        figures=tuple(figures),
+    )
+
+
+def rows(context: Context) -> Iterator[Row]:
+    # what the sum is compared with must not itself be rounded to tf32, nor the dense peer be cuBLAS's older library
+    torch.backends.cuda.matmul.allow_tf32 = False
+    if not context.dry:
+        torch.backends.cuda.preferred_blas_library("cublaslt")
+    with context.backend("cuda"):
+        for tokens in context.sizes(TOKENS, small=[3, 70]):
+            for shape in context.sizes(SHAPES, small=[(48, 64)]):
+                yield row(context, "2:4", True, *shape, tokens)
+            for pattern in ("2:8", "4:8"):
+                for shape in context.sizes([(4096, 4096), (14336, 4096)], small=[(24, 64)]):
+                    yield row(context, pattern, False, *shape, tokens)
