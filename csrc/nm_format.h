@@ -82,6 +82,27 @@ MSP_HD constexpr void sort_descending(int32_t (&keys)[M]) {
     if constexpr (2 * P < M) sort_descending<M, 2 * P>(keys);
 }
 
+MSP_HD constexpr int count_bits(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+    return __popc(bits);
+#else
+    return __builtin_popcount(bits);
+#endif
+}
+
+// `kept` without the last `excess` of the columns whose key is the threshold.
+template <int M>
+MSP_HD constexpr uint32_t without_last_ties(const int32_t (&keys)[M], int32_t threshold, uint32_t kept,
+                                            int excess) {
+    MSP_UNROLL
+    for (int c = M - 1; c >= 0; --c) {
+        const bool drop = keys[c] == threshold && excess > 0;
+        excess -= drop ? 1 : 0;
+        kept &= drop ? ~(1u << c) : ~0u;
+    }
+    return kept;
+}
+
 // Bit c is set for each of the n largest keys, ties to the lower column; exactly n bits.
 template <int M>
 MSP_HD constexpr uint32_t select_group(const int32_t (&keys)[M], int n) {
@@ -95,16 +116,11 @@ MSP_HD constexpr uint32_t select_group(const int32_t (&keys)[M], int n) {
     MSP_UNROLL
     for (int c = 1; c < M; ++c) threshold = c < n ? sorted[c] : threshold;
 
-    int ties = n;
-    MSP_UNROLL
-    for (int c = 0; c < M; ++c) ties -= keys[c] > threshold ? 1 : 0;
     uint32_t kept = 0;
     MSP_UNROLL
-    for (int c = 0; c < M; ++c) {
-        const bool tie = keys[c] == threshold && ties > 0;
-        ties -= tie ? 1 : 0;
-        kept |= keys[c] > threshold || tie ? 1u << c : 0u;
-    }
+    for (int c = 0; c < M; ++c) kept |= keys[c] >= threshold ? 1u << c : 0u;
+    const int excess = count_bits(kept) - n;
+    if (excess > 0) kept = without_last_ties<M>(keys, threshold, kept, excess);
     return n > 0 ? kept : 0u;
 }
 

@@ -36,7 +36,7 @@ def row(key: str, **measured) -> dict:
         (
             "spmm-cusparselt",
             [{"missing": {"cuSPARSELt": "none"}, "ratio": {}}],
-            "not measured: cuSPARSELt: not here",
+            "not measured: cuSPARSELt: none",
         ),
         ("obs-prune", [{"median_us": None}], "not measured: the error of 1 of 1 rows is out of bound"),
         ("obs-prune", [], "not measured"),

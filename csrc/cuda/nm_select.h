@@ -8,7 +8,8 @@
 namespace msp {
 
 // Fills values and bitmask, in order on `stream` of the device that holds the weight; returns without
-// waiting. Returns what went wrong, or an empty string.
-std::string nm_select_cuda(const NmSelect& op, void* stream);
+// waiting. `*wrong`, on the device, becomes 1 if a weight or a score is NaN or infinite. Returns what went
+// wrong, or an empty string.
+std::string nm_select_cuda(const NmSelect& op, int32_t* wrong, void* stream);
 
 }  // namespace msp

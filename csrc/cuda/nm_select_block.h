@@ -43,6 +43,12 @@ struct SelectBlock {
         return {row, column, first_group_of_unit(row, unit_in_row, op.columns, M), cut ? 1 : kGroups};
     }
 
+    // Its first group, without a division where all rows are whole units. `unit` may be the one past the
+    // last.
+    static MSP_HD int64_t first_group(const NmSelect& op, int64_t unit) {
+        return op.columns % kUnit == 0 ? unit * kGroups : place(op, unit).group;
+    }
+
     // Whether all that a unit reads begins at multiples of 16 bytes.
     static MSP_HD bool loads_vectors(const NmSelect& op) {
         const uintptr_t addresses =
@@ -94,10 +100,12 @@ struct SelectBlock {
         }
     }
 
-    // The key of each weight of one group, whose first column is `column`.
+    // The key of each weight of one group, whose first column is `column`. `largest` becomes the bits of the
+    // largest magnitude met: of the scores, which are not finite where a weight is not, unless they are
+    // given.
     template <bool Vectors>
     static MSP_HD void rank_keys(const NmSelect& op, int64_t row, int64_t column, const Bits* weight,
-                                 int32_t (&keys)[M]) {
+                                 int32_t (&keys)[M], int32_t& largest) {
         const float row_term = Kind == ScoreKind::kRelative ? op.row_term[row] : 0.0f;
         MSP_UNROLL
         for (int c = 0; c < M; c += 4) {
@@ -114,15 +122,23 @@ struct SelectBlock {
             MSP_UNROLL
             for (int i = 0; i < 4; ++i) {
                 const float w = Stored<D>::to_float(weight[c + i]);
-                keys[c + i] =
-                    ordered_key(float_bits(score<Kind>(w, scale[i], row_term, column_term[i], entry[i])));
+                const uint32_t bits =
+                    float_bits(score<Kind>(w, scale[i], row_term, column_term[i], entry[i]));
+                keys[c + i] = ordered_key(bits);
+                largest = greater(largest, bits);
+                if constexpr (Kind == ScoreKind::kGiven) largest = greater(largest, float_bits(w));
             }
         }
     }
 
+    static MSP_HD int32_t greater(int32_t magnitude, uint32_t float_bits) {
+        const auto other = static_cast<int32_t>(float_bits & 0x7fffffffu);
+        return magnitude > other ? magnitude : other;
+    }
+
     // First phase: thread `thread` selects its unit, writes its mask bytes and puts its kept values into
-    // `shared`, where the block's groups lie one after the other.
-    static MSP_HD void select(const NmSelect& op, int64_t block, int thread, Bits* shared) {
+    // `shared`, where the block's groups lie one after the other. Sets `*wrong` if it meets NaN or infinity.
+    static MSP_HD void select(const NmSelect& op, int64_t block, int thread, Bits* shared, int32_t* wrong) {
         const int64_t first_unit = block * kSelectThreads;
         const int64_t unit = first_unit + thread;
         if (unit >= units(op)) return;
@@ -135,17 +151,18 @@ struct SelectBlock {
             load<false>(op, at, weight);
         }
 
-        Bits* slot = shared + (at.group - place(op, first_unit).group) * op.n;
+        Bits* slot = shared + (first_group(op, unit) - first_group(op, first_unit)) * op.n;
         uint32_t mask = 0;
+        int32_t largest = 0;
         MSP_UNROLL
         for (int group = 0; group < kGroups; ++group) {
             if (group < at.groups) {
                 int32_t keys[M];
                 const int64_t column = at.column + group * M;
                 if (vectors) {
-                    rank_keys<true>(op, at.row, column, weight + group * M, keys);
+                    rank_keys<true>(op, at.row, column, weight + group * M, keys, largest);
                 } else {
-                    rank_keys<false>(op, at.row, column, weight + group * M, keys);
+                    rank_keys<false>(op, at.row, column, weight + group * M, keys, largest);
                 }
                 if (op.compliant) rule_out_beyond_two_of_four<M>(keys);
                 const uint32_t kept = select_group<M>(keys, op.n);
@@ -156,6 +173,7 @@ struct SelectBlock {
                 }
             }
         }
+        if (largest >= 0x7f800000) *wrong = 1;
         if constexpr (kUnit == 8) op.bitmask[unit] = static_cast<uint8_t>(mask);
         if constexpr (kUnit == 16)
             reinterpret_cast<uint16_t*>(op.bitmask)[unit] = static_cast<uint16_t>(mask);
@@ -167,9 +185,8 @@ struct SelectBlock {
         const int64_t first_unit = block * kSelectThreads;
         const int64_t end_unit =
             first_unit + kSelectThreads < units(op) ? first_unit + kSelectThreads : units(op);
-        const int64_t first = place(op, first_unit).group;
-        const Place last = place(op, end_unit - 1);
-        const int count = static_cast<int>(last.group + last.groups - first) * op.n;
+        const int64_t first = first_group(op, first_unit);
+        const int count = static_cast<int>(first_group(op, end_unit) - first) * op.n;
         Bits* to = static_cast<Bits*>(op.values) + first * op.n;
         // 16-byte stores where the block's first value is aligned, which all but odd row lengths give
         int done = 0;

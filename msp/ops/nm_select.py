@@ -54,16 +54,16 @@ def triton(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> tup
 
 
 def _compiled(
-    module: str, weight: Tensor, terms: Terms, n: int, m: int, compliant: bool, lane: int
+    module: str, weight: Tensor, terms: Terms, n: int, m: int, compliant: bool, *rest: int
 ) -> tuple[Tensor, Tensor, int]:
-    """Call the C++ or CUDA binding, which takes addresses and codes; ``lane``: threads or stream."""
+    """Call the C++ or CUDA binding, which takes addresses and codes; ``rest``: threads, or what CUDA asks for."""
     weight = weight.contiguous()
     values, bitmask = _empty(weight, n, m)
     pointer, dtype, rows, columns, _, kind, *vectors = addresses(weight, terms, m)
     compiled = compiled_module(module)
     assert compiled is not None
     outputs = values.data_ptr(), bitmask.data_ptr()
-    wrong = compiled.nm_select(pointer, dtype, rows, columns, m, n, compliant, kind, *vectors, *outputs, lane)
+    wrong = compiled.nm_select(pointer, dtype, rows, columns, m, n, compliant, kind, *vectors, *outputs, *rest)
     return values, bitmask, wrong
 
 
@@ -74,12 +74,20 @@ def cpu(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> tuple[
     return values, bitmask
 
 
-@op.backend("cuda")
-def cuda(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> tuple[Tensor, Tensor]:
-    check_finite(weight, terms)
+def launch(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The CUDA kernel without waiting for it: values, bitmask, and int32 ``[1]``, not 0 if it met NaN or infinity."""
+    wrong = torch.zeros(1, dtype=torch.int32, device=weight.device)
     with torch.cuda.device(weight.device):
         stream = torch.cuda.current_stream().cuda_stream
-        values, bitmask, _ = _compiled("msp._cuda", weight, terms, n, m, compliant, stream)
+        values, bitmask, _ = _compiled("msp._cuda", weight, terms, n, m, compliant, wrong.data_ptr(), stream)
+    return values, bitmask, wrong
+
+
+@op.backend("cuda")
+def cuda(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> tuple[Tensor, Tensor]:
+    values, bitmask, wrong = launch(weight, terms, n, m, compliant)
+    if int(wrong) or not weight.numel():
+        check_finite(weight, terms)
     return values, bitmask
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -56,6 +59,41 @@ def cpu(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> t
     assert compiled is not None
     pointers = (tensor.data_ptr() for tensor in (weight, factor, updated, kept))
     compiled.obs_prune(*pointers, *weight.shape, m, n, torch.get_num_threads())
+    return updated, kept
+
+
+def _has_blocks() -> bool:
+    return hasattr(compiled_module("msp._cuda"), "obs_prune_block") and torch.cuda.is_available()
+
+
+@op.backend("cuda", available=_has_blocks)
+def cuda(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> tuple[Tensor, Tensor]:
+    # The kernel's blocks are of one size: which changes rounding only.
+    compiled = compiled_module("msp._cuda")
+    assert compiled is not None
+    with torch.cuda.device(weight.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        prune_block = functools.partial(compiled.obs_prune_block, stream=stream)
+        return sweep_blocks(weight, hinv_chol, n, m, compiled.obs_block_columns, prune_block)
+
+
+def sweep_blocks(
+    weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int, prune_block: Callable[..., None]
+) -> tuple[Tensor, Tensor]:
+    """The reference's outer loop around a compiled sweep of one block, called as ``msp._cuda.obs_prune_block``."""
+    updated = weight.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    factor = hinv_chol.contiguous()
+    if factor.data_ptr() % 16:
+        factor = factor.clone()
+    rows, columns = updated.shape
+    kept = torch.empty(updated.shape, dtype=torch.bool, device=weight.device)
+    errors = torch.empty(min(block_size, columns), rows, device=weight.device)
+    pointers = [tensor.data_ptr() for tensor in (updated, factor, errors, kept)]
+    for start in range(0, columns, block_size):
+        stop = min(start + block_size, columns)
+        prune_block(*pointers, rows, columns, start, stop - start, m, n)
+        if stop < columns:
+            updated[:, stop:].addmm_(errors[: stop - start].t(), factor[start:stop, stop:], alpha=-1)
     return updated, kept
 
 
@@ -118,8 +156,8 @@ def obs_prune(weight: Tensor, hinv_chol: Tensor, pattern: NMPattern, *, block_si
 
 
 def _pack(updated: Tensor, kept: Tensor, pattern: NMPattern) -> PackedWeight:
-    # Where no kept weight is zero, they are the N largest of their group: nm_select's C++ finds and packs them
-    # several times faster than indexing with the mask.
+    # Kernels that select find what is kept again, and pack it, several times faster than indexing with the mask.
+    # Where no kept weight is zero, they are the N largest of their group, and the mask need not be read.
     if op.last() == "cpu" and torch.count_nonzero(updated) == updated.numel() // pattern.m * pattern.n:
         return nm_select(updated, pattern)
-    return PackedWeight.from_mask(updated, kept, pattern)
+    return nm_select(updated, pattern, scores=kept.float())

@@ -38,6 +38,11 @@ def expand_shared(kernel: Kernel) -> int:
     return (64 << 10) + 256 * 2 * tokens
 
 
+def obs_prune_shared(kernel: Kernel) -> int:
+    """The factor's corner, the tile, the reciprocals, a group's errors and the mask: ``ObsShared``."""
+    return 4 * (4 * 528 * 4 + 128 * 34 + 128 + 32 * 32 + 4 * 32)
+
+
 def spmm_tokens(kernel: Kernel) -> int:
     """Of a tile, from ``SpmmShape<row warps, token warps, slabs, octets>``."""
     shape = re.search(r"SpmmShape<(\d+), (\d+), (\d+), (\d+)>", kernel.name)
@@ -73,6 +78,8 @@ PLANS = {
     "nm_spmm_sm80_kernel": Plan(1, spmm_sm80_shared),
     "nm_spmm_sm90_kernel": Plan(1, spmm_sm90_shared),
     "nm_spmm_sum_kernel": Plan(3, lambda kernel: spmm_epilogue_shared(spmm_tokens(kernel))),
+    # of the largest groups registers leave room for one; test_cubin_obs_prune.py has the others
+    "obs_prune_kernel": Plan(1, obs_prune_shared),
 }
 
 

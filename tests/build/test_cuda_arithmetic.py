@@ -34,8 +34,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def check(emulated: ctypes.CDLL, case, *, offset: int = 0) -> int:
-    """Runs the emulated kernel on aligned copies shifted by ``offset`` elements; returns whether it used vectors."""
+def run(emulated: ctypes.CDLL, case, *, offset: int = 0) -> tuple[int, np.ndarray, np.ndarray]:
+    """Runs the emulated kernel on aligned copies shifted by ``offset`` elements; what it returned, values, bitmask."""
 
     def aligned(array, shift=0):
         memory = np.zeros(array.nbytes + 64 + shift * array.itemsize, np.uint8)
@@ -45,15 +45,12 @@ def check(emulated: ctypes.CDLL, case, *, offset: int = 0) -> int:
         return view
 
     rows, columns = case.stored.shape
-    kept = case.kept()
-    expected = case.stored[kept].reshape(rows, -1)
-    mask = np.packbits(np.pad(kept, ((0, 0), (0, -columns % 8))), axis=1, bitorder="little")
     weight = aligned(case.stored, offset)
     terms = [
         None if t is None else aligned(t) for t in (case.column_scale, case.row_term, case.column_term, case.matrix)
     ]
-    values = aligned(np.zeros(expected.size + 16, case.stored.dtype), offset)
-    bitmask = aligned(np.zeros(mask.size + 16, np.uint8))
+    values = aligned(np.zeros(rows * (columns // case.group_size) * case.n + 16, case.stored.dtype), offset)
+    bitmask = aligned(np.zeros(rows * -(-columns // 8) + 16, np.uint8))
     values[...], bitmask[...] = 77, 0xA5
     pointer = ctypes.c_void_p
     vectors = emulated.nm_select_emulated(
@@ -69,6 +66,16 @@ def check(emulated: ctypes.CDLL, case, *, offset: int = 0) -> int:
         pointer(values.ctypes.data),
         pointer(bitmask.ctypes.data),
     )
+    return vectors, values, bitmask
+
+
+def check(emulated: ctypes.CDLL, case, *, offset: int = 0) -> int:
+    """Holds what the emulated kernel made against the case's own choice; returns whether it used vectors."""
+    columns = case.stored.shape[1]
+    kept = case.kept()
+    expected = case.stored[kept]
+    mask = np.packbits(np.pad(kept, ((0, 0), (0, -columns % 8))), axis=1, bitorder="little")
+    vectors, values, bitmask = run(emulated, case, offset=offset)
     assert vectors >= 0, "a thread wrote past the block's shared memory"
     np.testing.assert_array_equal(bitmask[: mask.size].reshape(mask.shape), mask)
     bits = np.dtype(f"u{case.stored.itemsize}")
@@ -111,3 +118,12 @@ def test_many_blocks(emulated: ctypes.CDLL, group_size: int) -> None:
 def test_unaligned_tensors(emulated: ctypes.CDLL, dtype: int) -> None:
     rng = np.random.default_rng(dtype)
     assert check(emulated, make_case(rng, 11, 8 * 41, 8, 3, dtype, SCALED), offset=1) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_says_when_a_weight_is_not_finite(emulated: ctypes.CDLL, kind: int, value: float) -> None:
+    rng = np.random.default_rng([kind, 7])
+    case = make_case(rng, 5, 8 * 9, 8, 2, FLOAT32, kind)
+    case.stored.reshape(-1).view(np.float32)[rng.integers(case.stored.size)] = value
+    assert run(emulated, case)[0] == -2

@@ -6,7 +6,15 @@ import torch
 from msp.ops import _gradients, available_backends, fisher_diag_, force_backend, last_backend
 from msp.ops.fisher_diag import fisher_diag_op
 
-SHAPES = [(1, 1, 1, 1), (1, 1, 5, 7), (5, 1, 3, 130), (3, 17, 33, 20), (2, 70, 129, 66), (1, 131, 16, 48)]
+SHAPES = [
+    (1, 1, 1, 1),
+    (1, 1, 5, 7),
+    (5, 1, 3, 130),
+    (3, 17, 33, 20),
+    (2, 70, 129, 66),
+    (1, 131, 16, 48),
+    (2, 70, 136, 72),
+]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BACKENDS = ["reference", "triton", "cpu"]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -7,7 +7,15 @@ from msp.errors import UsageError
 from msp.ops import available_backends, fisher_diag_, fisher_trace, force_backend, last_backend
 from msp.ops.fisher_trace import fisher_trace_op, gram_is_cheaper
 
-SHAPES = [(1, 1, 1, 1), (1, 1, 5, 7), (5, 1, 3, 130), (3, 17, 33, 20), (2, 70, 129, 66), (1, 300, 16, 20)]
+SHAPES = [
+    (1, 1, 1, 1),
+    (1, 1, 5, 7),
+    (5, 1, 3, 130),
+    (3, 17, 33, 20),
+    (2, 70, 129, 66),
+    (1, 300, 16, 20),
+    (2, 70, 136, 72),
+]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BACKENDS = ["reference", "triton", "cpu"]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -12,7 +12,7 @@ from msp.patterns import NMPattern
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-BACKENDS = ["reference", "triton", "cpu"]
+BACKENDS = ["reference", "cuda", "triton", "cpu"]
 ISAS = ["scalar", "avx2", "avx512"]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 # rows, columns, pattern, block size: single rows, a short last block, groups as wide as a block

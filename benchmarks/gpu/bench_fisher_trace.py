@@ -1,0 +1,103 @@
+"""``fisher_trace`` in both forms beside cuBLAS, and what it adds to the backward pass of a whole model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gpu.bench_fisher_diag import SHAPES, gradients, inputs
+from gpu.runner import Context, Row
+from msp.model import find_structure
+from msp.ops import fisher_trace
+from msp.ops.fisher_trace import gram_is_cheaper, op
+from msp.sensitivity import fisher_traces
+
+
+def measured(context: Context, shape: tuple[int, int, int, int], gram: bool) -> Row:
+    sequences, tokens, height, width = shape
+    nbytes = 2 * sequences * tokens * (height + width)
+    pairs = context.rotate(lambda: inputs(context, shape), nbytes)
+    wanted = sum(float(gradient.square().sum()) for gradient in gradients(*pairs[0]))
+
+    def per_sequence(turn: int) -> list[Tensor]:
+        return [(g.t() @ x).float().square().sum() for x, g in zip(*pairs[turn], strict=True)]
+
+    form: Literal["gram", "direct"] = "gram" if gram else "direct"
+    picked = ", picked" if gram == gram_is_cheaper(tokens, height, width) else ""
+    with context.backend("triton"):
+        return context.row(
+            f"fisher_trace {form} bf16{picked}",
+            "x".join(map(str, shape)),
+            # without the look for NaN, which waits for an answer
+            lambda turn: op(*pairs[turn], gram),
+            {"cuBLAS + square + sum": per_sequence},
+            error=abs(float(fisher_trace(*pairs[0], form=form)) / wanted - 1),
+            bound=1e-2,
+            moved=nbytes,
+            flops=sequences * tokens * ((tokens + 128) * (height + width) if gram else 2 * height * width),
+            turns=len(pairs),
+        )
+
+
+def model_row(context: Context) -> Row:
+    """Random weights of a Llama-2-7B shape; the error is of two runs, which must agree to the bit."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    # layers, hidden, inner, heads, vocabulary, sequences, tokens
+    (sizes,) = context.sizes([(32, 4096, 11008, 32, 32000, 32, 2048)], small=[(1, 32, 64, 2, 64, 2, 16)])
+    layers, width, inner, heads, vocabulary, count, tokens = sizes
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        vocab_size=vocabulary,
+    )
+    with torch.device(context.device):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    linears = find_structure(model).linears
+    windows = torch.randint(vocabulary, (count, tokens), device=context.device)
+
+    def plain() -> None:
+        for window in windows:
+            model(input_ids=window[None], labels=window[None], use_cache=False).loss.backward()
+            model.zero_grad(set_to_none=True)
+
+    plain_seconds, plain_bytes, _ = timed(context, plain)
+    seconds, more_bytes, traces = timed(context, lambda: fisher_traces(model, linears, windows))
+    one, again = (fisher_traces(model, linears, windows[:1]) for _ in range(2))
+    return Row(
+        "Fisher trace of a model",
+        f"Llama {layers}x{width}, {count}x{tokens}",
+        error=max(abs(one[name] - again[name]) for name in one) if all(traces.values()) else float("nan"),
+        bound=0.0,
+        median_us=seconds * 1e6,
+        method="clock",
+        figures=("fisher-trace-time", "fisher-trace-memory"),
+        extra={"time": seconds / plain_seconds, "more_gb": max(0.0, (more_bytes - plain_bytes) / 1e9)},
+    )
+
+
+def timed(context: Context, call: Callable[[], object]) -> tuple[float, int, dict[str, float]]:
+    """Seconds of the second run, peak bytes and what it returned."""
+    call()
+    if not context.dry:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    result = call()
+    if not context.dry:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return seconds, 0 if context.dry else torch.cuda.max_memory_allocated(), result or {}
+
+
+def rows(context: Context) -> Iterator[Row]:
+    for shape in context.sizes(SHAPES, small=[(2, 16, 16, 24)]):
+        for gram in (False, True):
+            yield measured(context, shape, gram)
+    yield model_row(context)

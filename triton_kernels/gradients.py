@@ -1,0 +1,138 @@
+"""What the Fisher kernels share: tiles of x and g, the order of programs, and the sizes of tiles by architecture.
+
+x is ``[S, T, K]`` and g ``[S, T, R]``. Where the GPU has a copy engine for tensors (TMA, from Hopper on) and the memory
+is laid out as it asks, a kernel gets descriptors and its threads compute no addresses; else pointers and masks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+OPTIONS = ("num_warps", "num_stages")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# So many row tiles are walked through together along the columns, so that what neighbouring programs read is in L2.
+GROUP_ROWS = 8
+
+
+@triton.jit
+def locate_tile(rows, columns, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_R: tl.constexpr):
+    """First row and first column of this program's tile."""
+    row_tiles = tl.cdiv(rows, BLOCK_R)
+    column_tiles = tl.cdiv(columns, BLOCK_K)
+    tile = tl.program_id(0)
+    band = tile // (GROUP_R * column_tiles)
+    band_rows = tl.minimum(row_tiles - band * GROUP_R, GROUP_R)
+    within = tile % (GROUP_R * column_tiles)
+    return (band * GROUP_R + within % band_rows) * BLOCK_R, (within // band_rows) * BLOCK_K
+
+
+@triton.jit
+def load_tile(
+    source, sequence, token, column, tokens, width, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr
+):
+    """``source[sequence, token:, column:]`` of ``[S, T, D]`` as ``[BLOCK_T, BLOCK_D]``, zeros past the end."""
+    if TMA:
+        return source.load([sequence, token, column]).reshape(BLOCK_T, BLOCK_D)
+    else:
+        t = tl.arange(0, BLOCK_T)
+        d = column + tl.arange(0, BLOCK_D)
+        first = (tl.cast(sequence, tl.int64) * tokens + token) * width
+        inside = (t < tokens - token)[:, None] & (d < width)[None, :]
+        return tl.load(source + first + t[:, None] * width + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def load_transposed(
+    source, sequence, token, column, tokens, width, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr
+):
+    """The same as ``[BLOCK_D, BLOCK_T]``. Without TMA it is loaded so: what is transposed in registers has been
+    loaded there, past the pipeline of asynchronous copies."""
+    if TMA:
+        return tl.trans(load_tile(source, sequence, token, column, tokens, width, BLOCK_T, BLOCK_D, TMA))
+    else:
+        t = tl.arange(0, BLOCK_T)
+        d = column + tl.arange(0, BLOCK_D)
+        first = (tl.cast(sequence, tl.int64) * tokens + token) * width
+        inside = (d < width)[:, None] & (t < tokens - token)[None, :]
+        return tl.load(source + first + t[None, :] * width + d[:, None], mask=inside, other=0.0)
+
+
+# form -> architecture -> tile of the result, tokens or columns of one step, warps, stages, for 16-bit tensor cores. The
+# widest that registers and shared memory hold: a step of 128 x 128 reads 32 KB for 2^20 multiplications, one of
+# 128 x 256 48 KB for twice as many, and on Hopper that traffic from L2 is the limit (docs/kernels/fisher.md).
+# "diag" holds the gradient and the sum of squares, "gram" two products, "direct" the gradient alone.
+TILES = {
+    "diag": {80: (128, 64, 64, 8, 3), 90: (128, 128, 64, 8, 4)},
+    "direct": {80: (128, 128, 32, 8, 4), 90: (128, 256, 64, 8, 4)},
+    "gram": {80: (128, 128, 32, 16, 4), 90: (128, 128, 64, 8, 4)},
+}
+# float32 multiplies on the plain cores, whose operands come through registers.
+FLOAT32_TILES = {"diag": (64, 64, 32, 4, 3), "direct": (64, 64, 32, 4, 3), "gram": (64, 64, 32, 8, 3)}
+# Fewer programs leave multiprocessors idle.
+ENOUGH_PROGRAMS = 128
+
+
+def architecture(tensor: torch.Tensor) -> int:
+    """The row of ``TILES`` that serves a tensor's device: 90 where there are Hopper's tensor cores, shared memory and
+    copy engine, or more; on the CPU too, so that the interpreter runs the same kernels."""
+    if tensor.device.type == "cpu":
+        return 90
+    if not tensor.is_cuda or torch.version.hip is not None:
+        return 80
+    # what came after for data centres; consumer chips have no more shared memory than Ampere's
+    return 90 if torch.cuda.get_device_capability(tensor.device)[0] in (9, 10) else 80
+
+
+def tile_sizes(
+    form: str, dtype: torch.dtype, arch: int, height: int, width: int, depth: int, batch: int = 1
+) -> dict[str, int]:
+    """Of a ``[height, width]`` result summed over ``depth``, of which there are ``batch`` in a launch.
+
+    The table's, halved as long as there are too few for all multiprocessors, and never much larger than the result.
+    """
+    if dtype == torch.float32:
+        rows, columns, step, warps, stages = FLOAT32_TILES[form]
+    else:
+        rows, columns, step, warps, stages = TILES[form][arch]
+    while (
+        rows * columns > 64 * 64 and batch * triton.cdiv(height, rows) * triton.cdiv(width, columns) < ENOUGH_PROGRAMS
+    ):
+        rows, columns = (rows, columns // 2) if columns >= rows else (rows // 2, columns)
+        warps = 4 if rows * columns <= 64 * 64 else warps
+    rows, columns, step = (
+        min(block, max(16, triton.next_power_of_2(size)))
+        for block, size in zip((rows, columns, step), (height, width, depth), strict=True)
+    )
+    if rows * columns < 64 * 64:
+        warps = 4
+    return {"BLOCK_R": rows, "BLOCK_K": columns, "BLOCK_T": step, "num_warps": warps, "num_stages": stages}
+
+
+def described(x: torch.Tensor, g: torch.Tensor) -> bool:
+    """Whether TMA can read both: 16-bit values, addresses and rows in multiples of 16 bytes."""
+    if x.dtype == torch.float32 or architecture(x) < 90:
+        return False
+    return all(tensor.data_ptr() % 16 == 0 and tensor.shape[2] * tensor.itemsize % 16 == 0 for tensor in (x, g))
+
+
+def source(tensor: torch.Tensor, block_t: int, block_d: int, tma: bool) -> Any:
+    """What ``load_tile`` takes of a contiguous ``[S, T, D]``."""
+    return TensorDescriptor.from_tensor(tensor, [1, block_t, block_d]) if tma else tensor
+
+
+def source_type(dtype: str, block_t: int, block_d: int, tma: bool) -> str:
+    """Its type, for a compile case."""
+    return f"tensordesc<{dtype}[1,{block_t},{block_d}]>" if tma else f"*{dtype}"
+
+
+def constants_of(tiles: dict[str, int]) -> dict[str, int]:
+    return {name: size for name, size in tiles.items() if name not in OPTIONS}
+
+
+def options_of(tiles: dict[str, int]) -> dict[str, int]:
+    return {name: size for name, size in tiles.items() if name in OPTIONS}
