@@ -118,10 +118,11 @@ __device__ __forceinline__ void consume(const SpmmTask& task, uint32_t shared, i
         (shared & 0x3ffff) >> 4 | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 
     Sm90Walk walk = Sm90Walk::of(task);
-    if (walk.index < walk.end) prefetch(spmm_tile(task.plan, walk.index, rank));
+    // a grid has no more blocks than there are tiles
+    SpmmTile tile = spmm_tile(task.plan, walk.index, rank);
+    prefetch(tile);
     uint32_t parity = 0;
-    for (; walk.index < walk.end; walk.index += walk.step) {
-        const SpmmTile tile = spmm_tile(task.plan, walk.index, rank);
+    while (walk.index < walk.end) {
         const BlockRange range = BlockRange::of(task, tile);
         const SpmmBlock* weight = weight_of(tile);
         float sums[Tokens / 2];
@@ -153,21 +154,26 @@ __device__ __forceinline__ void consume(const SpmmTask& task, uint32_t shared, i
             parity ^= 1;
         }
         ptx::wgmma_wait<0>();
+        ptx::wgmma_done(sums);
         release(kStages - 1);
-        const int next = walk.index + walk.step;
-        if (next < walk.end) prefetch(spmm_tile(task.plan, next, rank));
 
+        const SpmmTile finished = tile;
+        walk.index += walk.step;
+        if (walk.index < walk.end) {
+            tile = spmm_tile(task.plan, walk.index, rank);
+            prefetch(tile);
+        }
         const auto& fragments = reinterpret_cast<const typename SpmmWgmmaShape<Tokens>::Sums&>(sums);
         if constexpr (Tokens <= kSpmmMostSplitTokens) {
             if (task.plan.splits > 1) {
-                Epilogue::write_partial(task, tile, thread, fragments);
+                Epilogue::write_partial(task, finished, thread, fragments);
                 continue;
             }
         }
         ptx::named_barrier(kConsumerBarrier, kConsumers);  // the tile before has left shared memory
-        Epilogue::template stage<D, true>(task, tile, thread, fragments, shared + Layout::kEpilogue);
+        Epilogue::template stage<D, true>(task, finished, thread, fragments, shared + Layout::kEpilogue);
         ptx::named_barrier(kConsumerBarrier, kConsumers);
-        Epilogue::write(task, tile, thread, shared + Layout::kEpilogue);
+        Epilogue::write(task, finished, thread, shared + Layout::kEpilogue);
     }
 }
 

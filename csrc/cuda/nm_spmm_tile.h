@@ -50,16 +50,22 @@ struct SpmmTile {
 // Tiles in the order of time. All token tiles of a row tile follow each other, so that a weight comes from
 // memory once, in bands of so many that what they read of x stays in the L2 cache from one row tile to the
 // next. Blocks of a cluster have consecutive row tiles.
-constexpr int kSpmmBandTokens = 2048;
+constexpr unsigned kSpmmBandTokens = 2048;
 
 __device__ __forceinline__ SpmmTile spmm_tile(const SpmmPlan& plan, int index, int rank) {
-    const int tiles = plan.tiles() / plan.cluster, row_groups = plan.row_tiles / plan.cluster;
-    const int split = index / tiles, in_split = index % tiles;
-    const int band_tiles = kSpmmBandTokens / plan.tokens;
-    const int band = in_split / (band_tiles * row_groups), in_band = in_split % (band_tiles * row_groups);
-    const int left = plan.token_tiles - band * band_tiles;
-    const int width = left < band_tiles ? left : band_tiles;
-    return {in_band / width * plan.cluster + rank, band * band_tiles + in_band % width, split};
+    // unsigned, since the chip divides those faster
+    const auto row_groups = static_cast<unsigned>(plan.row_tiles / plan.cluster);
+    const auto token_tiles = static_cast<unsigned>(plan.token_tiles);
+    const unsigned tiles = row_groups * token_tiles,
+                   band_tiles = kSpmmBandTokens / static_cast<unsigned>(plan.tokens);
+    const unsigned split = static_cast<unsigned>(index) / tiles,
+                   in_split = static_cast<unsigned>(index) % tiles;
+    const unsigned band = in_split / (band_tiles * row_groups),
+                   in_band = in_split % (band_tiles * row_groups);
+    const unsigned left = token_tiles - band * band_tiles;
+    const unsigned width = left < band_tiles ? left : band_tiles;
+    return {static_cast<int>(in_band / width) * plan.cluster + rank,
+            static_cast<int>(band * band_tiles + in_band % width), static_cast<int>(split)};
 }
 
 template <class Shape>

@@ -166,12 +166,6 @@ __device__ __forceinline__ uint32_t cluster_rank() {
     return rank;
 }
 
-__device__ __forceinline__ uint32_t cluster_size() {
-    uint32_t size;
-    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-    return size;
-}
-
 __device__ __forceinline__ void cluster_sync() {
     asm volatile(
         "barrier.cluster.arrive.release.aligned;\n"

@@ -21,6 +21,14 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
 
+// After the wait for the products that add to `d`: the compiler, which sees no connection, may not read it
+// before.
+template <int Count>
+__device__ __forceinline__ void wgmma_done(float (&d)[Count]) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // The operand names %<t>0 ... %<t>9, and accumulators d[i] ...
 #define MSP_D10(t) \
     "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"

@@ -22,6 +22,8 @@ inline void settle(MemoryBarrier& barrier) {
 
 inline uint32_t in_block(uint32_t address, uint32_t rank) { return (address & 0xffffff) | rank << 24; }
 
+inline uint32_t cluster_size() { return static_cast<uint32_t>(current->block->cluster->blocks.size()); }
+
 // The 128-byte swizzle of bulk copies and matrix descriptors: address bits 4-6 are xored with bits 7-9.
 inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
@@ -58,12 +60,9 @@ namespace msp {
 namespace ptx {
 
 inline uint32_t cluster_rank() { return emulation::current->block->rank; }
-inline uint32_t cluster_size() {
-    return static_cast<uint32_t>(emulation::current->block->cluster->blocks.size());
-}
 inline void cluster_sync() {
     emulation::arrive(emulation::current->block->cluster->barrier,
-                      cluster_size() * emulation::threads_per_block(), true, "barrier.cluster");
+                      emulation::cluster_size() * emulation::threads_per_block(), true, "barrier.cluster");
 }
 
 inline void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
@@ -92,7 +91,8 @@ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 inline void prefetch_tensor_map(const void*) {}
 inline void tma_load_2d(uint32_t to, const void* map, uint32_t barrier, int column, int row,
                         uint16_t blocks) {
-    emulation::require(blocks >> cluster_size() == 0, "a multicast to blocks outside of the cluster");
+    emulation::require(blocks >> emulation::cluster_size() == 0,
+                       "a multicast to blocks outside of the cluster");
     for (uint32_t rank = 0; rank < 16; ++rank) {
         if ((blocks >> rank & 1) == 0) continue;
         emulation::load_box(emulation::in_block(to, rank), *static_cast<const CUtensorMap*>(map),
@@ -130,6 +130,9 @@ void wgmma_wait() {
         }
     });
 }
+
+template <int Count>
+void wgmma_done(float (&)[Count]) {}
 
 // A warp's 16 of the 64 rows.
 template <Dtype D, int N, int Selector>
