@@ -44,8 +44,9 @@ class Report:
         if unit["outcome"] not in FINE:
             self.content["failed"].append(name)
         self.write()
-        why = unit.get("why")
-        told = f" ({why.splitlines()[0][:120]})" if why and unit["outcome"] != "passed" else ""
+        lines = unit.get("why", "").splitlines()
+        # a traceback tells at its end
+        told = f" ({lines[-1 if 'Traceback' in lines[0] else 0][:120]})" if lines else ""
         print(f"{self.content['seconds']:6.1f} s  {unit['outcome']:8} {name}{told}", flush=True)
 
     def write(self) -> None:
