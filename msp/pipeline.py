@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from msp.patterns import parse_sparsity
 from msp.progress import NoProgress, Progress
 from msp.pruners import get_pruner
 from msp.results import CompareResult, CompareRow, PruneResult, SensitivityResult, mean_rows
-from msp.search.evolution import EvolutionOptions
 from msp.sensitivity import fisher_traces
 from msp.sparse_linear import SparseLinear, note_pattern
 from msp.workbench import Plan, Workbench, batch_size, make_plan
@@ -49,7 +48,9 @@ class PruneOptions:
         fitness: ``kl`` (to the dense model) or ``perplexity``, what a search minimises.
         fitness_noise: share of the fitness tokens replaced by random ones of theirs, in [0, 1), for ``kl``: a
             search on clean text alone fits that kind of text (docs/search.md).
-        evaluations: candidates a search may measure; the default is 970.
+        evaluations: candidates a search may measure; without it the allocator's own number, 970 for ``msp``.
+        search_tokens: no generation of a search begins once it has forwarded this many tokens; without
+            ``evaluations`` it is all that ends the search.
         seed: of the token draw and the search.
         dtype, device: as in ``load_model``; ``auto`` takes a GPU where there is one.
         work_dir: where a search keeps its checkpoint; ``resume`` goes on from it.
@@ -69,6 +70,7 @@ class PruneOptions:
     fitness: str = "kl"
     fitness_noise: float = 0.15
     evaluations: int | None = None
+    search_tokens: int | None = None
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
@@ -86,16 +88,15 @@ class PruneOptions:
             raise UsageError(f"fitness noise {self.fitness_noise:g} is outside [0, 1)")
         if self.evaluations is not None and self.evaluations < 1:
             raise UsageError(f"{self.evaluations} evaluations: a search needs at least one")
+        if self.search_tokens is not None and self.search_tokens < 1:
+            raise UsageError(f"{self.search_tokens} search tokens: a search needs at least one")
         if self.resume and self.work_dir is None:
             raise UsageError("resume needs work_dir, the folder with the checkpoint of the search")
 
     @property
     def search(self) -> SearchSettings:
-        options = EvolutionOptions()
-        if self.evaluations is not None:
-            options = replace(options, generations=max(0, round(self.evaluations / options.offspring)))
         checkpoint = self.work_dir / "search.json" if self.work_dir is not None else None
-        return SearchSettings(options, checkpoint, self.resume)
+        return SearchSettings(self.evaluations, self.search_tokens, checkpoint, self.resume)
 
 
 class _Stopwatch:
@@ -297,10 +298,18 @@ def compare(
                     with bench.pruned(problem.allocation(found.levels), pruner) as pruned:
                         seconds = time.perf_counter() - start
                         quality = reference.measure(pruned, progress=listener)
-                    density = (plan.skipped_weights + problem.kept(found.levels)) / plan.total_weights
                     rows.append(
                         CompareRow(
-                            name, pruner_name, seed, density, quality.kl, quality.perplexity, found.evaluations, seconds
+                            name,
+                            pruner_name,
+                            seed,
+                            density=(plan.skipped_weights + problem.kept(found.levels)) / plan.total_weights,
+                            kl=quality.kl,
+                            perplexity=quality.perplexity,
+                            evaluations=found.evaluations,
+                            seconds=seconds,
+                            tokens=found.tokens,
+                            history=[asdict(step) for step in found.history],
                         )
                     )
                     advance(len(rows), allocator=name, pruner=pruner_name, seed=seed, kl=quality.kl)
@@ -435,8 +444,8 @@ def _recipe(options: PruneOptions, opened: _Opened, tokens: TokenSets, plan: Pla
         "calibration": dict(tokens.sources),
         "budget": plan.limit,
         "skipped": dict(plan.skipped),
-        "search": {"candidates": found.evaluations, "tokens": found.tokens, **asdict(options.search.options)}
-        if found.history
+        "search": {"candidates": found.evaluations, "forwarded": found.tokens, **asdict(found.options)}
+        if found.options
         else None,
         "versions": versions,
     }

@@ -297,11 +297,11 @@ class WorkbenchEvidence:
         return losses
 
     @contextmanager
-    def fitness(self) -> Iterator[Fitness]:
+    def fitness(self, shares: Sequence[float]) -> Iterator[Fitness]:
         reference = self._bench.reference()
         ranks = self.ranks()
         with CandidateModel(self._bench.model, self._bench.structure.linears, ranks, self._bench.plan.units) as model:
-            yield TokenFitness(model, reference, measure=self._fitness)
+            yield TokenFitness(model, reference, measure=self._fitness, shares=shares)
 
 
 def batch_size(device: torch.device, window: int) -> int:

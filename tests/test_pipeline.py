@@ -99,7 +99,8 @@ def test_every_allocator_meets_the_budget(allocator: str, unit: str, llama: Path
     if unit == "block":
         blocks = {name.split(".")[2]: str(pattern) for name, pattern in result.allocation.items()}
         assert {(n.split(".")[2], str(p)) for n, p in result.allocation.items()} == set(blocks.items())
-    assert bool(result.history) == allocator.startswith("msp")
+    searches = allocator.startswith("msp") or allocator in ("evopress", "ramp-best")
+    assert bool(result.history) == bool(result.recipe["search"]) == searches
 
 
 def test_the_result_is_plain_json(llama: Path, text: str) -> None:
@@ -192,7 +193,10 @@ def test_comparisons_share_tokens_and_leave_the_model_dense(llama: Path, text: s
         ]
         assert mean.kl == pytest.approx(sum(row.kl for row in mine) / 2)
         assert mean.spread is not None and mean.spread["kl"] >= 0
-        assert (mean.evaluations > 0) == (mean.allocator == "msp")
+        assert (mean.evaluations > 0) == (mean.tokens > 0) == (mean.allocator == "msp")
+    for row in result.rows:
+        if row.seed != "mean" and row.allocator == "msp":
+            assert row.history[-1]["tokens"] == row.tokens
     # Magnitude with uniform levels asks nothing of the calibration tokens: seeds cannot matter.
     plain = next(row for row in means if (row.allocator, row.pruner) == ("uniform", "magnitude"))
     assert plain.spread == {"kl": 0.0, "perplexity": 0.0}
@@ -218,6 +222,7 @@ def test_sensitivities_cover_every_linear(llama: Path, text: str) -> None:
         ({"fitness": "accuracy"}, "kl, perplexity"),
         ({"fitness_noise": 1.0}, r"fitness noise 1 is outside \[0, 1\)"),
         ({"evaluations": 0}, "at least one"),
+        ({"search_tokens": 0}, "at least one"),
         ({"window": 4096}, "context"),
         ({"device": "abacus"}, "abacus"),
         ({"dtype": "int3"}, "int3"),

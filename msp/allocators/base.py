@@ -49,16 +49,20 @@ class Evidence(Protocol):
         """Per linear: second-order loss 1/2 sum F w^2 of what is pruned when N = 0 ... M are kept."""
         ...
 
-    def fitness(self) -> AbstractContextManager[Fitness]:
-        """Measures level vectors, in the order of the problem's units, on the fitness tokens."""
+    def fitness(self, shares: Sequence[float]) -> AbstractContextManager[Fitness]:
+        """Measures level vectors, in the order of the problem's units, on ``shares`` of the fitness tokens."""
         ...
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How an allocator that searches goes about it. ``checkpoint`` is written once a generation."""
+    """How long an allocator may search: candidates it measures, tokens it forwards; None leaves its own constants.
 
-    options: EvolutionOptions = field(default_factory=EvolutionOptions)
+    ``checkpoint`` is written once a generation.
+    """
+
+    evaluations: int | None = None
+    tokens: int | None = None
     checkpoint: Path | None = None
     resume: bool = False
 
@@ -103,12 +107,13 @@ class Problem:
 
 @dataclass
 class Allocated:
-    """Levels per unit, and what finding them took."""
+    """Levels per unit, and what finding them took: candidates measured, tokens forwarded, the search's constants."""
 
     levels: Levels
     evaluations: int = 0
     tokens: int = 0
     history: list[Step] = field(default_factory=list)
+    options: EvolutionOptions | None = None
 
 
 class Allocator(Protocol):

@@ -89,6 +89,15 @@ Evaluations = Annotated[
         metavar="COUNT", help="Candidates the search may measure: more is slower and better.", rich_help_panel=COST
     ),
 ]
+SearchTokens = Annotated[
+    int | None,
+    typer.Option(
+        metavar="TOKENS",
+        help="Tokens the search may forward, counted over all candidates: what two searches can be compared at. "
+        "Without --evaluations it alone ends the search.",
+        rich_help_panel=COST,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Draws the calibration text and steers the search.", rich_help_panel=RUN)]
 Dtype = Annotated[
     str, typer.Option(help="auto, float32, bfloat16 or float16: what to compute in.", rich_help_panel=RUN)

@@ -32,6 +32,7 @@ from msp.cli.options import (
     GroupSize,
     Model,
     Picture,
+    SearchTokens,
     Seed,
     Sparsity,
     TestTokens,
@@ -106,7 +107,7 @@ def prune(
         str,
         typer.Option(
             help="Decides how many weights each layer keeps: **msp** searches; uniform, ramp, owl, fisher-rank and "
-            "fisher-knapsack are quicker and simpler.",
+            "fisher-knapsack are quicker and simpler. To compare with: evopress, msp-paper, msp-random, ramp-best.",
             rich_help_panel=METHOD,
         ),
     ] = "msp",
@@ -127,6 +128,7 @@ def prune(
     fitness_tokens: FitnessTokens = None,
     test_tokens: TestTokens = None,
     evaluations: Evaluations = None,
+    search_tokens: SearchTokens = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -190,6 +192,7 @@ def prune(
                 fitness_tokens=fitness_tokens,
                 test_tokens=test_tokens,
                 evaluations=evaluations,
+                search_tokens=search_tokens,
             ),
         )
         if work_dir is None:
@@ -245,6 +248,7 @@ def compare(
     fitness_tokens: FitnessTokens = None,
     test_tokens: TestTokens = None,
     evaluations: Evaluations = None,
+    search_tokens: SearchTokens = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     every_seed: Annotated[
@@ -291,6 +295,7 @@ def compare(
                 fitness_tokens=fitness_tokens,
                 test_tokens=test_tokens,
                 evaluations=evaluations,
+                search_tokens=search_tokens,
             ),
         )
         drawn = _draw(lambda: [compare_picture(result, picture)])

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -113,7 +114,8 @@ class TokenFitness:
         reference: the dense model's predictions on all fitness tokens.
         measure: ``"kl"`` (mean KL(dense || pruned), nats a token) or ``"perplexity"`` (its logarithm, so
             that differences compare across scales; the order is the same).
-        shares: part of the batches that each stage measures on, ascending, the last one 1.
+        shares: part of the batches that each stage measures on, ascending, the last one 1. Stages that come
+            to the same number of batches are one.
     """
 
     def __init__(
@@ -125,7 +127,7 @@ class TokenFitness:
         shares: Sequence[float] = (1 / 16, 1 / 4, 1.0),
     ) -> None:
         batches = reference.batches
-        self._stops = sorted({max(1, round(share * batches)) for share in (*shares[:-1], 1.0)})
+        self._stops = sorted({max(1, round(share * batches)) for share in shares})
         self._candidates = candidates
         self._reference = reference
         self._measure = measure
@@ -137,14 +139,14 @@ class TokenFitness:
     def stages(self) -> int:
         return len(self._stops)
 
-    def __call__(self, levels: Levels, stage: int) -> float:
-        key = tuple(int(level) for level in levels)
+    def __call__(self, levels: Levels, stage: int, draw: int = 0) -> float:
+        key = (draw, *(int(level) for level in levels))
         done, total, predicted = self._partial.pop(key, (0, 0.0, 0))
         stop = self._stops[stage]
         if done < stop:
             self._candidates.apply(levels)
             with _precision(self._candidates.model):
-                sums = self._reference.sums(self._candidates.model, done, stop)
+                sums = self._reference.sums(self._candidates.model, self._order(draw)[done:stop])
             total += sums.divergence if self._measure == "kl" else sums.loss
             predicted += sums.predicted
             self.tokens += sums.tokens
@@ -152,3 +154,7 @@ class TokenFitness:
             self._partial[key] = (stop, total, predicted)
         loss = total / predicted
         return loss if loss == loss else float("inf")
+
+    def _order(self, draw: int) -> Sequence[int]:
+        batches = self._reference.batches
+        return np.random.default_rng(draw).permutation(batches).tolist() if draw else range(batches)

@@ -99,6 +99,25 @@ def test_a_later_stage_pays_for_the_rest_only(setting) -> None:
         assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_draw_takes_other_tokens_of_the_same_number(setting, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    model, linears, ranks, units = setting
+    reference = DenseReference(model, tokens(16, 9, seed=5, vocabulary=model.config.vocab_size), batch_size=1)
+    levels = drawn(units, 10)
+    with CandidateModel(model, linears, ranks, units) as candidate:
+        fitness = TokenFitness(candidate, reference)
+        by_draw = [[fitness(levels, stage, draw) for stage in range(3)] for draw in range(4)]
+        candidate.apply(levels)
+        parts = [reference.sums(candidate.model, [batch]).divergence / 8 for batch in range(16)]
+    assert fitness.tokens == 4 * 16 * 9
+    assert len({first for first, _, _ in by_draw}) > 1
+    assert by_draw[0][0] == pytest.approx(parts[0], rel=1e-5)
+    for first, second, last in by_draw:
+        assert any(first == pytest.approx(part, rel=1e-5) for part in parts)
+        assert last == pytest.approx(sum(parts) / 16, rel=1e-5)
+        assert second != last
+
+
 def test_a_candidate_that_predicts_nan_loses(setting, monkeypatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     model, linears, ranks, units = setting
