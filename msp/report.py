@@ -119,7 +119,7 @@ def prune_report(result: PruneResult, output: object = None) -> RenderableType:
     table.add_row("Bytes", size(dense), f"{size(packed)}  ({dense / max(packed, 1):.2f}x smaller)")
     parts: list[RenderableType] = [
         table,
-        Text(f"{result.kept:,} weights kept of a budget of {result.budget:,}", style="dim"),
+        Text(f"{result.spent:,} of a budget of {result.budget:,} {result.objective}", style="dim"),
         _levels(result.allocation.to_strings()),
     ]
     if result.skipped:

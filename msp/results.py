@@ -15,8 +15,9 @@ class PruneResult:
     """A packed model and how it came about.
 
     Attributes:
-        density: kept share of all linears' weights, those that stay dense included; ``kept`` of
-            ``budget`` weights.
+        density: kept share of all linears' weights, those that stay dense included; ``kept`` weights.
+        budget: the limit of what the ``objective`` counts, ``weights`` kept in all linears or ``bytes`` of the whole
+            packed model; ``spent`` of it.
         allocation: pattern per linear; ``skipped`` says why the others stay as they are.
         perplexity: of the ``dense`` and the ``pruned`` model on the test tokens; ``kl`` per token, in nats.
         bytes: all weights of the model as stored, ``dense`` and ``packed``.
@@ -30,6 +31,8 @@ class PruneResult:
     density: float
     kept: int
     budget: int
+    objective: str
+    spent: int
     allocation: Allocation
     skipped: dict[str, str]
     perplexity: dict[str, float]

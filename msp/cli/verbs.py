@@ -19,6 +19,7 @@ from msp.cli.options import (
     RUN,
     SOURCE_HELP,
     AsJson,
+    BudgetBytes,
     Calibration,
     CalibrationTokens,
     Debug,
@@ -30,7 +31,9 @@ from msp.cli.options import (
     FitnessNoise,
     FitnessTokens,
     GroupSize,
+    Keep,
     Model,
+    Patterns,
     Picture,
     SearchTokens,
     Seed,
@@ -85,11 +88,8 @@ def _check_sources(*sources: str | None) -> None:
             TokenSource.parse(source).check()
 
 
-def _check_arithmetic(sparsity: float, group_size: int) -> None:
-    from msp.patterns import check_group_size, parse_sparsity
-
-    parse_sparsity(sparsity)
-    check_group_size(group_size)
+def _default_sparsity(sparsity: float | None, budget_bytes: str | None) -> float | None:
+    return 0.75 if sparsity is None and budget_bytes is None else sparsity
 
 
 @app.command()
@@ -101,8 +101,11 @@ def prune(
             "--output", "-o", metavar="OUT", help="Directory to write the packed model to.", rich_help_panel=RUN
         ),
     ],
-    sparsity: Sparsity = 0.75,
+    sparsity: Sparsity = None,
+    budget_bytes: BudgetBytes = None,
     group_size: GroupSize = 8,
+    patterns: Patterns = None,
+    keep: Keep = None,
     allocator: Annotated[
         str,
         typer.Option(
@@ -161,7 +164,6 @@ def prune(
     """
     interrupted = f"interrupted, {output} is not written; run the same command with --resume to go on"
     with running(as_json, debug, on_interrupt=interrupted) as session:
-        _check_arithmetic(sparsity, group_size)
         _check_sources(calibration, evaluate)
         from msp import pipeline
         from msp.report import prune_report
@@ -169,7 +171,7 @@ def prune(
         calm_libraries()
         result = pipeline.prune(
             model,
-            sparsity=sparsity,
+            sparsity=_default_sparsity(sparsity, budget_bytes),
             output=output,
             force=force,
             progress=session.progress,
@@ -184,6 +186,9 @@ def prune(
             resume=resume,
             work_dir=work_dir if work_dir is not None else _search_folder(output),
             **_given(
+                budget_bytes=budget_bytes,
+                patterns=patterns,
+                keep=keep,
                 calibration=calibration,
                 evaluate=evaluate,
                 window=window,
@@ -227,8 +232,11 @@ def _files(label: str, paths: list[Path]) -> list[Text]:
 @app.command()
 def compare(
     model: Model,
-    sparsity: Sparsity = 0.75,
+    sparsity: Sparsity = None,
+    budget_bytes: BudgetBytes = None,
     group_size: GroupSize = 8,
+    patterns: Patterns = None,
+    keep: Keep = None,
     allocators: Annotated[
         str, typer.Option(metavar="NAME,NAME", help="Allocators to compare.", rich_help_panel=METHOD)
     ] = "uniform,ramp,owl,fisher-rank,fisher-knapsack,msp",
@@ -266,7 +274,6 @@ def compare(
     Example: msp compare ./my-model --sparsity 0.75 --allocators uniform,msp --pruners wanda,sparsegpt --seeds 3
     """
     with running(as_json, debug) as session:
-        _check_arithmetic(sparsity, group_size)
         _check_sources(calibration, evaluate)
         picture = _picture_path(output, model, "compare")
         from msp import pipeline
@@ -276,7 +283,7 @@ def compare(
         calm_libraries()
         result = pipeline.compare(
             model,
-            sparsity=sparsity,
+            sparsity=_default_sparsity(sparsity, budget_bytes),
             allocators=_names("allocators", allocators),
             pruners=_names("pruners", pruners),
             seeds=list(range(seeds)),
@@ -287,6 +294,9 @@ def compare(
             dtype=dtype,
             device=device,
             **_given(
+                budget_bytes=budget_bytes,
+                patterns=patterns,
+                keep=keep,
                 calibration=calibration,
                 evaluate=evaluate,
                 window=window,

@@ -200,7 +200,7 @@ class Evolution:
             if len(parents) > 1 and rng.random() < options.crossover_rate:
                 child = crossover(child, parents[int(rng.integers(len(parents)))], rng)
             name = "shift_group" if rng.random() < options.group_rate else "swap"
-            step = max(1, self._units[0].group_size // 8)
+            step = max(1, max(unit.top for unit in self._units) // 8)
             child = MUTATIONS[name](child, self._units, step, rng)
             key = _key(repair(child, self._units, self._budget, rng=rng))
             if key not in seen:
@@ -241,7 +241,7 @@ class Evolution:
         # How long to search is left out: asking for more is what resuming is for.
         options = {**asdict(self._options), "generations": None, "tokens": None}
         content = [identity, self._seed, self._budget.limit, options]
-        content += [[unit.name, unit.weights, unit.group_size] for unit in self._units]
+        content += [[unit.name, list(map(str, unit.patterns)), unit.costs] for unit in self._units]
         content += [list(_key(levels)) for levels in self._seeds]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -24,7 +24,7 @@ def setting():
     """A tiny Llama, its linears' rank codes by magnitude and a unit for each."""
     model = build("llama")
     linears = [linear for linear in find_structure(model).linears if linear.shape[1] % GROUP == 0]
-    ranks = {linear.name: ops.nm_rank(linear.weight.contiguous(), GROUP) for linear in linears}
+    ranks = {linear.name: {GROUP: ops.nm_rank(linear.weight.contiguous(), GROUP)} for linear in linears}
     units = [
         Unit(linear.name, (linear.name,), linear.shape[0] * linear.shape[1], GROUP, 0, linear.kind)
         for linear in linears
@@ -36,7 +36,7 @@ def masked(model, ranks, units, levels):
     copied = copy.deepcopy(model)
     for unit, level in zip(units, levels, strict=True):
         weight = copied.get_submodule(unit.name).weight
-        weight.data *= (ranks[unit.name] < level).to(weight)
+        weight.data *= (ranks[unit.name][GROUP] < level).to(weight)
     return copied
 
 
