@@ -41,13 +41,13 @@ def make(folder: Path) -> None:
     from msp.checkpoint import replace_linears, save_packed
     from msp.model import find_structure
     from msp.ops import nm_select
-    from msp.workbench import make_plan
+    from msp.plan import Goal, PatternRules, make_plan
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=torch.bfloat16)
     model.save_pretrained(folder / "dense")
     structure = find_structure(model)
-    plan = make_plan(structure, sparsity=Fraction(3, 4), group_size=8, unit="linear")
+    plan = make_plan(structure, Goal(Fraction(3, 4)), PatternRules.parse(8))
     problem = Problem(plan.units, plan.budget, evidence=None)  # type: ignore[arg-type]  # a ramp asks for none
     allocation = problem.allocation(get_allocator("ramp").allocate(problem).levels)
     linears = {linear.name: linear for linear in structure.linears}

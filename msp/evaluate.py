@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,12 +91,14 @@ class DenseReference:
     def batches(self) -> int:
         return len(self._kept)
 
-    def sums(self, model: Any, start: int, stop: int) -> Sums:
-        """Summed loss and KL divergence of ``model`` on batches ``start`` to ``stop``."""
+    @torch.inference_mode()
+    def sums(self, model: Any, batches: Iterable[int]) -> Sums:
+        """Summed loss and KL divergence of ``model`` on ``batches``, by their numbers."""
         sums = Sums()
-        windows = self.windows[start * self.batch_size : stop * self.batch_size]
-        predictions = _predictions(model, windows, self.batch_size)
-        for (probs, plogp), (tokens, log_probs) in zip(self._kept[start:stop], predictions, strict=True):
+        for batch in batches:
+            probs, plogp = self._kept[batch]
+            tokens = self.windows[batch * self.batch_size : (batch + 1) * self.batch_size].to(device_of(model))
+            log_probs = _log_probs(model, tokens)
             sums.loss += _loss(log_probs, tokens)
             sums.divergence += plogp - self._expected(probs, log_probs)
             sums.predicted += log_probs.shape[0] * log_probs.shape[1]
@@ -113,7 +115,7 @@ class DenseReference:
         total = Sums()
         with (progress or NoProgress()).stage(label, self.batches) as advance:
             for index in range(self.batches):
-                total += self.sums(model, index, index + 1)
+                total += self.sums(model, [index])
                 advance(index + 1)
         return Quality(_perplexity(total.loss, total.predicted), total.divergence / total.predicted, total.predicted)
 
@@ -135,8 +137,12 @@ def _predictions(model: Any, windows: torch.Tensor, batch_size: int) -> Iterator
     for tokens in torch.split(windows, batch_size):
         tokens = tokens.to(device)
         with torch.inference_mode():
-            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-            yield tokens, functional.log_softmax(logits.float(), dim=-1)
+            yield tokens, _log_probs(model, tokens)
+
+
+def _log_probs(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    return functional.log_softmax(logits.float(), dim=-1)
 
 
 def _loss(log_probs: torch.Tensor, tokens: torch.Tensor) -> float:

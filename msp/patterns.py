@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 from msp.errors import MspError, UsageError
@@ -124,9 +126,13 @@ class Allocation(Mapping[str, NMPattern]):
 
 @dataclass(frozen=True)
 class Unit:
-    """What gets one level N: one linear, or all prunable linears of a block.
+    """What gets one level: one linear, or all prunable linears of a block.
 
-    ``weights`` counts the unit's weights, so one level more keeps ``weights // group_size`` more.
+    Attributes:
+        weights: how many the unit has.
+        group_size: the largest M among its patterns.
+        patterns: what level 0, 1, ... stands for, ascending in density; without any, 0:M ... M:M.
+        costs: what each level takes of the budget, ascending; without any, the weights it keeps.
     """
 
     name: str
@@ -135,10 +141,25 @@ class Unit:
     group_size: int
     block: int
     kind: str
+    patterns: tuple[NMPattern, ...] = ()
+    costs: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.patterns:
+            every = tuple(NMPattern(n, self.group_size) for n in range(self.group_size + 1))
+            object.__setattr__(self, "patterns", every)
+        if not self.costs:
+            object.__setattr__(self, "costs", tuple(self.kept(level) for level in range(len(self.patterns))))
 
     @property
-    def step(self) -> int:
-        return self.weights // self.group_size
+    def top(self) -> int:
+        """The highest level."""
+        return len(self.patterns) - 1
+
+    def kept(self, level: int) -> int:
+        """Weights kept at ``level``."""
+        pattern = self.patterns[level]
+        return self.weights // pattern.m * pattern.n
 
 
 def parse_sparsity(sparsity: float | str | Fraction) -> Fraction:
@@ -154,9 +175,9 @@ def parse_sparsity(sparsity: float | str | Fraction) -> Fraction:
 
 @dataclass(frozen=True)
 class Budget:
-    """The number of weights the units may keep together.
+    """What the levels of units may cost together: kept weights, unless the units count something else.
 
-    ``limit`` may not be exceeded. ``target`` is what repair fills up to: within one smallest step of
+    ``limit`` may not be exceeded. ``target_floor`` is what repair fills up to: within one smallest step of
     the limit, or, where the sizes of the units cannot reach that, the largest sum they can.
     """
 
@@ -166,48 +187,57 @@ class Budget:
 
     @classmethod
     def for_units(cls, units: Sequence[Unit], limit: int) -> Budget:
-        """``limit`` kept weights over ``units``.
+        """``limit`` over ``units``, in what their ``costs`` count.
 
         Raises:
-            UsageError: if the limit is negative or keeps every weight.
+            UsageError: the lowest levels cost more, or the highest ones are at least a smallest step short of it.
         """
-        total = sum(unit.weights for unit in units)
-        if not 0 <= limit <= total:
-            raise UsageError(f"a budget of {limit} kept weights is outside 0 ... {total}")
-        smallest = min((unit.step for unit in units), default=1)
-        return cls(limit, max(0, _largest_reachable(units, limit, smallest)), total)
+        least, most = sum(unit.costs[0] for unit in units), sum(unit.costs[-1] for unit in units)
+        rises = [high - low for unit in units for low, high in pairwise(unit.costs)]
+        smallest = min(rises, default=1)
+        if not least <= limit < most + smallest:
+            raise UsageError(f"a budget of {limit:,} is outside {least:,} ... {most:,}, what the units can take")
+        return cls(limit, max(least, min(limit - smallest + 1, _largest_reachable(units, limit))), most)
 
-    @property
-    def sparsity(self) -> float:
-        return 1 - self.limit / self.total if self.total else 0.0
-
-    def is_met(self, kept: int) -> bool:
-        return self.target_floor <= kept <= self.limit
+    def is_met(self, cost: int) -> bool:
+        return self.target_floor <= cost <= self.limit
 
 
-def _largest_reachable(units: Sequence[Unit], limit: int, smallest: int) -> int:
-    """The least total that counts as meeting ``limit``.
+def base_and_step(units: Sequence[Unit]) -> tuple[int, int]:
+    """The cost of all lowest levels, and the greatest common divisor of all that can be added to it."""
+    base = sum(unit.costs[0] for unit in units)
+    return base, math.gcd(*(cost - unit.costs[0] for unit in units for cost in unit.costs)) or 1
 
-    With one step size the answer is immediate. Otherwise a bit set of reachable sums, in units of
-    the steps' greatest common divisor, gives the largest sum not above the limit; the floor is then
-    that sum or one smallest step below the limit, whichever is lower.
+
+def _largest_reachable(units: Sequence[Unit], limit: int) -> int:
+    """The largest sum of costs not above ``limit``: a bit set of sums in units of the steps' common divisor.
+
+    Where that set would be too large, ``limit`` itself.
     """
-    if not units:
-        return 0
-    divisor = math.gcd(*(unit.step for unit in units))
-    width = limit // divisor
-    floor = limit - smallest + 1
-    counts: dict[int, int] = {}
-    for unit in units:
-        counts[unit.step // divisor] = counts.get(unit.step // divisor, 0) + unit.group_size
-    if len(counts) == 1 or width > MAX_REACHABLE_BITS:
-        return min(floor, width * divisor)
+    base, divisor = base_and_step(units)
+    counts = Counter(tuple(cost - unit.costs[0] for cost in unit.costs) for unit in units)
+    width = (limit - base) // divisor
+    if width > MAX_REACHABLE_BITS:
+        return limit
     reachable, mask = 1, (1 << (width + 1)) - 1
-    for step, count in counts.items():
-        chunk = 1
-        while count:
-            take = min(chunk, count)
-            reachable |= (reachable << (step * take)) & mask
-            count -= take
-            chunk *= 2
-    return min(floor, (reachable.bit_length() - 1) * divisor)
+    for rises, count in counts.items():
+        steps = [rise // divisor for rise in rises]
+        if steps == list(range(0, steps[-1] + 1, steps[1] if len(steps) > 1 else 1)):
+            reachable = _add_even_steps(reachable, steps[1] if len(steps) > 1 else 0, count * (len(steps) - 1), mask)
+            continue
+        for _ in range(count):
+            before, reachable = reachable, 0
+            for step in steps:
+                reachable |= (before << step) & mask
+    return base + (reachable.bit_length() - 1) * divisor
+
+
+def _add_even_steps(reachable: int, step: int, count: int, mask: int) -> int:
+    """All of ``reachable`` with 0 ... ``count`` steps more, in a logarithm of as many shifts."""
+    chunk = 1
+    while count:
+        take = min(chunk, count)
+        reachable |= (reachable << (step * take)) & mask
+        count -= take
+        chunk *= 2
+    return reachable

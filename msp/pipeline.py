@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ from msp.evaluate import DenseReference, Quality, perplexity
 from msp.model import LoadedModel, Structure, check_finite, device_of, find_structure, load_model
 from msp.ops import check_environment
 from msp.patterns import parse_sparsity
+from msp.plan import Goal, PatternRules, Plan, make_plan, parse_bytes
 from msp.progress import NoProgress, Progress
 from msp.pruners import get_pruner
 from msp.results import CompareResult, CompareRow, PruneResult, SensitivityResult, mean_rows
-from msp.search.evolution import EvolutionOptions
 from msp.sensitivity import fisher_traces
 from msp.sparse_linear import SparseLinear, note_pattern
-from msp.workbench import Plan, Workbench, batch_size, make_plan
+from msp.workbench import Workbench, batch_size
 
 FITNESS = ("kl", "perplexity")
 
@@ -38,8 +38,11 @@ class PruneOptions:
     """What ``prune`` and ``compare`` share; see the README for the words.
 
     Attributes:
-        sparsity: share of the linears' weights to remove, in (0, 1).
+        sparsity: share of the linears' weights to remove, in (0, 1); or else
+        budget_bytes: what all tensors of the packed model may take: a number, or a text like ``"300MB"``.
         group_size: M of N:M: 4, 8, 16 or 32.
+        patterns: the patterns linears may have, like ``"1:8,2:8,4:8"``, in the place of all of one group size.
+        keep: pinned linears, like ``"layers.0.*=4:8,.*down_proj=dense"``, see ``PatternRules``.
         allocator, pruner: registered names.
         unit: ``linear`` or ``block``: what gets one N.
         calibration: source of calibration and fitness tokens; the default is C4 from the hub.
@@ -49,14 +52,19 @@ class PruneOptions:
         fitness: ``kl`` (to the dense model) or ``perplexity``, what a search minimises.
         fitness_noise: share of the fitness tokens replaced by random ones of theirs, in [0, 1), for ``kl``: a
             search on clean text alone fits that kind of text (docs/search.md).
-        evaluations: candidates a search may measure; the default is 970.
+        evaluations: candidates a search may measure; without it the allocator's own number, 970 for ``msp``.
+        search_tokens: no generation of a search begins once it has forwarded this many tokens; without
+            ``evaluations`` it is all that ends the search.
         seed: of the token draw and the search.
         dtype, device: as in ``load_model``; ``auto`` takes a GPU where there is one.
         work_dir: where a search keeps its checkpoint; ``resume`` goes on from it.
     """
 
-    sparsity: float
+    sparsity: float | None
+    budget_bytes: int | str | None = None
     group_size: int = 8
+    patterns: str | None = None
+    keep: str | None = None
     allocator: str = "msp"
     pruner: str = "wanda"
     unit: str = "linear"
@@ -69,6 +77,7 @@ class PruneOptions:
     fitness: str = "kl"
     fitness_noise: float = 0.15
     evaluations: int | None = None
+    search_tokens: int | None = None
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
@@ -77,7 +86,13 @@ class PruneOptions:
 
     def check(self) -> None:
         """Raise ``UsageError`` for anything wrong that can be known without the model."""
-        parse_sparsity(self.sparsity)
+        if (self.sparsity is None) == (self.budget_bytes is None):
+            raise UsageError("how much may stay is said by a sparsity or by budget_bytes, one of them")
+        if self.sparsity is not None:
+            parse_sparsity(self.sparsity)
+        if self.budget_bytes is not None:
+            parse_bytes(self.budget_bytes)
+        _ = self.rules
         get_allocator(self.allocator)
         get_pruner(self.pruner)
         if self.fitness not in FITNESS:
@@ -86,16 +101,19 @@ class PruneOptions:
             raise UsageError(f"fitness noise {self.fitness_noise:g} is outside [0, 1)")
         if self.evaluations is not None and self.evaluations < 1:
             raise UsageError(f"{self.evaluations} evaluations: a search needs at least one")
+        if self.search_tokens is not None and self.search_tokens < 1:
+            raise UsageError(f"{self.search_tokens} search tokens: a search needs at least one")
         if self.resume and self.work_dir is None:
             raise UsageError("resume needs work_dir, the folder with the checkpoint of the search")
 
     @property
+    def rules(self) -> PatternRules:
+        return PatternRules.parse(self.group_size, self.patterns, self.keep)
+
+    @property
     def search(self) -> SearchSettings:
-        options = EvolutionOptions()
-        if self.evaluations is not None:
-            options = replace(options, generations=max(0, round(self.evaluations / options.offspring)))
         checkpoint = self.work_dir / "search.json" if self.work_dir is not None else None
-        return SearchSettings(options, checkpoint, self.resume)
+        return SearchSettings(self.evaluations, self.search_tokens, checkpoint, self.resume)
 
 
 class _Stopwatch:
@@ -139,12 +157,16 @@ class _Opened:
         )
 
     def plan(self, options: PruneOptions) -> Plan:
-        return make_plan(
-            self.structure,
-            sparsity=parse_sparsity(options.sparsity),
-            group_size=options.group_size,
-            unit=options.unit,
-        )
+        return make_plan(self.structure, self._goal(options), options.rules, unit=options.unit)
+
+    def _goal(self, options: PruneOptions) -> Goal:
+        if options.budget_bytes is None:
+            assert options.sparsity is not None
+            return Goal(parse_sparsity(options.sparsity))
+        dtype = self.loaded.stored_dtype
+        in_linears = sum(linear.weight.numel() for linear in self.structure.linears) * dtype.itemsize
+        others = _tensor_bytes(self.model, dtype) - in_linears
+        return Goal(None, parse_bytes(options.budget_bytes), others, dtype)
 
     def bench(self, plan: Plan, tokens: TokenSets, progress: Progress) -> Workbench:
         return Workbench(
@@ -184,7 +206,7 @@ def _open(model: Any, options: PruneOptions, tokenizer: Any, progress: Progress)
 def prune(
     model: Any,
     *,
-    sparsity: float,
+    sparsity: float | None = None,
     output: str | Path | None = None,
     force: bool = False,
     tokenizer: Any = None,
@@ -195,7 +217,7 @@ def prune(
 
     Args:
         model: a directory, a hub id, or a model object (which is packed in place).
-        sparsity: share of the linears' weights to remove, in (0, 1).
+        sparsity: share of the linears' weights to remove, in (0, 1); or ``budget_bytes`` among the options.
         output: directory to save the packed model to; ``force`` replaces one that is there.
         tokenizer: to go with a model object.
         progress: hears of every stage.
@@ -243,6 +265,8 @@ def prune(
         density=(plan.skipped_weights + problem.kept(found.levels)) / plan.total_weights,
         kept=plan.skipped_weights + problem.kept(found.levels),
         budget=plan.limit,
+        objective=plan.objective,
+        spent=plan.fixed_cost + problem.cost(found.levels),
         allocation=allocation,
         skipped=dict(plan.skipped),
         perplexity=_both(reference.quality, quality),
@@ -261,7 +285,7 @@ def prune(
 def compare(
     model: Any,
     *,
-    sparsity: float,
+    sparsity: float | None = None,
     allocators: Sequence[str],
     pruners: Sequence[str] = ("wanda",),
     seeds: Sequence[int] = (0, 1, 2),
@@ -297,15 +321,23 @@ def compare(
                     with bench.pruned(problem.allocation(found.levels), pruner) as pruned:
                         seconds = time.perf_counter() - start
                         quality = reference.measure(pruned, progress=listener)
-                    density = (plan.skipped_weights + problem.kept(found.levels)) / plan.total_weights
                     rows.append(
                         CompareRow(
-                            name, pruner_name, seed, density, quality.kl, quality.perplexity, found.evaluations, seconds
+                            name,
+                            pruner_name,
+                            seed,
+                            density=(plan.skipped_weights + problem.kept(found.levels)) / plan.total_weights,
+                            kl=quality.kl,
+                            perplexity=quality.perplexity,
+                            evaluations=found.evaluations,
+                            seconds=seconds,
+                            tokens=found.tokens,
+                            history=[asdict(step) for step in found.history],
                         )
                     )
                     advance(len(rows), allocator=name, pruner=pruner_name, seed=seed, kl=quality.kl)
     assert reference is not None
-    described = {"model": opened.loaded.source, "sparsity": float(sparsity), "group_size": settings.group_size}
+    described: dict[str, Any] = {"model": opened.loaded.source, **_budget_settings(settings)}
     described |= {"unit": settings.unit, "fitness": settings.fitness, **tokens.sources, "seed": list(seeds)}
     return CompareResult([*rows, *mean_rows(rows)], reference.quality.perplexity, described)
 
@@ -364,7 +396,7 @@ def evaluate(
     return figures | {"evaluate": evaluate, "window": length, "tokens": windows.numel()}
 
 
-def _options(sparsity: float, options: dict[str, Any]) -> PruneOptions:
+def _options(sparsity: float | None, options: dict[str, Any]) -> PruneOptions:
     try:
         settings = PruneOptions(sparsity, **options)
     except TypeError as error:
@@ -427,19 +459,26 @@ def _both(dense: Quality, pruned: Quality) -> dict[str, float]:
 
 
 def _recipe(options: PruneOptions, opened: _Opened, tokens: TokenSets, plan: Plan, found: Allocated) -> dict[str, Any]:
-    names = ("sparsity", "group_size", "allocator", "pruner", "unit", "fitness", "seed")
+    names = ("allocator", "pruner", "unit", "fitness", "seed")
     versions = {"msp": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
     return {
         "model": opened.loaded.source,
+        **_budget_settings(options),
         **{name: getattr(options, name) for name in names},
         "calibration": dict(tokens.sources),
         "budget": plan.limit,
         "skipped": dict(plan.skipped),
-        "search": {"candidates": found.evaluations, "tokens": found.tokens, **asdict(options.search.options)}
-        if found.history
+        "search": {"candidates": found.evaluations, "forwarded": found.tokens, **asdict(found.options)}
+        if found.options
         else None,
         "versions": versions,
     }
+
+
+def _budget_settings(options: PruneOptions) -> dict[str, Any]:
+    """What was asked of the levels, without what was not."""
+    names = ["sparsity", "budget_bytes", "patterns" if options.patterns is not None else "group_size", "keep"]
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 
 def _peak_memory() -> int:

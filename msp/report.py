@@ -119,7 +119,7 @@ def prune_report(result: PruneResult, output: object = None) -> RenderableType:
     table.add_row("Bytes", size(dense), f"{size(packed)}  ({dense / max(packed, 1):.2f}x smaller)")
     parts: list[RenderableType] = [
         table,
-        Text(f"{result.kept:,} weights kept of a budget of {result.budget:,}", style="dim"),
+        Text(f"{result.spent:,} of a budget of {result.budget:,} {result.objective}", style="dim"),
         _levels(result.allocation.to_strings()),
     ]
     if result.skipped:
@@ -159,7 +159,8 @@ def compare_report(result: CompareResult, *, every_seed: bool = False) -> Render
     shown = list(result.rows) if every_seed else means
     table = _table("Allocator", right=())
     table.add_column("Pruner")
-    for title in (*(("Seed",) if every_seed else ()), "Density", "KL to dense", "Perplexity", "Evaluations", "Time"):
+    figures = ("Density", "KL to dense", "Perplexity", "Candidates", "Tokens", "Time")
+    for title in (*(("Seed",) if every_seed else ()), *figures):
         table.add_column(title, justify="right")
     best = {row.pruner: min((r.kl for r in means if r.pruner == row.pruner), default=math.nan) for row in means}
     previous = None
@@ -169,11 +170,12 @@ def compare_report(result: CompareResult, *, every_seed: bool = False) -> Render
         previous = row.pruner
         cells = [row.allocator, row.pruner, *([str(row.seed)] if every_seed else [])]
         cells += [f"{row.density:.2%}", spread(row, "kl"), spread(row, "perplexity")]
-        cells += [f"{row.evaluations:,}", duration(row.seconds)]
+        cells += [f"{row.evaluations:,}", f"{row.tokens:,}", duration(row.seconds)]
         table.add_row(*cells, style="bold" if row in means and row.kl == best[row.pruner] else "")
     settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in result.settings.items())
     notes = [
-        f"Dense perplexity {number(result.dense_perplexity)}. Lower is better; KL in nats a token.",
+        f"Dense perplexity {number(result.dense_perplexity)}. Lower is better; KL in nats a token. Candidates measured "
+        "and tokens forwarded by the search.",
         *([f"Mean over {len(seeds)} seeds ± standard deviation."] if len(seeds) > 1 else []),
         settings,
     ]

@@ -15,8 +15,9 @@ class PruneResult:
     """A packed model and how it came about.
 
     Attributes:
-        density: kept share of all linears' weights, those that stay dense included; ``kept`` of
-            ``budget`` weights.
+        density: kept share of all linears' weights, those that stay dense included; ``kept`` weights.
+        budget: the limit of what the ``objective`` counts, ``weights`` kept in all linears or ``bytes`` of the whole
+            packed model; ``spent`` of it.
         allocation: pattern per linear; ``skipped`` says why the others stay as they are.
         perplexity: of the ``dense`` and the ``pruned`` model on the test tokens; ``kl`` per token, in nats.
         bytes: all weights of the model as stored, ``dense`` and ``packed``.
@@ -30,6 +31,8 @@ class PruneResult:
     density: float
     kept: int
     budget: int
+    objective: str
+    spent: int
     allocation: Allocation
     skipped: dict[str, str]
     perplexity: dict[str, float]
@@ -51,7 +54,11 @@ class PruneResult:
 
 @dataclass
 class CompareRow:
-    """One allocator with one pruner and seed; ``seed`` is ``"mean"`` over the seeds, with their ``spread``."""
+    """One allocator with one pruner and seed; ``seed`` is ``"mean"`` over the seeds, with their ``spread``.
+
+    ``evaluations`` counts the candidates a search measured, ``tokens`` the tokens it forwarded for that; ``history``
+    holds its generations with the best loss and the tokens forwarded by then.
+    """
 
     allocator: str
     pruner: str
@@ -62,6 +69,8 @@ class CompareRow:
     evaluations: int
     seconds: float
     spread: dict[str, float] | None = None
+    tokens: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -90,6 +99,9 @@ class SensitivityResult:
         return asdict(self)
 
 
+SPENT = ("evaluations", "tokens")
+
+
 def mean_rows(rows: Sequence[CompareRow]) -> list[CompareRow]:
     """A mean row for every allocator and pruner among ``rows``, with the standard deviation over seeds."""
     means = []
@@ -102,6 +114,6 @@ def mean_rows(rows: Sequence[CompareRow]) -> list[CompareRow]:
             name: statistics.stdev(getattr(row, name) for row in mine) if len(mine) > 1 else 0.0
             for name in ("kl", "perplexity")
         }
-        evaluations = round(statistics.fmean(row.evaluations for row in mine))
-        means.append(CompareRow(*key, "mean", density, kl, quality, evaluations, seconds, spread))
+        evaluations, tokens = (round(statistics.fmean(getattr(row, name) for row in mine)) for name in SPENT)
+        means.append(CompareRow(*key, "mean", density, kl, quality, evaluations, seconds, spread, tokens))
     return means

@@ -6,8 +6,6 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -21,78 +19,17 @@ from msp.errors import UsageError
 from msp.evaluate import DenseReference
 from msp.model import Structure, device_of
 from msp.ops import PackedWeight
-from msp.patterns import Allocation, Budget, Unit, check_group_size
+from msp.patterns import Allocation
+from msp.plan import Plan
 from msp.progress import Progress
 from msp.pruners import LinearStatistics, Pruner
-from msp.search.candidates import CandidateModel, TokenFitness, forward_in_bf16
+from msp.search.candidates import CandidateModel, Ranks, TokenFitness, forward_in_bf16
 from msp.search.evolution import Fitness
 from msp.sensitivity import fisher_diagonals, fisher_traces
 from msp.sparse_linear import SparseLinear
 
-UNITS = ("linear", "block")
-
 # Tokens per forward: enough to fill a machine, few enough that activations stay small.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which linears are pruned in which units, what is left alone and why, and the budget."""
-
-    units: tuple[Unit, ...]
-    skipped: Mapping[str, str]
-    budget: Budget
-    skipped_weights: int
-    total_weights: int
-
-    @property
-    def limit(self) -> int:
-        """The budget over all linears, those that stay dense included."""
-        return self.budget.limit + self.skipped_weights
-
-
-def make_plan(structure: Structure, *, sparsity: Fraction, group_size: int, unit: str) -> Plan:
-    """Split the linears into units and skipped ones, and share the budget.
-
-    The budget counts all linears: what a linear with K % M != 0 keeps too much, the others make good.
-
-    Raises:
-        UsageError: an unknown unit or group size, nothing to prune, or a sparsity out of reach.
-    """
-    check_group_size(group_size)
-    if unit not in UNITS:
-        raise UsageError(f"unit {unit!r} is not one of {', '.join(UNITS)}")
-    skipped = dict(structure.not_linear)
-    units, skipped_weights, total = [], 0, 0
-    for block in structure.blocks:
-        prunable = []
-        for linear in block.linears:
-            rows, columns = linear.shape
-            total += rows * columns
-            if columns % group_size:
-                skipped[linear.name] = f"{columns} input features are not a multiple of the group size {group_size}"
-                skipped_weights += rows * columns
-            else:
-                prunable.append(linear)
-        sizes = [linear.shape[0] * linear.shape[1] for linear in prunable]
-        if unit == "block" and prunable:
-            names = tuple(linear.name for linear in prunable)
-            units.append(Unit(block.name, names, sum(sizes), group_size, block.index, "block"))
-        if unit == "linear":
-            units += [
-                Unit(linear.name, (linear.name,), size, group_size, block.index, linear.kind)
-                for linear, size in zip(prunable, sizes, strict=True)
-            ]
-    if not units:
-        raise UsageError(f"no linear has a multiple of {group_size} input features: choose another group size")
-    limit = int((1 - sparsity) * total) - skipped_weights
-    if limit < 0:
-        most = 1 - skipped_weights / total
-        raise UsageError(
-            f"sparsity {float(sparsity):g} is out of reach with groups of {group_size}: linears that cannot be pruned "
-            f"hold {skipped_weights:,} of {total:,} weights, so at most {most:.3f} is possible"
-        )
-    return Plan(tuple(units), skipped, Budget.for_units(units, limit), skipped_weights, total)
 
 
 class Workbench:
@@ -128,8 +65,8 @@ class Workbench:
         self._stored_dtype = stored_dtype
         self._device = device
         self._batch_size = batch_size(device, tokens.window)
-        self._pruned_names = {name for unit in plan.units for name in unit.linears}
-        self.linears = [linear for linear in structure.linears if linear.name in self._pruned_names]
+        self.unit_of = {name: unit for unit in plan.units for name in unit.linears}
+        self.linears = [linear for linear in structure.linears if linear.name in self.unit_of]
         self.traces: dict[str, float] | None = None
         self._diagonals: dict[str, Tensor] | None = None
         self._norms: dict[str, Tensor] | None = None
@@ -162,9 +99,9 @@ class Workbench:
         assert self._norms is not None
         return self._norms
 
-    def dense_ranks(self, pruner: Pruner | None) -> dict[str, Tensor]:
-        """Rank codes of every pruned linear under ``pruner`` with the dense model's statistics."""
-        ranks: dict[str, Tensor] = {}
+    def dense_ranks(self, pruner: Pruner | None) -> dict[str, Ranks]:
+        """Rank codes of every pruned linear, for every M it may have, with the dense model's statistics."""
+        ranks: dict[str, Ranks] = {}
         needs = (pruner.needs if pruner else frozenset()) | {"input_sum_squares"}
         norms: dict[str, Tensor] = {}
         for block, statistics in self._stream(needs, sequential=False):
@@ -172,11 +109,13 @@ class Workbench:
                 entry = statistics[linear.name]
                 assert entry.input_sum_squares is not None
                 norms[linear.name] = entry.input_sum_squares.cpu()
-                if pruner is not None and linear.name in self._pruned_names:
+                if pruner is not None and linear.name in self.unit_of:
                     scoring = pruner.scoring(linear.weight, self._complete(linear.name, entry, pruner))
                     weight = linear.weight.contiguous()
-                    size = self.plan.units[0].group_size
-                    ranks[linear.name] = ops.nm_rank(weight, size, **scoring.kwargs()).to(device_of(self.model))
+                    ranks[linear.name] = {
+                        size: ops.nm_rank(weight, size, **scoring.kwargs()).to(device_of(self.model))
+                        for size in {pattern.m for pattern in self.unit_of[linear.name].patterns}
+                    }
         self._norms = norms
         return ranks
 
@@ -204,7 +143,7 @@ class Workbench:
         try:
             for block, statistics in self._stream(pruner.needs, sequential=True):
                 for linear in block.linears:
-                    if linear.name not in self._pruned_names or allocation[linear.name].is_dense:
+                    if linear.name not in self.unit_of or allocation[linear.name].is_dense:
                         continue
                     entry = self._complete(linear.name, statistics[linear.name], pruner)
                     pattern = allocation[linear.name]
@@ -252,7 +191,7 @@ class WorkbenchEvidence:
         self._bench = bench
         self._pruner = pruner
         self._fitness = fitness
-        self._ranks: dict[str, Tensor] | None = None
+        self._ranks: dict[str, Ranks] | None = None
 
     @property
     def identity(self) -> str:
@@ -278,30 +217,33 @@ class WorkbenchEvidence:
             ratios.append(above / max(count, 1))
         return ratios
 
-    def ranks(self) -> Mapping[str, Tensor]:
+    def ranks(self) -> Mapping[str, Ranks]:
         if self._ranks is None:
             self._ranks = self._bench.dense_ranks(self._pruner)
         return self._ranks
 
     def predicted_losses(self) -> Mapping[str, Sequence[float]]:
-        size = self._bench.plan.units[0].group_size
         ranks, diagonals = self.ranks(), self._bench.fisher_diagonals()
         losses = {}
         for linear in self._bench.linears:
             cost = linear.weight.float().square().cpu() * diagonals[linear.name].cpu() / 2
-            per_rank = torch.zeros(size, dtype=torch.float64).scatter_add_(
-                0, ranks[linear.name].cpu().flatten().long(), cost.double().flatten()
-            )
+            per_rank = {
+                size: torch.zeros(size, dtype=torch.float64).scatter_add_(
+                    0, rank.cpu().flatten().long(), cost.double().flatten()
+                )
+                for size, rank in ranks[linear.name].items()
+            }
             # Keeping n weights prunes the ranks n and above.
-            losses[linear.name] = [float(per_rank[n:].sum()) for n in range(size + 1)]
+            patterns = self._bench.unit_of[linear.name].patterns
+            losses[linear.name] = [float(per_rank[pattern.m][pattern.n :].sum()) for pattern in patterns]
         return losses
 
     @contextmanager
-    def fitness(self) -> Iterator[Fitness]:
+    def fitness(self, shares: Sequence[float]) -> Iterator[Fitness]:
         reference = self._bench.reference()
         ranks = self.ranks()
         with CandidateModel(self._bench.model, self._bench.structure.linears, ranks, self._bench.plan.units) as model:
-            yield TokenFitness(model, reference, measure=self._fitness)
+            yield TokenFitness(model, reference, measure=self._fitness, shares=shares)
 
 
 def batch_size(device: torch.device, window: int) -> int:

@@ -51,8 +51,8 @@ def test_a_model_does_not_diverge_from_itself(pair) -> None:
 def test_parts_add_up_to_the_whole(pair) -> None:
     dense, other, windows = pair
     reference = DenseReference(dense, windows, batch_size=2)
-    whole = reference.sums(other, 0, reference.batches)
-    first, rest = reference.sums(other, 0, 1), reference.sums(other, 1, reference.batches)
+    whole = reference.sums(other, range(reference.batches))
+    first, rest = reference.sums(other, [0]), reference.sums(other, range(1, reference.batches))
     first += rest
     assert first.loss == pytest.approx(whole.loss, rel=1e-6)
     assert first.divergence == pytest.approx(whole.divergence, rel=1e-6)

@@ -99,7 +99,27 @@ def test_every_allocator_meets_the_budget(allocator: str, unit: str, llama: Path
     if unit == "block":
         blocks = {name.split(".")[2]: str(pattern) for name, pattern in result.allocation.items()}
         assert {(n.split(".")[2], str(p)) for n, p in result.allocation.items()} == set(blocks.items())
-    assert bool(result.history) == allocator.startswith("msp")
+    searches = allocator.startswith("msp") or allocator in ("evopress", "ramp-best")
+    assert bool(result.history) == bool(result.recipe["search"]) == searches
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "fisher-knapsack", "msp"])
+def test_a_budget_of_bytes_is_that_of_the_saved_model(allocator: str, llama: Path, text: str, tmp_path: Path) -> None:
+    """What the tensors in the files take, whichever patterns and pins there are."""
+    limit = 45_000
+    options = {**SMALL, "evaluations": 32, "patterns": "0:8,1:8,2:8,3:16,4:8,8:8", "keep": "layers.0.*q_proj=5:16"}
+    result = msp.prune(
+        llama, budget_bytes=limit, allocator=allocator, calibration=text, output=tmp_path / "out", **options
+    )
+    info = msp.read_info(tmp_path / "out")
+    stored = info.packed_bytes + info.other_bytes
+    assert stored == result.spent == result.bytes["packed"] <= result.budget == limit
+    # The smallest step is from 2:8 to 3:16 or the like, of a [16, 32] linear: less than a level of 8.
+    assert limit - stored < 16 * 32 // 8 * 4
+    assert str(result.allocation["model.layers.0.self_attn.q_proj"]) == "5:16"
+    allowed = {"0:8", "1:8", "2:8", "3:16", "4:8", "8:8"}
+    assert {str(p) for name, p in result.allocation.items() if not name.endswith("0.self_attn.q_proj")} <= allowed
+    assert result.recipe["budget_bytes"] == limit and "sparsity" not in result.recipe
 
 
 def test_the_result_is_plain_json(llama: Path, text: str) -> None:
@@ -192,7 +212,10 @@ def test_comparisons_share_tokens_and_leave_the_model_dense(llama: Path, text: s
         ]
         assert mean.kl == pytest.approx(sum(row.kl for row in mine) / 2)
         assert mean.spread is not None and mean.spread["kl"] >= 0
-        assert (mean.evaluations > 0) == (mean.allocator == "msp")
+        assert (mean.evaluations > 0) == (mean.tokens > 0) == (mean.allocator == "msp")
+    for row in result.rows:
+        if row.seed != "mean" and row.allocator == "msp":
+            assert row.history[-1]["tokens"] == row.tokens
     # Magnitude with uniform levels asks nothing of the calibration tokens: seeds cannot matter.
     plain = next(row for row in means if (row.allocator, row.pruner) == ("uniform", "magnitude"))
     assert plain.spread == {"kl": 0.0, "perplexity": 0.0}
@@ -218,6 +241,13 @@ def test_sensitivities_cover_every_linear(llama: Path, text: str) -> None:
         ({"fitness": "accuracy"}, "kl, perplexity"),
         ({"fitness_noise": 1.0}, r"fitness noise 1 is outside \[0, 1\)"),
         ({"evaluations": 0}, "at least one"),
+        ({"search_tokens": 0}, "at least one"),
+        ({"sparsity": None}, "one of them"),
+        ({"budget_bytes": 10_000}, "one of them"),
+        ({"sparsity": None, "budget_bytes": 100}, "budget of 100 bytes is out of reach"),
+        ({"sparsity": None, "budget_bytes": "10MB"}, "more than the patterns keep"),
+        ({"patterns": "2:8,2:9"}, "4, 8, 16, 32"),
+        ({"keep": "nothing=2:8"}, "matches no linear"),
         ({"window": 4096}, "context"),
         ({"device": "abacus"}, "abacus"),
         ({"dtype": "int3"}, "int3"),

@@ -54,6 +54,8 @@ def a_result(**changes) -> PruneResult:
         "density": 0.25,
         "kept": 123_456,
         "budget": 123_457,
+        "objective": "weights",
+        "spent": 123_456,
         "allocation": allocation,
         "skipped": {
             f"model.layers.{i}.mlp.gate_proj": "172 input features [odd] are no multiple of 8" for i in range(5)

@@ -10,7 +10,8 @@ from msp.allocators.base import (
     get_allocator,
     register_allocator,
 )
-from msp.allocators.evolution import Msp, MspRandom
+from msp.allocators.controls import EvoPress, MspPaper, MspRandom, RampBest
+from msp.allocators.evolution import Msp
 from msp.allocators.fisher_knapsack import FisherKnapsack
 from msp.allocators.fisher_rank import FisherRank, FisherRankLinear
 from msp.allocators.owl import Owl
@@ -21,14 +22,17 @@ __all__ = [
     "Allocated",
     "Allocator",
     "Evidence",
+    "EvoPress",
     "FisherKnapsack",
     "FisherRank",
     "FisherRankLinear",
     "Msp",
+    "MspPaper",
     "MspRandom",
     "Owl",
     "Problem",
     "Ramp",
+    "RampBest",
     "SearchSettings",
     "Uniform",
     "allocator_names",

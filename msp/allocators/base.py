@@ -22,9 +22,9 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
-from msp.allocators.levels import Levels, kept_weights, levels_from_densities
+from msp.allocators.levels import Levels, cost, kept_weights, levels_from_densities, uniform_density
 from msp.errors import UsageError
-from msp.patterns import Allocation, Budget, NMPattern, Unit
+from msp.patterns import Allocation, Budget, Unit
 from msp.progress import NoProgress, Progress
 from msp.search.evolution import EvolutionOptions, Fitness, Step
 
@@ -46,19 +46,23 @@ class Evidence(Protocol):
         ...
 
     def predicted_losses(self) -> Mapping[str, Sequence[float]]:
-        """Per linear: second-order loss 1/2 sum F w^2 of what is pruned when N = 0 ... M are kept."""
+        """Per linear: second-order loss 1/2 sum F w^2 of what is pruned at each level of its unit."""
         ...
 
-    def fitness(self) -> AbstractContextManager[Fitness]:
-        """Measures level vectors, in the order of the problem's units, on the fitness tokens."""
+    def fitness(self, shares: Sequence[float]) -> AbstractContextManager[Fitness]:
+        """Measures level vectors, in the order of the problem's units, on ``shares`` of the fitness tokens."""
         ...
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How an allocator that searches goes about it. ``checkpoint`` is written once a generation."""
+    """How long an allocator may search: candidates it measures, tokens it forwards; None leaves its own constants.
 
-    options: EvolutionOptions = field(default_factory=EvolutionOptions)
+    ``checkpoint`` is written once a generation.
+    """
+
+    evaluations: int | None = None
+    tokens: int | None = None
     checkpoint: Path | None = None
     resume: bool = False
 
@@ -80,7 +84,8 @@ class Problem:
 
     @property
     def density(self) -> float:
-        return self.budget.limit / self.budget.total
+        """The density that meets the budget when every unit has it."""
+        return uniform_density(self.units, self.budget)
 
     def from_densities(self, relative: Sequence[float]) -> Allocated:
         """Levels nearest to ``relative`` densities (1 is the budget's own), meeting the budget exactly."""
@@ -91,24 +96,30 @@ class Problem:
         """The pattern of every linear of every unit."""
         return Allocation(
             {
-                name: NMPattern(int(level), unit.group_size)
+                name: unit.patterns[level]
                 for unit, level in zip(self.units, levels, strict=True)
                 for name in unit.linears
             }
         )
 
     def kept(self, levels: Levels) -> int:
+        """Weights kept."""
         return kept_weights(levels, self.units)
+
+    def cost(self, levels: Levels) -> int:
+        """What ``levels`` take of the budget."""
+        return cost(levels, self.units)
 
 
 @dataclass
 class Allocated:
-    """Levels per unit, and what finding them took."""
+    """Levels per unit, and what finding them took: candidates measured, tokens forwarded, the search's constants."""
 
     levels: Levels
     evaluations: int = 0
     tokens: int = 0
     history: list[Step] = field(default_factory=list)
+    options: EvolutionOptions | None = None
 
 
 class Allocator(Protocol):

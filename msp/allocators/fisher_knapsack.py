@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from msp.allocators.base import Allocated, Problem, register_allocator
-from msp.allocators.levels import repair
+from msp.allocators.levels import cost, repair
 
 
 @register_allocator
@@ -17,7 +17,7 @@ from msp.allocators.levels import repair
 class FisherKnapsack:
     """Greedy knapsack over ``1/2 sum F_i w_i^2`` of the pruned weights, per unit and level.
 
-    Levels are bought by the loss they save per weight, along each unit's lower convex hull: that is
+    Levels are bought by the loss they save for what they cost, along each unit's lower convex hull: that is
     optimal up to the last step, which ``repair`` fills.
     """
 
@@ -27,12 +27,13 @@ class FisherKnapsack:
         losses = problem.evidence.predicted_losses()
         curves = [np.sum([losses[name] for name in unit.linears], axis=0) for unit in problem.units]
         levels = np.zeros(len(curves), dtype=np.int64)
-        left = problem.budget.limit
+        left = problem.budget.limit - cost(levels, problem.units)
         offers = [offer for index in range(len(curves)) if (offer := _best_offer(problem, curves, index, 0))]
         heapq.heapify(offers)
         while offers:
             _, index, level = heapq.heappop(offers)
-            price = (level - int(levels[index])) * problem.units[index].step
+            costs = problem.units[index].costs
+            price = costs[level] - costs[levels[index]]
             if price > left:
                 continue
             left -= price
@@ -43,11 +44,10 @@ class FisherKnapsack:
 
 
 def _best_offer(problem: Problem, curves: list[np.ndarray], index: int, level: int) -> tuple[float, int, int] | None:
-    """The jump from ``level`` with the steepest fall of the loss per weight, as (-fall, unit, new level)."""
-    curve = curves[index]
+    """The jump from ``level`` with the steepest fall of the loss for its cost, as (-fall, unit, new level)."""
+    curve, costs = curves[index], np.array(problem.units[index].costs)
     if level >= len(curve) - 1:
         return None
-    jumps = np.arange(1, len(curve) - level)
-    falls = (curve[level] - curve[level + 1 :]) / (jumps * problem.units[index].step)
+    falls = (curve[level] - curve[level + 1 :]) / (costs[level + 1 :] - costs[level])
     best = int(np.argmax(falls))
     return -float(falls[best]), index, level + 1 + best

@@ -1,4 +1,4 @@
-"""Integer levels (N per unit) that meet a budget: rounding of wished densities, and repair."""
+"""Integer levels per unit that meet a budget: rounding of wished densities, and repair."""
 
 from __future__ import annotations
 
@@ -8,36 +8,68 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msp.errors import MspError
-from msp.patterns import Budget, Unit
+from msp.patterns import Budget, Unit, base_and_step
 
 Levels = NDArray[np.int64]
 
+# Pairs of moves are looked through, so their number is what this bounds.
+MAX_CLOSING_MOVES = 1024
+
+
+def cost(levels: Levels, units: Sequence[Unit]) -> int:
+    """What ``levels`` take of the budget."""
+    return sum(unit.costs[level] for level, unit in zip(levels, units, strict=True))
+
 
 def kept_weights(levels: Levels, units: Sequence[Unit]) -> int:
-    """Weights kept when unit ``i`` keeps ``levels[i]`` of every group."""
-    return sum(int(level) * unit.step for level, unit in zip(levels, units, strict=True))
+    """Weights that ``levels`` keep."""
+    return sum(unit.kept(int(level)) for level, unit in zip(levels, units, strict=True))
 
 
 def levels_from_densities(densities: Sequence[float], units: Sequence[Unit], budget: Budget) -> Levels:
     """The levels nearest to real-valued ``densities`` that meet ``budget`` exactly.
 
-    Densities are shifted by a common amount, with clipping to [0, 1], until they weigh what the
+    Densities are shifted by a common amount, within what each unit can have, until they cost what the
     budget allows; the fractions that rounding leaves are then filled largest first.
     """
     wished = np.asarray(densities, dtype=np.float64)
-    group = np.array([unit.group_size for unit in units], dtype=np.float64)
-    weights = np.array([unit.weights for unit in units], dtype=np.float64)
+    offered = _offered(units)
     low, high = -1.0 - wished.max(), 1.0 - wished.min()
     for _ in range(100):
         middle = (low + high) / 2
-        if float(weights @ np.clip(wished + middle, 0, 1)) > budget.limit:
+        if _cost_of(wished + middle, offered, units) > budget.limit:
             high = middle
         else:
             low = middle
-    exact = np.clip(wished + low, 0, 1) * group
+    exact = np.array(
+        [np.interp(density, has, range(len(has))) for density, has in zip(wished + low, offered, strict=True)]
+    )
     levels = np.floor(exact + 1e-9).astype(np.int64)
     order = np.argsort(-(exact - levels), kind="stable")
     return repair(levels, units, budget, order=order)
+
+
+def uniform_density(units: Sequence[Unit], budget: Budget) -> float:
+    """The density that costs what the budget allows when every unit has it, as far as the unit can."""
+    low, high, offered = 0.0, 1.0, _offered(units)
+    for _ in range(60):
+        middle = (low + high) / 2
+        spent = _cost_of([middle] * len(units), offered, units)
+        low, high = (low, middle) if spent > budget.limit else (middle, high)
+    return low
+
+
+def _offered(units: Sequence[Unit]) -> list[list[float]]:
+    """The densities of each unit's levels."""
+    return [[float(pattern.density) for pattern in unit.patterns] for unit in units]
+
+
+def _cost_of(
+    densities: Sequence[float] | NDArray[np.float64], offered: list[list[float]], units: Sequence[Unit]
+) -> float:
+    """The cost of real-valued densities, between those of the levels around them."""
+    trios = zip(densities, offered, units, strict=True)
+    return float(sum(np.interp(density, has, unit.costs) for density, has, unit in trios))
 
 
 def repair(
@@ -48,71 +80,86 @@ def repair(
     rng: np.random.Generator | None = None,
     order: Sequence[int] | NDArray[np.int64] | None = None,
 ) -> Levels:
-    """Change ``levels`` as little as needed to meet ``budget`` (kept <= limit, within a smallest step).
+    """Change ``levels`` as little as needed to meet ``budget`` (never above, within a smallest step).
 
     Single levels are taken or given in ``order`` (or in an order drawn from ``rng``), each unit once
     per round, so that no unit pays for all. Where units of different size leave a gap that no single
-    level fits, a dynamic programme over the reachable sums closes it.
+    level fits, the levels of several units change together.
     """
-    fixed = np.clip(levels, 0, [unit.group_size for unit in units])
+    fixed = np.clip(levels, 0, [unit.top for unit in units])
     turns = np.asarray(order if order is not None else np.arange(len(units)))
     if rng is not None:
         turns = rng.permutation(len(units))
-    kept = kept_weights(fixed, units)
-    while kept > budget.limit:
+    spent = cost(fixed, units)
+    while spent > budget.limit:
         for index in turns[::-1]:
-            if kept > budget.limit and fixed[index] > 0:
+            level, costs = fixed[index], units[index].costs
+            if spent > budget.limit and level > 0:
                 fixed[index] -= 1
-                kept -= units[index].step
+                spent -= costs[level] - costs[level - 1]
     changed = True
     while changed:
         changed = False
         for index in turns:
-            if fixed[index] < units[index].group_size and kept + units[index].step <= budget.limit:
+            level, costs = fixed[index], units[index].costs
+            if level < units[index].top and spent + costs[level + 1] - costs[level] <= budget.limit:
                 fixed[index] += 1
-                kept += units[index].step
+                spent += costs[level + 1] - costs[level]
                 changed = True
-    return fixed if budget.is_met(kept) else _close_gap(fixed, units, budget, turns)
+    if budget.is_met(spent):
+        return fixed
+    for radius in (1, 2):
+        closed = _close_with_two(fixed, units, budget, turns, radius)
+        if closed is not None:
+            return closed
+    return _close_exactly(fixed, units, budget, turns)
 
 
-def _close_gap(levels: Levels, units: Sequence[Unit], budget: Budget, turns: NDArray[np.int64]) -> Levels:
-    """Fewest level changes that bring the total into [target_floor, limit]: breadth-first over totals."""
-    start = kept_weights(levels, units)
-    steps: dict[int, list[int]] = {}
-    for index in turns:
-        steps.setdefault(units[index].step, []).append(int(index))
-    room = {
-        step: (sum(int(levels[i]) for i in members), sum(units[i].group_size - int(levels[i]) for i in members))
-        for step, members in steps.items()
-    }
-    # A state is the net number of levels moved in each size class; totals identify it well enough.
-    origin = tuple(0 for _ in room)
-    frontier, seen, sizes = [origin], {start}, list(room)
-    while frontier:
-        following = []
-        for state in frontier:
-            total = start + sum(moved * size for moved, size in zip(state, sizes, strict=True))
-            if budget.is_met(total):
-                return _apply_moves(levels, units, {s: m for s, m in zip(sizes, state, strict=True)}, steps)
-            for position, size in enumerate(sizes):
-                down, up = room[size]
-                for direction in (1, -1):
-                    moved = state[position] + direction
-                    reached = total + direction * size
-                    if -down <= moved <= up and reached not in seen:
-                        seen.add(reached)
-                        following.append((*state[:position], moved, *state[position + 1 :]))
-        frontier = following
-    raise MspError(f"no levels keep between {budget.target_floor} and {budget.limit} weights")
-
-
-def _apply_moves(levels: Levels, units: Sequence[Unit], moves: dict[int, int], steps: dict[int, list[int]]) -> Levels:
+def _close_with_two(
+    levels: Levels, units: Sequence[Unit], budget: Budget, turns: NDArray[np.int64], radius: int
+) -> Levels | None:
+    """New levels for one or two units that meet the budget, of those up to ``radius`` away; None if there are none."""
+    near = [
+        (index, level)
+        for index in turns
+        for level in range(max(0, levels[index] - radius), min(units[index].top, levels[index] + radius) + 1)
+    ][:MAX_CLOSING_MOVES]
+    owner, new = np.array(near).T
+    moved = np.abs(new - levels[owner])
+    change = np.array([units[i].costs[level] - units[i].costs[levels[i]] for i, level in near], dtype=np.int64)
+    spent = cost(levels, units)
+    sums = change[:, None] + change[None, :]
+    meets = (sums >= budget.target_floor - spent) & (sums <= budget.limit - spent)
+    meets &= owner[:, None] != owner[None, :]
+    if not meets.any():
+        return None
+    price = np.where(meets, moved[:, None] + moved[None, :], len(near))
+    chosen = list(np.unravel_index(int(price.argmin()), price.shape))
     fixed: Levels = levels.copy()
-    for size, moved in moves.items():
-        direction = 1 if moved > 0 else -1
-        while moved:
-            for index in steps[size]:
-                if moved and 0 <= fixed[index] + direction <= units[index].group_size:
-                    fixed[index] += direction
-                    moved -= direction
+    fixed[owner[chosen]] = new[chosen]
+    return fixed
+
+
+def _close_exactly(levels: Levels, units: Sequence[Unit], budget: Budget, turns: NDArray[np.int64]) -> Levels:
+    """Levels that meet the budget, by a dynamic programme over the sums that units reach one after the other.
+
+    A unit keeps its level where what the others can reach allows it, and else takes the nearest one.
+    """
+    base, step = base_and_step(units)
+    room = (budget.limit - base) // step
+    rises = [[(price - unit.costs[0]) // step for price in unit.costs] for unit in units]
+    reached, mask = [1], (1 << (room + 1)) - 1
+    for index in turns:
+        following = 0
+        for rise in rises[index]:
+            following |= (reached[-1] << rise) & mask
+        reached.append(following)
+    left = reached[-1].bit_length() - 1
+    if base + left * step < budget.target_floor:
+        raise MspError(f"no levels cost between {budget.target_floor} and {budget.limit}")
+    fixed: Levels = levels.copy()
+    for before, index in zip(reached[-2::-1], turns[::-1], strict=True):
+        fitting = [level for level, rise in enumerate(rises[index]) if rise <= left and before >> (left - rise) & 1]
+        fixed[index] = min(fitting, key=lambda level: abs(level - int(levels[index])))
+        left -= rises[index][fixed[index]]
     return fixed

@@ -15,17 +15,42 @@ SOURCE_HELP = (
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, a hub id, or a packed model.")]
 Sparsity = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--sparsity",
         "-s",
-        help="Share of the weights to remove, between 0 and 1: 0.75 keeps one in four.",
+        help="Share of the weights to remove, between 0 and 1: 0.75, the default, keeps one in four.",
+        rich_help_panel=METHOD,
+    ),
+]
+BudgetBytes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BYTES",
+        help="Instead of --sparsity: what the whole packed model may take, like 300MB or 1.5GB.",
         rich_help_panel=METHOD,
     ),
 ]
 GroupSize = Annotated[
     int,
     typer.Option("--group-size", "-m", metavar="M", help="M of N:M, one of 4, 8, 16, 32.", rich_help_panel=METHOD),
+]
+Patterns = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N:M,N:M",
+        help="Patterns a layer may have, N of every M kept, instead of all of one M. A layer is given those whose M "
+        "divides its input size.",
+        rich_help_panel=METHOD,
+    ),
+]
+Keep = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REGEX=N:M,REGEX=dense",
+        help="Pin layers whose names match, like 'layers.0.*=4:8': to a pattern, or to stay dense.",
+        rich_help_panel=METHOD,
+    ),
 ]
 Unit = Annotated[
     str,
@@ -87,6 +112,15 @@ Evaluations = Annotated[
     int | None,
     typer.Option(
         metavar="COUNT", help="Candidates the search may measure: more is slower and better.", rich_help_panel=COST
+    ),
+]
+SearchTokens = Annotated[
+    int | None,
+    typer.Option(
+        metavar="TOKENS",
+        help="Tokens the search may forward, counted over all candidates: what two searches can be compared at. "
+        "Without --evaluations it alone ends the search.",
+        rich_help_panel=COST,
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Draws the calibration text and steers the search.", rich_help_panel=RUN)]

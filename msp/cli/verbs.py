@@ -19,6 +19,7 @@ from msp.cli.options import (
     RUN,
     SOURCE_HELP,
     AsJson,
+    BudgetBytes,
     Calibration,
     CalibrationTokens,
     Debug,
@@ -30,8 +31,11 @@ from msp.cli.options import (
     FitnessNoise,
     FitnessTokens,
     GroupSize,
+    Keep,
     Model,
+    Patterns,
     Picture,
+    SearchTokens,
     Seed,
     Sparsity,
     TestTokens,
@@ -84,11 +88,8 @@ def _check_sources(*sources: str | None) -> None:
             TokenSource.parse(source).check()
 
 
-def _check_arithmetic(sparsity: float, group_size: int) -> None:
-    from msp.patterns import check_group_size, parse_sparsity
-
-    parse_sparsity(sparsity)
-    check_group_size(group_size)
+def _default_sparsity(sparsity: float | None, budget_bytes: str | None) -> float | None:
+    return 0.75 if sparsity is None and budget_bytes is None else sparsity
 
 
 @app.command()
@@ -100,13 +101,16 @@ def prune(
             "--output", "-o", metavar="OUT", help="Directory to write the packed model to.", rich_help_panel=RUN
         ),
     ],
-    sparsity: Sparsity = 0.75,
+    sparsity: Sparsity = None,
+    budget_bytes: BudgetBytes = None,
     group_size: GroupSize = 8,
+    patterns: Patterns = None,
+    keep: Keep = None,
     allocator: Annotated[
         str,
         typer.Option(
             help="Decides how many weights each layer keeps: **msp** searches; uniform, ramp, owl, fisher-rank and "
-            "fisher-knapsack are quicker and simpler.",
+            "fisher-knapsack are quicker and simpler. To compare with: evopress, msp-paper, msp-random, ramp-best.",
             rich_help_panel=METHOD,
         ),
     ] = "msp",
@@ -127,6 +131,7 @@ def prune(
     fitness_tokens: FitnessTokens = None,
     test_tokens: TestTokens = None,
     evaluations: Evaluations = None,
+    search_tokens: SearchTokens = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -159,7 +164,6 @@ def prune(
     """
     interrupted = f"interrupted, {output} is not written; run the same command with --resume to go on"
     with running(as_json, debug, on_interrupt=interrupted) as session:
-        _check_arithmetic(sparsity, group_size)
         _check_sources(calibration, evaluate)
         from msp import pipeline
         from msp.report import prune_report
@@ -167,7 +171,7 @@ def prune(
         calm_libraries()
         result = pipeline.prune(
             model,
-            sparsity=sparsity,
+            sparsity=_default_sparsity(sparsity, budget_bytes),
             output=output,
             force=force,
             progress=session.progress,
@@ -182,6 +186,9 @@ def prune(
             resume=resume,
             work_dir=work_dir if work_dir is not None else _search_folder(output),
             **_given(
+                budget_bytes=budget_bytes,
+                patterns=patterns,
+                keep=keep,
                 calibration=calibration,
                 evaluate=evaluate,
                 window=window,
@@ -190,6 +197,7 @@ def prune(
                 fitness_tokens=fitness_tokens,
                 test_tokens=test_tokens,
                 evaluations=evaluations,
+                search_tokens=search_tokens,
             ),
         )
         if work_dir is None:
@@ -224,8 +232,11 @@ def _files(label: str, paths: list[Path]) -> list[Text]:
 @app.command()
 def compare(
     model: Model,
-    sparsity: Sparsity = 0.75,
+    sparsity: Sparsity = None,
+    budget_bytes: BudgetBytes = None,
     group_size: GroupSize = 8,
+    patterns: Patterns = None,
+    keep: Keep = None,
     allocators: Annotated[
         str, typer.Option(metavar="NAME,NAME", help="Allocators to compare.", rich_help_panel=METHOD)
     ] = "uniform,ramp,owl,fisher-rank,fisher-knapsack,msp",
@@ -245,6 +256,7 @@ def compare(
     fitness_tokens: FitnessTokens = None,
     test_tokens: TestTokens = None,
     evaluations: Evaluations = None,
+    search_tokens: SearchTokens = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     every_seed: Annotated[
@@ -262,7 +274,6 @@ def compare(
     Example: msp compare ./my-model --sparsity 0.75 --allocators uniform,msp --pruners wanda,sparsegpt --seeds 3
     """
     with running(as_json, debug) as session:
-        _check_arithmetic(sparsity, group_size)
         _check_sources(calibration, evaluate)
         picture = _picture_path(output, model, "compare")
         from msp import pipeline
@@ -272,7 +283,7 @@ def compare(
         calm_libraries()
         result = pipeline.compare(
             model,
-            sparsity=sparsity,
+            sparsity=_default_sparsity(sparsity, budget_bytes),
             allocators=_names("allocators", allocators),
             pruners=_names("pruners", pruners),
             seeds=list(range(seeds)),
@@ -283,6 +294,9 @@ def compare(
             dtype=dtype,
             device=device,
             **_given(
+                budget_bytes=budget_bytes,
+                patterns=patterns,
+                keep=keep,
                 calibration=calibration,
                 evaluate=evaluate,
                 window=window,
@@ -291,6 +305,7 @@ def compare(
                 fitness_tokens=fitness_tokens,
                 test_tokens=test_tokens,
                 evaluations=evaluations,
+                search_tokens=search_tokens,
             ),
         )
         drawn = _draw(lambda: [compare_picture(result, picture)])

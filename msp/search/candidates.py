@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,41 +16,38 @@ from msp import ops
 from msp.allocators.levels import Levels
 from msp.evaluate import DenseReference
 from msp.model import Linear, device_of
-from msp.patterns import Unit
+from msp.patterns import NMPattern, Unit
+
+Ranks = Mapping[int, Tensor]
+"""Of one linear, for every M it may have: uint8 ``[R, K]`` from ``ops.nm_rank``."""
 
 
 class RankedLinear(nn.Module):
-    """A linear that keeps the weights of rank below ``level`` and can change its level at any time.
+    """A linear that keeps what a pattern keeps by its ranks, and can change its pattern at any time.
 
     Args:
         linear: the dense linear, left untouched.
-        rank: uint8 ``[R, K]`` from ``ops.nm_rank``.
-        group_size: M; ``level == M`` is the dense linear.
+        ranks: for every M of the patterns it will have.
     """
 
-    def __init__(self, linear: Linear, rank: Tensor, group_size: int) -> None:
+    def __init__(self, linear: Linear, ranks: Ranks) -> None:
         super().__init__()
         self._dense = linear.weight.contiguous()
         self._bias = linear.bias
-        self._rank = rank
-        self._group_size = group_size
-        self._level = group_size
+        self._ranks = ranks
+        self._pattern: NMPattern | None = None
         self._kept: Tensor | None = None
 
-    @property
-    def level(self) -> int:
-        return self._level
-
-    @level.setter
-    def level(self, level: int) -> None:
-        if level != self._level and 0 < level < self._group_size:
-            self._kept = ops.nm_keep(self._dense, self._rank, level, out=self._kept)
-        self._level = level
+    def keep(self, pattern: NMPattern) -> None:
+        """Keep N of every M weights from now on."""
+        if pattern != self._pattern and not pattern.is_dense and not pattern.is_empty:
+            self._kept = ops.nm_keep(self._dense, self._ranks[pattern.m], pattern.n, out=self._kept)
+        self._pattern = pattern
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._level == self._group_size:
+        if self._pattern is None or self._pattern.is_dense:
             return functional.linear(x, self._dense, self._bias)
-        if self._level == 0:
+        if self._pattern.is_empty:
             empty = x.new_zeros(*x.shape[:-1], self._dense.shape[0])
             return empty if self._bias is None else empty + self._bias
         assert self._kept is not None
@@ -59,20 +57,17 @@ class RankedLinear(nn.Module):
 class CandidateModel(AbstractContextManager["CandidateModel"]):
     """Within the context the units' linears are ranked; ``apply`` sets the level of every unit.
 
-    Memory beyond the model: one byte a weight for the ranks, and a second copy of the weights of the
+    Memory beyond the model: one byte a weight for the ranks of each M, and a second copy of the weights of the
     linears that are at a level between empty and dense.
     """
 
     def __init__(
-        self, model: nn.Module, linears: Sequence[Linear], ranks: Mapping[str, Tensor], units: Sequence[Unit]
+        self, model: nn.Module, linears: Sequence[Linear], ranks: Mapping[str, Ranks], units: Sequence[Unit]
     ) -> None:
         self.model = model
         self._linears = {linear.name: linear for linear in linears if linear.name in ranks}
         self._units = units
-        size_of = {name: unit.group_size for unit in units for name in unit.linears}
-        self._ranked = {
-            name: RankedLinear(linear, ranks[name], size_of[name]) for name, linear in self._linears.items()
-        }
+        self._ranked = {name: RankedLinear(linear, ranks[name]) for name, linear in self._linears.items()}
 
     def __enter__(self) -> CandidateModel:
         for name, ranked in self._ranked.items():
@@ -88,7 +83,7 @@ class CandidateModel(AbstractContextManager["CandidateModel"]):
     def apply(self, levels: Levels) -> None:
         for unit, level in zip(self._units, levels, strict=True):
             for name in unit.linears:
-                self._ranked[name].level = int(level)
+                self._ranked[name].keep(unit.patterns[level])
 
 
 def forward_in_bf16(model: nn.Module) -> bool:
@@ -113,7 +108,8 @@ class TokenFitness:
         reference: the dense model's predictions on all fitness tokens.
         measure: ``"kl"`` (mean KL(dense || pruned), nats a token) or ``"perplexity"`` (its logarithm, so
             that differences compare across scales; the order is the same).
-        shares: part of the batches that each stage measures on, ascending, the last one 1.
+        shares: part of the batches that each stage measures on, ascending, the last one 1. Stages that come
+            to the same number of batches are one.
     """
 
     def __init__(
@@ -125,7 +121,7 @@ class TokenFitness:
         shares: Sequence[float] = (1 / 16, 1 / 4, 1.0),
     ) -> None:
         batches = reference.batches
-        self._stops = sorted({max(1, round(share * batches)) for share in (*shares[:-1], 1.0)})
+        self._stops = sorted({max(1, round(share * batches)) for share in shares})
         self._candidates = candidates
         self._reference = reference
         self._measure = measure
@@ -137,14 +133,14 @@ class TokenFitness:
     def stages(self) -> int:
         return len(self._stops)
 
-    def __call__(self, levels: Levels, stage: int) -> float:
-        key = tuple(int(level) for level in levels)
+    def __call__(self, levels: Levels, stage: int, draw: int = 0) -> float:
+        key = (draw, *(int(level) for level in levels))
         done, total, predicted = self._partial.pop(key, (0, 0.0, 0))
         stop = self._stops[stage]
         if done < stop:
             self._candidates.apply(levels)
             with _precision(self._candidates.model):
-                sums = self._reference.sums(self._candidates.model, done, stop)
+                sums = self._reference.sums(self._candidates.model, self._order(draw)[done:stop])
             total += sums.divergence if self._measure == "kl" else sums.loss
             predicted += sums.predicted
             self.tokens += sums.tokens
@@ -152,3 +148,7 @@ class TokenFitness:
             self._partial[key] = (stop, total, predicted)
         loss = total / predicted
         return loss if loss == loss else float("inf")
+
+    def _order(self, draw: int) -> Sequence[int]:
+        batches = self._reference.batches
+        return np.random.default_rng(draw).permutation(batches).tolist() if draw else range(batches)

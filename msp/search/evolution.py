@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,9 +25,15 @@ from msp.search.operators import MUTATIONS, crossover
 
 Key = tuple[int, ...]
 
+# Generations that no search reaches: something else ends it.
+UNLIMITED = 1_000_000
+
 
 class Fitness(Protocol):
-    """Measures candidates; lower is better. ``stages`` says how many token counts it can race over."""
+    """Measures candidates; lower is better. ``stages`` says how many token counts it can race over.
+
+    Stages before the last are measured on a part of the tokens that ``draw`` picks: 0 is always the first ones.
+    """
 
     @property
     def stages(self) -> int: ...
@@ -37,7 +43,7 @@ class Fitness(Protocol):
         """Tokens forwarded so far."""
         ...
 
-    def __call__(self, levels: Levels, stage: int) -> float: ...
+    def __call__(self, levels: Levels, stage: int, draw: int = 0) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -49,24 +55,47 @@ class EvolutionOptions:
         population: individuals kept from one generation to the next.
         parents: the fittest, from whom all offspring descend.
         offspring: new candidates per generation.
-        survivors: share of the candidates of a stage that goes on to the next one.
+        token_shares: part of the fitness tokens that each stage of a race measures on, the last one 1.
+        survivors: share of the candidates of each stage but the last that goes on to the next one.
         crossover_rate: share of the offspring with two parents.
         group_rate: share of the mutations that move a block or a kind of linear together.
+        resample: every generation races on other tokens of the same number, not always on the first ones.
+        tokens: no generation begins once this many tokens have been forwarded.
     """
 
     generations: int = 60
     population: int = 12
     parents: int = 6
     offspring: int = 16
-    survivors: float = 0.3
+    token_shares: tuple[float, ...] = (1 / 16, 1 / 4, 1.0)
+    survivors: tuple[float, ...] = (0.3, 0.3)
     crossover_rate: float = 0.5
     group_rate: float = 0.3
+    resample: bool = False
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.population, self.parents, self.offspring) < 1 or self.generations < 0:
             raise UsageError("population, parents and offspring must be at least 1, generations at least 0")
-        if not 0 < self.survivors <= 1:
-            raise UsageError(f"survivors {self.survivors} is outside (0, 1]")
+        shares = self.token_shares
+        if not shares or shares[-1] != 1 or min(shares) <= 0 or list(shares) != sorted(shares):
+            raise UsageError(f"token shares {shares} do not rise from above 0 to 1")
+        if len(self.survivors) != len(shares) - 1 or not all(0 < share <= 1 for share in self.survivors):
+            raise UsageError(f"survivors {self.survivors} are not {len(shares) - 1} shares in (0, 1]")
+        if self.tokens is not None and self.tokens < 1:
+            raise UsageError(f"{self.tokens} tokens: a search needs at least one")
+
+    def limited(self, *, evaluations: int | None = None, tokens: int | None = None) -> EvolutionOptions:
+        """The same search, measuring ``evaluations`` candidates or forwarding ``tokens``; None sets no limit.
+
+        A limit on the tokens alone is not cut short by the number of generations.
+        """
+        generations = self.generations
+        if evaluations is not None:
+            generations = max(0, round(evaluations / self.offspring))
+        elif tokens is not None:
+            generations = UNLIMITED
+        return replace(self, generations=generations, tokens=tokens)
 
 
 @dataclass
@@ -139,7 +168,7 @@ class Evolution:
     def run(self) -> tuple[Levels, list[Step]]:
         if not self._state.population:
             self._begin()
-        while self._state.generation < self._options.generations:
+        while self._state.generation < self._options.generations and not self._spent():
             # A generator per generation: a resumed search draws what the uninterrupted one would have.
             rng = np.random.default_rng([self._seed, self._state.generation + 1])
             offspring = self._offspring(rng)
@@ -148,6 +177,9 @@ class Evolution:
             self._race(offspring)
             self._end_generation()
         return np.array(self._state.population[0][1], dtype=np.int64), self._state.history
+
+    def _spent(self) -> bool:
+        return self._options.tokens is not None and self._state.tokens >= self._options.tokens
 
     def _begin(self) -> None:
         # Every seed is measured in full: they are few, and losing a good one early costs the most.
@@ -168,7 +200,7 @@ class Evolution:
             if len(parents) > 1 and rng.random() < options.crossover_rate:
                 child = crossover(child, parents[int(rng.integers(len(parents)))], rng)
             name = "shift_group" if rng.random() < options.group_rate else "swap"
-            step = max(1, self._units[0].group_size // 8)
+            step = max(1, max(unit.top for unit in self._units) // 8)
             child = MUTATIONS[name](child, self._units, step, rng)
             key = _key(repair(child, self._units, self._budget, rng=rng))
             if key not in seen:
@@ -183,11 +215,12 @@ class Evolution:
             if stage == last:
                 self._state.population += ranked
             else:
-                candidates = [key for _, key in ranked[: max(1, round(len(ranked) * self._options.survivors))]]
+                candidates = [key for _, key in ranked[: max(1, round(len(ranked) * self._options.survivors[stage]))]]
 
     def _measure(self, key: Key, stage: int) -> float:
         if (stage, key) not in self._state.measured:
-            self._state.measured[stage, key] = self._fitness(np.array(key, dtype=np.int64), stage)
+            draw = self._state.generation if self._options.resample else 0
+            self._state.measured[stage, key] = self._fitness(np.array(key, dtype=np.int64), stage, draw)
         return self._state.measured[stage, key]
 
     def _end_generation(self, *, count: bool = True) -> None:
@@ -205,10 +238,10 @@ class Evolution:
             self._on_step(step)
 
     def _fingerprint(self, identity: str) -> str:
-        # Generations are left out: asking for more of them is what resuming is for.
-        options = {**asdict(self._options), "generations": None}
+        # How long to search is left out: asking for more is what resuming is for.
+        options = {**asdict(self._options), "generations": None, "tokens": None}
         content = [identity, self._seed, self._budget.limit, options]
-        content += [[unit.name, unit.weights, unit.group_size] for unit in self._units]
+        content += [[unit.name, list(map(str, unit.patterns)), unit.costs] for unit in self._units]
         content += [list(_key(levels)) for levels in self._seeds]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

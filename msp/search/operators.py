@@ -19,7 +19,7 @@ def crossover(first: Levels, second: Levels, rng: np.random.Generator) -> Levels
 
 
 def swap(levels: Levels, units: Sequence[Unit], step: int, rng: np.random.Generator) -> Levels:
-    """Some unit gives up to ``step`` levels, another takes as many weights; one to three times over.
+    """Some unit gives up to ``step`` levels, another takes as much of the budget; one to three times over.
 
     The count min(U{1..3}, U{1..3}) is EvoPress's (arXiv 2410.14649). Where the two units differ in size the
     taker gets the nearest number of levels, so that repair has little left to do.
@@ -30,15 +30,21 @@ def swap(levels: Levels, units: Sequence[Unit], step: int, rng: np.random.Genera
         if not givers:
             break  # a crossover, not repaired yet, may have left nothing to give
         giver = int(rng.choice(givers))
-        takers = [i for i, unit in enumerate(units) if i != giver and mutant[i] < unit.group_size]
+        takers = [i for i, unit in enumerate(units) if i != giver and mutant[i] < unit.top]
         if not takers:
             break
         taker = int(rng.choice(takers))
         given = min(int(rng.integers(1, step + 1)), int(mutant[giver]))
-        taken = max(1, round(given * units[giver].step / units[taker].step))
+        costs = units[giver].costs
+        freed = costs[mutant[giver]] - costs[mutant[giver] - given]
         mutant[giver] -= given
-        mutant[taker] = min(mutant[taker] + taken, units[taker].group_size)
+        mutant[taker] = _nearest_rise(units[taker], int(mutant[taker]), freed)
     return mutant
+
+
+def _nearest_rise(unit: Unit, level: int, freed: int) -> int:
+    """The level above ``level`` whose further cost is nearest to ``freed``."""
+    return min(range(level + 1, unit.top + 1), key=lambda new: abs(unit.costs[new] - unit.costs[level] - freed))
 
 
 def shift_group(levels: Levels, units: Sequence[Unit], step: int, rng: np.random.Generator) -> Levels:
@@ -58,7 +64,7 @@ def shift_group(levels: Levels, units: Sequence[Unit], step: int, rng: np.random
         first, last = sorted(int(b) for b in rng.choice(blocks, size=2))
         members = [i for i, unit in enumerate(units) if unit.kind == kind and first <= unit.block <= last]
     for index in members:
-        mutant[index] = np.clip(mutant[index] + direction, 0, units[index].group_size)
+        mutant[index] = np.clip(mutant[index] + direction, 0, units[index].top)
     return mutant
 
 

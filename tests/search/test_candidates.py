@@ -24,7 +24,7 @@ def setting():
     """A tiny Llama, its linears' rank codes by magnitude and a unit for each."""
     model = build("llama")
     linears = [linear for linear in find_structure(model).linears if linear.shape[1] % GROUP == 0]
-    ranks = {linear.name: ops.nm_rank(linear.weight.contiguous(), GROUP) for linear in linears}
+    ranks = {linear.name: {GROUP: ops.nm_rank(linear.weight.contiguous(), GROUP)} for linear in linears}
     units = [
         Unit(linear.name, (linear.name,), linear.shape[0] * linear.shape[1], GROUP, 0, linear.kind)
         for linear in linears
@@ -36,7 +36,7 @@ def masked(model, ranks, units, levels):
     copied = copy.deepcopy(model)
     for unit, level in zip(units, levels, strict=True):
         weight = copied.get_submodule(unit.name).weight
-        weight.data *= (ranks[unit.name] < level).to(weight)
+        weight.data *= (ranks[unit.name][GROUP] < level).to(weight)
     return copied
 
 
@@ -97,6 +97,25 @@ def test_a_later_stage_pays_for_the_rest_only(setting) -> None:
             spent.append(fitness.tokens // 9)
         assert spent == [1, 4, 16]
         assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_draw_takes_other_tokens_of_the_same_number(setting, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    model, linears, ranks, units = setting
+    reference = DenseReference(model, tokens(16, 9, seed=5, vocabulary=model.config.vocab_size), batch_size=1)
+    levels = drawn(units, 10)
+    with CandidateModel(model, linears, ranks, units) as candidate:
+        fitness = TokenFitness(candidate, reference)
+        by_draw = [[fitness(levels, stage, draw) for stage in range(3)] for draw in range(4)]
+        candidate.apply(levels)
+        parts = [reference.sums(candidate.model, [batch]).divergence / 8 for batch in range(16)]
+    assert fitness.tokens == 4 * 16 * 9
+    assert len({first for first, _, _ in by_draw}) > 1
+    assert by_draw[0][0] == pytest.approx(parts[0], rel=1e-5)
+    for first, second, last in by_draw:
+        assert any(first == pytest.approx(part, rel=1e-5) for part in parts)
+        assert last == pytest.approx(sum(parts) / 16, rel=1e-5)
+        assert second != last
 
 
 def test_a_candidate_that_predicts_nan_loses(setting, monkeypatch) -> None:

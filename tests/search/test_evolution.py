@@ -26,11 +26,13 @@ class Quadratic:
         self.stages = stages
         self.tokens = 0
         self.calls: list[tuple[int, tuple[int, ...]]] = []
+        self.draws: list[int] = []
         self._optimum = np.array([4, 1, 2, 3, 1, 3, 2, 2, 2] * 2)
 
-    def __call__(self, levels: Levels, stage: int) -> float:
+    def __call__(self, levels: Levels, stage: int, draw: int = 0) -> float:
         key = tuple(int(level) for level in levels)
         self.calls.append((stage, key))
+        self.draws.append(draw)
         self.tokens += 1
         noise = 0.0 if stage == self.stages - 1 else (hash(key) % 7) / 10
         return float(np.square(levels - self._optimum).sum()) + noise
@@ -63,11 +65,42 @@ def test_nothing_is_measured_twice() -> None:
 
 def test_only_survivors_reach_the_last_stage() -> None:
     fitness = Quadratic()
-    options = EvolutionOptions(generations=10, offspring=16, survivors=0.25)
+    options = EvolutionOptions(generations=10, offspring=16, token_shares=(0.1, 1.0), survivors=(0.25,))
     Evolution(UNITS, BUDGET, start(), fitness, options=options).run()
     stages = [stage for stage, _ in fitness.calls]
     assert stages.count(0) == 160
     assert stages.count(1) == 1 + 40
+
+
+@pytest.mark.parametrize("limit", [1, 20, 100])
+def test_no_generation_begins_with_all_tokens_spent(limit: int) -> None:
+    options = EvolutionOptions().limited(tokens=limit)
+    _, history = Evolution(UNITS, BUDGET, start(), Quadratic(), options=options).run()
+    spent = [step.tokens for step in history]
+    assert spent[-1] >= limit
+    assert len(spent) == 1 or spent[-2] < limit
+    assert spent == sorted(spent)
+
+
+def test_more_tokens_go_on_with_the_same_search(tmp_path: Path) -> None:
+    path = tmp_path / "search.json"
+    few, many = EvolutionOptions().limited(tokens=60), EvolutionOptions().limited(tokens=200)
+    whole = Evolution(UNITS, BUDGET, start(), Quadratic(), options=many).run()
+    Evolution(UNITS, BUDGET, start(), Quadratic(), options=few, checkpoint=path).run()
+    fitness = Quadratic()
+    resumed = Evolution(UNITS, BUDGET, start(), fitness, options=many, checkpoint=path, resume=True).run()
+    assert resumed[1] == whole[1] and (resumed[0] == whole[0]).all()
+    assert fitness.tokens < 200
+
+
+@pytest.mark.parametrize("resample", [False, True])
+def test_generations_race_on_tokens_of_their_own_when_resampled(resample: bool) -> None:
+    fitness = Quadratic()
+    options = EvolutionOptions(generations=3, token_shares=(0.5, 1.0), survivors=(0.5,), resample=resample)
+    Evolution(UNITS, BUDGET, start(), fitness, options=options).run()
+    per_generation = 16 + 8
+    expected = [generation for generation in range(3) for _ in range(per_generation)] if resample else [0] * 72
+    assert fitness.draws[1:] == expected
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -101,10 +134,10 @@ def test_a_killed_search_loses_at_most_a_generation(tmp_path: Path) -> None:
         from msp.search.evolution import Evolution, EvolutionOptions
         from pathlib import Path
         class Dying(Quadratic):
-            def __call__(self, levels, stage):
+            def __call__(self, levels, stage, draw=0):
                 if self.tokens == 70:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return super().__call__(levels, stage)
+                return super().__call__(levels, stage, draw)
         options = EvolutionOptions(generations=9)
         Evolution(UNITS, BUDGET, start(), Dying(), options=options, checkpoint=Path({str(path)!r})).run()
         """
@@ -141,13 +174,25 @@ def test_a_space_with_a_single_member_ends_the_search() -> None:
 
 def lambda_fitness() -> Quadratic:
     class Flat(Quadratic):
-        def __call__(self, levels: Levels, stage: int) -> float:
+        def __call__(self, levels: Levels, stage: int, draw: int = 0) -> float:
             return 0.0
 
     return Flat()
 
 
-@pytest.mark.parametrize("options", [{"offspring": 0}, {"survivors": 0.0}, {"generations": -1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"offspring": 0},
+        {"survivors": (0.0, 0.3)},
+        {"survivors": (0.3,)},
+        {"token_shares": (0.5, 0.25, 1.0)},
+        {"token_shares": (0.1, 0.2, 0.5)},
+        {"token_shares": ()},
+        {"generations": -1},
+        {"tokens": 0},
+    ],
+)
 def test_impossible_options_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(UsageError):
         EvolutionOptions(**options)  # type: ignore[arg-type]

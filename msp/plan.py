@@ -1,0 +1,227 @@
+"""What of a model is pruned: which linears in which units, with which patterns, to which budget."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from msp.errors import UsageError
+from msp.model import Linear, Structure
+from msp.patterns import Budget, NMPattern, Unit, check_group_size
+
+UNITS = ("linear", "block")
+BYTE_UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which linears are pruned in which units, what is left alone and why, and the budget.
+
+    Attributes:
+        objective: what the budget counts, ``weights`` or ``bytes``.
+        fixed_cost: of that, what no level changes: linears left alone, and for bytes the rest of the model.
+        skipped_weights: in linears left alone.
+        total_weights: in all linears.
+    """
+
+    units: tuple[Unit, ...]
+    skipped: Mapping[str, str]
+    budget: Budget
+    objective: str
+    fixed_cost: int
+    skipped_weights: int
+    total_weights: int
+
+    @property
+    def limit(self) -> int:
+        """The budget over everything it counts."""
+        return self.budget.limit + self.fixed_cost
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How much may stay: a share of the weights removed, or bytes of the whole model when packed.
+
+    Attributes:
+        sparsity: of all linears; None where ``bytes`` is given.
+        bytes: what all tensors of the model may take as stored.
+        other_bytes: of the tensors that are no weight of a linear.
+        dtype: what weights are stored in.
+    """
+
+    sparsity: Fraction | None
+    bytes: int | None = None
+    other_bytes: int = 0
+    dtype: torch.dtype = torch.float32
+
+    def limit(self, total_weights: int) -> int:
+        if self.bytes is not None:
+            return self.bytes
+        assert self.sparsity is not None
+        return int((1 - self.sparsity) * total_weights)
+
+    def describe(self, total_weights: int) -> str:
+        limit = self.limit(total_weights)
+        if self.sparsity is None:
+            return f"a budget of {limit:,} bytes"
+        return f"sparsity {float(self.sparsity):g}, {limit:,} of {total_weights:,} weights,"
+
+    def cost(self, shape: tuple[int, int], pattern: NMPattern | None) -> int:
+        """What a linear ``[out, in]`` takes with ``pattern``, None for dense: weights kept, or bytes stored."""
+        rows, columns = shape
+        dense = pattern is None or pattern.is_dense
+        kept = rows * columns if pattern is None else pattern.kept(rows, columns)
+        if self.bytes is None:
+            return kept
+        return kept * self.dtype.itemsize + (0 if dense else rows * math.ceil(columns / 8))
+
+
+@dataclass(frozen=True)
+class PatternRules:
+    """Which patterns linears may have: the ``allowed`` ones, except where a ``keep`` rule names one.
+
+    A rule is a regex that a linear's name must match from a dot (or its beginning) to its end, and the pattern it
+    is pinned to, None for dense; the first that matches counts.
+    """
+
+    allowed: tuple[NMPattern, ...]
+    keep: tuple[tuple[re.Pattern[str], NMPattern | None], ...] = ()
+
+    @classmethod
+    def parse(cls, group_size: int, patterns: str | None = None, keep: str | None = None) -> PatternRules:
+        """``patterns`` is ``"1:8,2:8"``, or None for all of one ``group_size``; ``keep`` ``"REGEX=N:M,REGEX=dense"``.
+
+        Raises:
+            UsageError: what is no pattern or no regex, or a pattern named twice.
+        """
+        if patterns is None:
+            size = check_group_size(group_size)
+            allowed = [NMPattern(n, size) for n in range(size + 1)]
+        else:
+            allowed = [NMPattern.parse(text) for text in patterns.split(",")]
+        if len(set(allowed)) < len(allowed):
+            raise UsageError(f"patterns {patterns} name one more than once")
+        rules = [_parse_rule(text) for text in keep.split(",")] if keep is not None else []
+        return cls(tuple(sorted(allowed, key=lambda pattern: (pattern.density, pattern.m))), tuple(rules))
+
+    def rule_for(self, name: str) -> tuple[re.Pattern[str], NMPattern | None] | None:
+        return next((rule for rule in self.keep if matches(rule[0], name)), None)
+
+
+def matches(regex: re.Pattern[str], name: str) -> bool:
+    """Whether ``regex`` matches all of ``name``, or all behind one of its dots."""
+    starts = [0, *(match.end() for match in re.finditer(r"\.", name))]
+    return any(regex.fullmatch(name, start) for start in starts)
+
+
+def _parse_rule(text: str) -> tuple[re.Pattern[str], NMPattern | None]:
+    regex, found, pattern = text.strip().rpartition("=")
+    if not found or not regex:
+        raise UsageError(f"{text!r} is not REGEX=N:M or REGEX=dense")
+    try:
+        compiled = re.compile(regex)
+    except re.error as error:
+        raise UsageError(f"{regex!r} is not a regular expression: {error}") from error
+    return compiled, None if pattern.strip() == "dense" else NMPattern.parse(pattern)
+
+
+def parse_bytes(text: str | int) -> int:
+    """``"1.5GB"``, ``"300 MB"``, ``"4096"``: whole bytes, in decimal units."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMG]?B)?\s*", str(text))
+    if match is None:
+        raise UsageError(f"{text!r} is not a number of bytes, like 300MB or 1.5GB")
+    return int(Fraction(match[1]) * BYTE_UNITS[match[2] or ""])
+
+
+def make_plan(structure: Structure, goal: Goal, rules: PatternRules, *, unit: str = "linear") -> Plan:
+    """Split the linears into units and skipped ones, and share the budget.
+
+    The budget counts all linears: what one that no pattern fits keeps too much, the others make good.
+
+    Raises:
+        UsageError: an unknown unit, a rule that fits nothing, nothing to prune, or a budget out of reach.
+    """
+    if unit not in UNITS:
+        raise UsageError(f"unit {unit!r} is not one of {', '.join(UNITS)}")
+    _check_rules(structure, rules)
+    skipped = dict(structure.not_linear)
+    units: list[Unit] = []
+    fixed, skipped_weights, total = goal.other_bytes, 0, 0
+    for block in structure.blocks:
+        together = []
+        for linear in block.linears:
+            rows, columns = linear.shape
+            total += rows * columns
+            patterns, reason = _patterns_for(linear, rules)
+            if not patterns:
+                skipped[linear.name] = reason
+                skipped_weights += rows * columns
+                fixed += goal.cost(linear.shape, None)
+            elif unit == "linear" or len(patterns) == 1:
+                units.append(_unit(linear.name, [linear], patterns, goal, block.index, linear.kind))
+            else:
+                together.append((linear, patterns))
+        if together:
+            shared = [p for p in together[0][1] if all(p in patterns for _, patterns in together)]
+            if not shared:
+                raise UsageError(f"no pattern fits all linears of {block.name}, as --unit block needs")
+            units.append(_unit(block.name, [linear for linear, _ in together], shared, goal, block.index, "block"))
+    if not units:
+        sizes = ", ".join(map(str, sorted({pattern.m for pattern in rules.allowed})))
+        raise UsageError(f"no linear has a multiple of {sizes} input features: choose another group size")
+    limit = goal.limit(total)
+    least, most = (fixed + sum(unit.costs[end] for unit in units) for end in (0, -1))
+    if limit < least:
+        raise UsageError(f"{goal.describe(total)} is out of reach: {least:,} stay with the lowest patterns")
+    try:
+        budget = Budget.for_units(units, limit - fixed)
+    except UsageError as error:
+        raise UsageError(f"{goal.describe(total)} is more than the patterns keep, {most:,}") from error
+    objective = "weights" if goal.bytes is None else "bytes"
+    return Plan(tuple(units), skipped, budget, objective, fixed, skipped_weights, total)
+
+
+def _patterns_for(linear: Linear, rules: PatternRules) -> tuple[list[NMPattern], str]:
+    """The patterns that ``linear`` may have, or why it stays dense."""
+    columns = linear.shape[1]
+    rule = rules.rule_for(linear.name)
+    if rule is not None:
+        regex, pattern = rule
+        if pattern is None:
+            return [], f"kept dense by {regex.pattern}=dense"
+        if columns % pattern.m:
+            raise UsageError(f"{regex.pattern}={pattern}: {linear.name} has {columns} input features")
+        return [pattern], ""
+    fitting = [pattern for pattern in rules.allowed if columns % pattern.m == 0]
+    sizes = sorted({pattern.m for pattern in rules.allowed})
+    if len(sizes) == 1:
+        return fitting, f"{columns} input features are not a multiple of the group size {sizes[0]}"
+    return fitting, f"{columns} input features are a multiple of none of the group sizes {', '.join(map(str, sizes))}"
+
+
+def _unit(
+    name: str, linears: Sequence[Linear], patterns: Sequence[NMPattern], goal: Goal, block: int, kind: str
+) -> Unit:
+    """A unit whose levels rise in density and in cost: a pattern that costs no less than a denser one is left out."""
+    levels: list[tuple[NMPattern, int]] = []
+    for pattern in reversed(patterns):
+        cost = sum(goal.cost(linear.shape, pattern) for linear in linears)
+        if not levels or cost < levels[-1][1]:
+            levels.append((pattern, cost))
+    chosen, costs = zip(*reversed(levels), strict=True)
+    weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)
+    names = tuple(linear.name for linear in linears)
+    return Unit(name, names, weights, max(p.m for p in chosen), block, kind, chosen, costs)
+
+
+def _check_rules(structure: Structure, rules: PatternRules) -> None:
+    for regex, pattern in rules.keep:
+        # Saying of what is never pruned that it stays dense is no mistake.
+        known = [linear.name for linear in structure.linears] + (["lm_head"] if pattern is None else [])
+        if not any(matches(regex, name) for name in known):
+            raise UsageError(f"{regex.pattern!r} matches no linear; one is {structure.linears[0].name}")

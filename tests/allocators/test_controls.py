@@ -1,0 +1,94 @@
+"""The searches that ours is compared with, on a fitness whose minimum is known."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from msp.allocators import Problem, SearchSettings, get_allocator
+from msp.allocators.levels import Levels, kept_weights
+from msp.patterns import Budget, Unit
+
+STEPS = [3, 5, 3, 4]
+UNITS = tuple(Unit(f"u{i}", (f"u{i}",), 16 * STEPS[i % 4], 16, i // 4, f"k{i % 4}") for i in range(24))
+BUDGET = Budget.for_units(UNITS, sum(unit.weights for unit in UNITS) // 4)
+# Falls with depth by more than the default ramp does, and by what no ramp says from unit to unit.
+OPTIMUM = np.array([6.6 - unit.block for unit in UNITS]) + np.random.default_rng(1).normal(0, 1.5, len(UNITS))
+
+
+class Bowl:
+    """Squared distance to OPTIMUM, a token for each stage a candidate was measured in."""
+
+    def __init__(self, shares: Sequence[float]) -> None:
+        self.stages = len(shares)
+        self.tokens = 0
+        self.seen: list[tuple[int, Levels]] = []
+
+    def __call__(self, levels: Levels, stage: int, draw: int = 0) -> float:
+        self.seen.append((stage, levels.copy()))
+        self.tokens += 1
+        return float(np.square(levels - OPTIMUM).sum())
+
+
+class Evidence:
+    identity = "a bowl"
+
+    def __init__(self) -> None:
+        self.bowl = Bowl(())
+
+    def fisher_traces(self) -> Mapping[str, float]:
+        return {unit.name: float(np.exp(6 - unit.block)) for unit in UNITS}
+
+    @contextmanager
+    def fitness(self, shares: Sequence[float]) -> Iterator[Bowl]:
+        self.bowl = Bowl(shares)
+        yield self.bowl
+
+
+def allocate(name: str, **limits: int):
+    evidence = Evidence()
+    problem = Problem(UNITS, BUDGET, evidence, search=SearchSettings(**limits))  # type: ignore[arg-type]
+    return get_allocator(name).allocate(problem), evidence.bowl
+
+
+@pytest.mark.parametrize("name", ["msp", "msp-paper", "msp-random", "evopress"])
+def test_a_search_comes_nearer_and_counts_what_it_spent(name: str) -> None:
+    found, bowl = allocate(name, tokens=2000)
+    assert found.history[-1].best < 0.6 * found.history[0].best
+    assert found.tokens == bowl.tokens == found.history[-1].tokens >= 2000
+    assert found.history[-2].tokens < 2000
+    assert found.evaluations == len({tuple(levels) for _, levels in bowl.seen})
+    assert BUDGET.is_met(kept_weights(found.levels, UNITS))
+    assert found.history[-1].best == pytest.approx(float(np.square(found.levels - OPTIMUM).sum()))
+
+
+def test_evopress_starts_uniform_and_moves_by_a_few_swaps_of_one_parent() -> None:
+    found, bowl = allocate("evopress", evaluations=64 * 5)
+    uniform = get_allocator("uniform").allocate(Problem(UNITS, BUDGET, SimpleNamespace())).levels  # type: ignore[arg-type]
+    assert (bowl.seen[0][1] == uniform).all() and bowl.seen[0][0] == 2
+    stages = [stage for stage, _ in bowl.seen[1:]]
+    assert [stages.count(stage) for stage in range(3)] == [5 * 64, 5 * 8, 5 * 2]
+    first_generation = [levels for stage, levels in bowl.seen[1:] if stage == 0][:64]
+    # At most three swaps of up to two levels, and what the repair of each takes.
+    assert all(0 < np.count_nonzero(levels - uniform) <= 12 for levels in first_generation)
+    assert found.options.resample and found.options.population == 1
+
+
+def test_the_paper_has_one_stage_and_fisher_seeds() -> None:
+    _, bowl = allocate("msp-paper", evaluations=32)
+    assert {stage for stage, _ in bowl.seen} == {0}
+    ours = allocate("msp", evaluations=16)[1]
+    seeds = len(ours.seen) - sum(1 for stage, _ in ours.seen if stage < 2) - 2
+    assert [tuple(levels) for _, levels in bowl.seen[:seeds]] == [tuple(levels) for _, levels in ours.seen[:seeds]]
+
+
+def test_the_best_ramp_is_chosen_on_fitness_tokens() -> None:
+    found, bowl = allocate("ramp-best")
+    assert found.evaluations == found.tokens == len(bowl.seen)
+    ramps = [get_allocator("ramp", slope=slope) for slope in (0.15, 0.3, 0.45, 0.6, 0.75)]
+    problem = Problem(UNITS, BUDGET, SimpleNamespace())  # type: ignore[arg-type]
+    losses = [float(np.square(ramp.allocate(problem).levels - OPTIMUM).sum()) for ramp in ramps]
+    assert found.history[-1].best == min(losses) < losses[1]
+    assert (found.levels == ramps[int(np.argmin(losses))].allocate(problem).levels).all()
