@@ -58,12 +58,6 @@ struct ExpandEntry {
     uint32_t keep[2];
 };
 
-MSP_HD constexpr int count_bits(uint32_t bits) {
-    int count = 0;
-    for (; bits != 0; bits &= bits - 1) ++count;
-    return count;
-}
-
 MSP_HD constexpr ExpandEntry expand_entry(uint32_t byte) {
     ExpandEntry entry{};
     const int kept = count_bits(byte);

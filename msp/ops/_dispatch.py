@@ -54,7 +54,7 @@ T = TypeVar("T")
 
 BACKENDS = ("cuda", "cpu", "triton", "reference")
 # What MSP_ISA may name for the cpu backend.
-ISAS = ("amx", "avx512", "avx2", "scalar")
+ISAS = ("amx", "avx512bf16", "avx512", "avx2", "scalar")
 
 # Per device type, in order of preference. Triton under its interpreter is a test tool: never a choice.
 AUTOMATIC: dict[str, tuple[str, ...]] = {
