@@ -5,8 +5,8 @@ A benchmark is a pytest-benchmark test that ends in ``measure``::
     pytest benchmarks/bench_nm_linear.py --benchmark-json out.json
 
 ``python benchmarks/runner.py out.json`` prints the rows of such a file; ``--save`` also writes them, with commit,
-versions and machine, to ``benchmarks/results/cpu-<date>.json``, and the table of docs/cpu.md from them. ``make bench``
-does all of it.
+versions and machine, to ``benchmarks/results/cpu-<machine>-<date>.json``, and the tables of docs/cpu.md from the newest
+of every machine. ``make bench`` does all of it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import functools
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -195,19 +196,38 @@ def table(entries: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def machine_name(processor: str) -> str:
+    """``Intel(R) Xeon(R) Processor`` -> ``intel-xeon``, for the name of a file."""
+    words = re.findall(r"[a-z0-9]+", re.sub(r"\(\w+\)|@.*|\b(processor|cpu)\b", "", processor.lower()))
+    return "-".join(words) or "unknown"
+
+
 def save(where: dict[str, Any], entries: list[dict[str, Any]]) -> None:
-    """Write the results file of today and the table made from it."""
-    path = RESULTS / f"cpu-{datetime.date.today().isoformat()}.json"
-    path.write_text(json.dumps({"machine": where, "rows": entries}, indent=1) + "\n", encoding="utf-8")
+    """Write the results file of this machine and day, and the page's tables from the newest of every machine."""
+    name = f"cpu-{machine_name(where['processor'])}-{datetime.date.today().isoformat()}.json"
+    (RESULTS / name).write_text(json.dumps({"machine": where, "rows": entries}, indent=1) + "\n", encoding="utf-8")
     page = ROOT / "docs" / "cpu.md"
     start, end = "<!-- table:cpu -->", "<!-- /table:cpu -->"
     before, rest = page.read_text(encoding="utf-8").split(start, 1)
-    told = (
-        f"{where['processor']}, `{where['isa']}`, {where['threads']} threads, read bandwidth "
-        f"{where['read_gb_per_second']:.1f} GB/s, torch {where['versions']['torch']}, commit {where['commit']}, "
-        f"`benchmarks/results/{path.name}`:\n\n"
-    )
-    page.write_text(before + start + "\n" + told + table(entries) + end + rest.split(end, 1)[1], encoding="utf-8")
+    page.write_text(before + start + "\n" + tables() + end + rest.split(end, 1)[1], encoding="utf-8")
+
+
+def tables() -> str:
+    """A headline and a table for every machine of which there are results."""
+    newest: dict[str, Path] = {}
+    for path in sorted(RESULTS.glob("cpu-*.json")):
+        newest[path.stem[: -len("-2026-01-01")]] = path
+    parts = []
+    for path in newest.values():
+        result = json.loads(path.read_text(encoding="utf-8"))
+        where = result["machine"]
+        told = (
+            f"{where['processor']}, `{where['isa']}`, {where['threads']} threads, read bandwidth "
+            f"{where['read_gb_per_second']:.1f} GB/s, torch {where['versions']['torch']}, commit {where['commit']}, "
+            f"`benchmarks/results/{path.name}`:\n\n"
+        )
+        parts.append(told + table(result["rows"]))
+    return "\n".join(parts)
 
 
 def main() -> None:
