@@ -20,8 +20,8 @@ from msp.allocators import Problem, get_allocator
 from msp.checkpoint import replace_linears
 from msp.model import find_structure
 from msp.ops import force_backend, nm_select
+from msp.plan import Goal, PatternRules, make_plan
 from msp.sparse_linear import SparseLinear
-from msp.workbench import make_plan
 
 LLAMA_2_7B = {
     "hidden_size": 4096,
@@ -84,7 +84,7 @@ def rows(context: Context) -> Iterator[Row]:
 def pack(model: Any) -> None:
     """Levels of a ramp over depth, weights kept by magnitude."""
     structure = find_structure(model)
-    plan = make_plan(structure, sparsity=Fraction(3, 4), group_size=8, unit="linear")
+    plan = make_plan(structure, Goal(Fraction(3, 4)), PatternRules.parse(8))
     problem = Problem(plan.units, plan.budget, evidence=None)  # type: ignore[arg-type]  # a ramp asks for none
     allocation = problem.allocation(get_allocator("ramp").allocate(problem).levels)
     linears = {linear.name: linear for linear in structure.linears}

@@ -259,5 +259,7 @@ def test_a_forced_instruction_set_is_checked_before_any_work(monkeypatch: pytest
     check_environment("cpu")
     monkeypatch.setenv("MSP_ISA", "mmx")
     check_environment("cuda")
-    with pytest.raises(UsageError, match=r"MSP_ISA=mmx .*available: .*scalar \(of amx, avx512, avx2, scalar\)"):
+    with pytest.raises(
+        UsageError, match=r"MSP_ISA=mmx .*available: .*scalar \(of amx, avx512bf16, avx512, avx2, scalar\)"
+    ):
         check_environment("cpu")
