@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from msp import __version__
-from msp.allocators import Allocated, SearchSettings, get_allocator
+from msp.allocators import Allocated, Problem, get_allocator
 from msp.checkpoint import check_output, replace_linears, save_packed
 from msp.data import DEFAULT_CALIBRATION, DEFAULT_EVALUATION, TokenSets, make_token_sets, read_windows
 from msp.errors import MspError, UsageError
@@ -22,98 +23,15 @@ from msp.evaluate import DenseReference, Quality, perplexity
 from msp.model import LoadedModel, Structure, check_finite, device_of, find_structure, load_model
 from msp.ops import check_environment
 from msp.patterns import parse_sparsity
-from msp.plan import Goal, PatternRules, Plan, make_plan, parse_bytes
+from msp.plan import Goal, Plan, make_plan, parse_bytes
 from msp.progress import NoProgress, Progress
 from msp.pruners import get_pruner
-from msp.results import CompareResult, CompareRow, PruneResult, SensitivityResult, mean_rows
+from msp.recipe import write_allocation
+from msp.results import CompareResult, CompareRow, PruneResult, SearchResult, SensitivityResult, mean_rows
 from msp.sensitivity import fisher_traces
+from msp.settings import PruneOptions
 from msp.sparse_linear import SparseLinear, note_pattern
 from msp.workbench import Workbench, batch_size
-
-FITNESS = ("kl", "perplexity")
-
-
-@dataclass(frozen=True)
-class PruneOptions:
-    """What ``prune`` and ``compare`` share; see the README for the words.
-
-    Attributes:
-        sparsity: share of the linears' weights to remove, in (0, 1); or else
-        budget_bytes: what all tensors of the packed model may take: a number, or a text like ``"300MB"``.
-        group_size: M of N:M: 4, 8, 16 or 32.
-        patterns: the patterns linears may have, like ``"1:8,2:8,4:8"``, in the place of all of one group size.
-        keep: pinned linears, like ``"layers.0.*=4:8,.*down_proj=dense"``, see ``PatternRules``.
-        allocator, pruner: registered names.
-        unit: ``linear`` or ``block``: what gets one N.
-        calibration: source of calibration and fitness tokens; the default is C4 from the hub.
-        evaluate: source of the test tokens; without it they are held out of ``calibration``.
-        window: tokens per sequence; the default is the model's context, at most 2048.
-        calibration_tokens, fitness_tokens, test_tokens: sizes of the token sets, rounded down to windows.
-        fitness: ``kl`` (to the dense model) or ``perplexity``, what a search minimises.
-        fitness_noise: share of the fitness tokens replaced by random ones of theirs, in [0, 1), for ``kl``: a
-            search on clean text alone fits that kind of text (docs/search.md).
-        evaluations: candidates a search may measure; without it the allocator's own number, 970 for ``msp``.
-        search_tokens: no generation of a search begins once it has forwarded this many tokens; without
-            ``evaluations`` it is all that ends the search.
-        seed: of the token draw and the search.
-        dtype, device: as in ``load_model``; ``auto`` takes a GPU where there is one.
-        work_dir: where a search keeps its checkpoint; ``resume`` goes on from it.
-    """
-
-    sparsity: float | None
-    budget_bytes: int | str | None = None
-    group_size: int = 8
-    patterns: str | None = None
-    keep: str | None = None
-    allocator: str = "msp"
-    pruner: str = "wanda"
-    unit: str = "linear"
-    calibration: str | None = None
-    evaluate: str | None = None
-    window: int | None = None
-    calibration_tokens: int = 65_536
-    fitness_tokens: int = 32_768
-    test_tokens: int = 32_768
-    fitness: str = "kl"
-    fitness_noise: float = 0.15
-    evaluations: int | None = None
-    search_tokens: int | None = None
-    seed: int = 0
-    dtype: str = "auto"
-    device: str = "auto"
-    work_dir: Path | None = None
-    resume: bool = False
-
-    def check(self) -> None:
-        """Raise ``UsageError`` for anything wrong that can be known without the model."""
-        if (self.sparsity is None) == (self.budget_bytes is None):
-            raise UsageError("how much may stay is said by a sparsity or by budget_bytes, one of them")
-        if self.sparsity is not None:
-            parse_sparsity(self.sparsity)
-        if self.budget_bytes is not None:
-            parse_bytes(self.budget_bytes)
-        _ = self.rules
-        get_allocator(self.allocator)
-        get_pruner(self.pruner)
-        if self.fitness not in FITNESS:
-            raise UsageError(f"fitness {self.fitness!r} is not one of {', '.join(FITNESS)}")
-        if not 0 <= self.fitness_noise < 1:
-            raise UsageError(f"fitness noise {self.fitness_noise:g} is outside [0, 1)")
-        if self.evaluations is not None and self.evaluations < 1:
-            raise UsageError(f"{self.evaluations} evaluations: a search needs at least one")
-        if self.search_tokens is not None and self.search_tokens < 1:
-            raise UsageError(f"{self.search_tokens} search tokens: a search needs at least one")
-        if self.resume and self.work_dir is None:
-            raise UsageError("resume needs work_dir, the folder with the checkpoint of the search")
-
-    @property
-    def rules(self) -> PatternRules:
-        return PatternRules.parse(self.group_size, self.patterns, self.keep)
-
-    @property
-    def search(self) -> SearchSettings:
-        checkpoint = self.work_dir / "search.json" if self.work_dir is not None else None
-        return SearchSettings(self.evaluations, self.search_tokens, checkpoint, self.resume)
 
 
 class _Stopwatch:
@@ -161,8 +79,7 @@ class _Opened:
 
     def _goal(self, options: PruneOptions) -> Goal:
         if options.budget_bytes is None:
-            assert options.sparsity is not None
-            return Goal(parse_sparsity(options.sparsity))
+            return Goal(None if options.sparsity is None else parse_sparsity(options.sparsity))
         dtype = self.loaded.stored_dtype
         in_linears = sum(linear.weight.numel() for linear in self.structure.linears) * dtype.itemsize
         others = _tensor_bytes(self.model, dtype) - in_linears
@@ -236,13 +153,13 @@ def prune(
         opened = _open(model, settings, tokenizer, listener)
         plan = opened.plan(settings)
         tokens = opened.tokens(settings, settings.seed)
-    pruner, allocator = get_pruner(settings.pruner), get_allocator(settings.allocator)
+    pruner = get_pruner(settings.pruner)
     bench = opened.bench(plan, tokens, listener)
     with clock("evaluate"):
         reference = opened.test_reference(tokens, listener)
     with clock("allocate"):
         problem = bench.problem(pruner, seed=settings.seed, fitness=settings.fitness, search=settings.search)
-        found = allocator.allocate(problem)
+        found = _allocate(problem, settings)
         allocation = problem.allocation(found.levels)
     dense_bytes = _tensor_bytes(opened.model, opened.loaded.stored_dtype)
     with ExitStack() as stack:
@@ -262,11 +179,7 @@ def prune(
         with clock("save"), _in_dtype(opened.model, opened.loaded.stored_dtype):
             save_packed(opened.model, opened.loaded.tokenizer, output, recipe=recipe, force=force)
     return PruneResult(
-        density=(plan.skipped_weights + problem.kept(found.levels)) / plan.total_weights,
-        kept=plan.skipped_weights + problem.kept(found.levels),
-        budget=plan.limit,
-        objective=plan.objective,
-        spent=plan.fixed_cost + problem.cost(found.levels),
+        **_spending(plan, problem, found),
         allocation=allocation,
         skipped=dict(plan.skipped),
         perplexity=_both(reference.quality, quality),
@@ -280,6 +193,68 @@ def prune(
         model=opened.model,
         tokenizer=opened.loaded.tokenizer,
     )
+
+
+def search(
+    model: Any,
+    *,
+    sparsity: float | None = None,
+    output: str | Path | None = None,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> SearchResult:
+    """Find an allocation and prune nothing; arguments and errors as for ``prune``.
+
+    ``prune`` with the same options and the ``allocation`` found gives the model that it would have given alone. The
+    test tokens are set aside as there.
+
+    Args:
+        output: directory to write ``allocation.json`` and ``recipe.yaml`` to.
+    """
+    settings = _options(sparsity, options)
+    if settings.allocation is not None:
+        raise UsageError("a search finds an allocation; one that is given leaves nothing to search for")
+    listener, clock = progress or NoProgress(), _Stopwatch()
+    with clock("load"):
+        opened = _open(model, settings, tokenizer, listener)
+        plan = opened.plan(settings)
+        tokens = opened.tokens(settings, settings.seed)
+    bench = opened.bench(plan, tokens, listener)
+    with clock("allocate"):
+        pruner = get_pruner(settings.pruner)
+        problem = bench.problem(pruner, seed=settings.seed, fitness=settings.fitness, search=settings.search)
+        found = _allocate(problem, settings)
+    result = SearchResult(
+        **_spending(plan, problem, found),
+        allocation=problem.allocation(found.levels),
+        skipped=dict(plan.skipped),
+        seconds=clock.seconds,
+        peak_memory=_peak_memory(),
+        history=[asdict(step) for step in found.history],
+        sensitivities=bench.traces,
+        recipe=_recipe(settings, opened, tokens, plan, found),
+    )
+    if output is not None:
+        write_allocation(Path(output), result.allocation, result.recipe)
+    return result
+
+
+def _allocate(problem: Problem, settings: PruneOptions) -> Allocated:
+    if settings.allocation is not None:
+        return Allocated(np.zeros(len(problem.units), dtype=np.int64))
+    return get_allocator(settings.allocator).allocate(problem)
+
+
+def _spending(plan: Plan, problem: Problem, found: Allocated) -> dict[str, Any]:
+    kept = plan.skipped_weights + problem.kept(found.levels)
+    return {
+        "density": kept / plan.total_weights,
+        "kept": kept,
+        "budget": plan.limit,
+        "objective": plan.objective,
+        "spent": plan.fixed_cost + problem.cost(found.levels),
+    }
 
 
 def compare(
@@ -337,7 +312,7 @@ def compare(
                     )
                     advance(len(rows), allocator=name, pruner=pruner_name, seed=seed, kl=quality.kl)
     assert reference is not None
-    described: dict[str, Any] = {"model": opened.loaded.source, **_budget_settings(settings)}
+    described: dict[str, Any] = {"model": opened.loaded.source, **settings.budget}
     described |= {"unit": settings.unit, "fitness": settings.fitness, **tokens.sources, "seed": list(seeds)}
     return CompareResult([*rows, *mean_rows(rows)], reference.quality.perplexity, described)
 
@@ -459,11 +434,11 @@ def _both(dense: Quality, pruned: Quality) -> dict[str, float]:
 
 
 def _recipe(options: PruneOptions, opened: _Opened, tokens: TokenSets, plan: Plan, found: Allocated) -> dict[str, Any]:
-    names = ("allocator", "pruner", "unit", "fitness", "seed")
-    versions = {"msp": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
+    names = ["pruner", "seed"] if options.allocation else ["allocator", "pruner", "unit", "fitness", "seed"]
+    versions = {"msp": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
     return {
         "model": opened.loaded.source,
-        **_budget_settings(options),
+        **options.budget,
         **{name: getattr(options, name) for name in names},
         "calibration": dict(tokens.sources),
         "budget": plan.limit,
@@ -473,12 +448,6 @@ def _recipe(options: PruneOptions, opened: _Opened, tokens: TokenSets, plan: Pla
         else None,
         "versions": versions,
     }
-
-
-def _budget_settings(options: PruneOptions) -> dict[str, Any]:
-    """What was asked of the levels, without what was not."""
-    names = ["sparsity", "budget_bytes", "patterns" if options.patterns is not None else "group_size", "keep"]
-    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 
 def _peak_memory() -> int:

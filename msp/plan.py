@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import torch
@@ -16,6 +16,9 @@ from msp.patterns import Budget, NMPattern, Unit, check_group_size
 
 UNITS = ("linear", "block")
 BYTE_UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+Rule = tuple[re.Pattern[str], NMPattern | None]
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,10 @@ class Plan:
 class Goal:
     """How much may stay: a share of the weights removed, or bytes of the whole model when packed.
 
+    Without either, what the lowest patterns keep: for linears that are all pinned.
+
     Attributes:
-        sparsity: of all linears; None where ``bytes`` is given.
+        sparsity: of all linears.
         bytes: what all tensors of the model may take as stored.
         other_bytes: of the tensors that are no weight of a linear.
         dtype: what weights are stored in.
@@ -59,10 +64,9 @@ class Goal:
     other_bytes: int = 0
     dtype: torch.dtype = torch.float32
 
-    def limit(self, total_weights: int) -> int:
-        if self.bytes is not None:
+    def limit(self, total_weights: int) -> int | None:
+        if self.sparsity is None:
             return self.bytes
-        assert self.sparsity is not None
         return int((1 - self.sparsity) * total_weights)
 
     def describe(self, total_weights: int) -> str:
@@ -83,14 +87,18 @@ class Goal:
 
 @dataclass(frozen=True)
 class PatternRules:
-    """Which patterns linears may have: the ``allowed`` ones, except where a ``keep`` rule names one.
+    """Which patterns linears may have: the ``allowed`` ones, except where a rule pins one; without any, dense.
 
-    A rule is a regex that a linear's name must match from a dot (or its beginning) to its end, and the pattern it
-    is pinned to, None for dense; the first that matches counts.
+    Attributes:
+        allowed: ascending in density.
+        keep: rules: a regex that a linear's name must match from a dot (or its beginning) to its end, and the
+            pattern it is pinned to, None for dense; the first that matches counts.
+        exact: pinned patterns by whole names.
     """
 
     allowed: tuple[NMPattern, ...]
-    keep: tuple[tuple[re.Pattern[str], NMPattern | None], ...] = ()
+    keep: tuple[Rule, ...] = ()
+    exact: Mapping[str, NMPattern | None] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, group_size: int, patterns: str | None = None, keep: str | None = None) -> PatternRules:
@@ -109,8 +117,11 @@ class PatternRules:
         rules = [_parse_rule(text) for text in keep.split(",")] if keep is not None else []
         return cls(tuple(sorted(allowed, key=lambda pattern: (pattern.density, pattern.m))), tuple(rules))
 
-    def rule_for(self, name: str) -> tuple[re.Pattern[str], NMPattern | None] | None:
-        return next((rule for rule in self.keep if matches(rule[0], name)), None)
+    def rule_for(self, name: str) -> tuple[str, NMPattern | None] | None:
+        """The rule, as it was written, that pins a linear, and its pattern."""
+        if name in self.exact:
+            return name, self.exact[name]
+        return next(((regex.pattern, pattern) for regex, pattern in self.keep if matches(regex, name)), None)
 
 
 def matches(regex: re.Pattern[str], name: str) -> bool:
@@ -119,7 +130,7 @@ def matches(regex: re.Pattern[str], name: str) -> bool:
     return any(regex.fullmatch(name, start) for start in starts)
 
 
-def _parse_rule(text: str) -> tuple[re.Pattern[str], NMPattern | None]:
+def _parse_rule(text: str) -> Rule:
     regex, found, pattern = text.strip().rpartition("=")
     if not found or not regex:
         raise UsageError(f"{text!r} is not REGEX=N:M or REGEX=dense")
@@ -171,11 +182,14 @@ def make_plan(structure: Structure, goal: Goal, rules: PatternRules, *, unit: st
             if not shared:
                 raise UsageError(f"no pattern fits all linears of {block.name}, as --unit block needs")
             units.append(_unit(block.name, [linear for linear, _ in together], shared, goal, block.index, "block"))
+    if not units and not rules.allowed:
+        raise UsageError("the allocation keeps every linear dense: there is nothing to prune")
     if not units:
         sizes = ", ".join(map(str, sorted({pattern.m for pattern in rules.allowed})))
         raise UsageError(f"no linear has a multiple of {sizes} input features: choose another group size")
-    limit = goal.limit(total)
     least, most = (fixed + sum(unit.costs[end] for unit in units) for end in (0, -1))
+    wished = goal.limit(total)
+    limit = least if wished is None else wished
     if limit < least:
         raise UsageError(f"{goal.describe(total)} is out of reach: {least:,} stay with the lowest patterns")
     try:
@@ -191,12 +205,14 @@ def _patterns_for(linear: Linear, rules: PatternRules) -> tuple[list[NMPattern],
     columns = linear.shape[1]
     rule = rules.rule_for(linear.name)
     if rule is not None:
-        regex, pattern = rule
+        text, pattern = rule
         if pattern is None:
-            return [], f"kept dense by {regex.pattern}=dense"
+            return [], f"kept dense by {text}=dense"
         if columns % pattern.m:
-            raise UsageError(f"{regex.pattern}={pattern}: {linear.name} has {columns} input features")
+            raise UsageError(f"{text}={pattern}: {linear.name} has {columns} input features")
         return [pattern], ""
+    if not rules.allowed:
+        return [], "not in the allocation"
     fitting = [pattern for pattern in rules.allowed if columns % pattern.m == 0]
     sizes = sorted({pattern.m for pattern in rules.allowed})
     if len(sizes) == 1:
@@ -220,8 +236,12 @@ def _unit(
 
 
 def _check_rules(structure: Structure, rules: PatternRules) -> None:
+    names = {linear.name for linear in structure.linears}
+    missing = [name for name in rules.exact if name not in names]
+    if missing:
+        raise UsageError(f"{missing[0]!r} is no linear of the model; one is {structure.linears[0].name}")
     for regex, pattern in rules.keep:
         # Saying of what is never pruned that it stays dense is no mistake.
-        known = [linear.name for linear in structure.linears] + (["lm_head"] if pattern is None else [])
+        known = [*names, "lm_head"] if pattern is None else names
         if not any(matches(regex, name) for name in known):
             raise UsageError(f"{regex.pattern!r} matches no linear; one is {structure.linears[0].name}")

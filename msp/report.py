@@ -22,7 +22,7 @@ from msp.progress import Advance
 
 if TYPE_CHECKING:
     from msp.checkpoint import PackedInfo
-    from msp.results import CompareResult, CompareRow, PruneResult, SensitivityResult
+    from msp.results import CompareResult, CompareRow, PruneResult, SearchResult, SensitivityResult
 
 BAR_WIDTH = 24
 MOST_NAMES = 3
@@ -127,6 +127,29 @@ def prune_report(result: PruneResult, output: object = None) -> RenderableType:
     parts.append(Text(_costs(result.seconds, result.peak_memory), style="dim"))
     if output is not None:
         parts.append(Text.assemble("Saved to ", (str(output), "bold")))
+    return Group(*parts)
+
+
+def search_report(result: SearchResult, output: object) -> RenderableType:
+    """What the search spent and found, the levels given, what was left dense, where the time went."""
+    table = _table("", right=("",))
+    table.show_header = False
+    table.add_row("Density of the linears", f"{result.density:.2%}")
+    if result.history:
+        first, last = result.history[0], result.history[-1]
+        table.add_row("Best fitness, first population", number(first["best"]))
+        table.add_row("Best fitness found", f"[bold]{number(last['best'])}[/]")
+        table.add_row("Candidates measured", f"{last['evaluations']:,}")
+        table.add_row("Tokens forwarded", f"{last['tokens']:,}")
+    parts: list[RenderableType] = [
+        table,
+        Text(f"{result.spent:,} of a budget of {result.budget:,} {result.objective}", style="dim"),
+        _levels(result.allocation.to_strings()),
+    ]
+    if result.skipped:
+        parts.append(_skipped(result.skipped))
+    parts.append(Text(_costs(result.seconds, result.peak_memory), style="dim"))
+    parts.append(Text.assemble("Written to ", (str(output), "bold")))
     return Group(*parts)
 
 

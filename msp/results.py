@@ -53,6 +53,27 @@ class PruneResult:
 
 
 @dataclass
+class SearchResult:
+    """An allocation and how it was found; the fields are those of ``PruneResult``, where nothing was pruned."""
+
+    density: float
+    kept: int
+    budget: int
+    objective: str
+    spent: int
+    allocation: Allocation
+    skipped: dict[str, str]
+    seconds: dict[str, float]
+    peak_memory: int
+    history: list[dict[str, Any]]
+    sensitivities: dict[str, float] | None
+    recipe: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return vars(self) | {"allocation": self.allocation.to_strings()}
+
+
+@dataclass
 class CompareRow:
     """One allocator with one pruner and seed; ``seed`` is ``"mean"`` over the seeds, with their ``spread``.
 

@@ -24,7 +24,7 @@ from msp.cli import app
 from msp.data import save_tokens
 from msp.patterns import Allocation
 
-VERBS = ("prune", "compare", "sensitivity", "evaluate", "generate", "info")
+VERBS = ("prune", "search", "compare", "sensitivity", "evaluate", "generate", "info")
 SMALL = [
     "--window",
     "16",
@@ -132,6 +132,24 @@ def test_prune_json(packed: tuple[Path, dict], llama: Path):
 def _shapes(model: Path) -> dict[str, tuple[int, int]]:
     state = AutoModelForCausalLM.from_pretrained(model).state_dict()
     return {name.removesuffix(".weight"): tuple(weight.shape) for name, weight in state.items() if weight.ndim == 2}
+
+
+def test_search_then_prune(home: Path, llama: Path, text: Path):
+    out, common = home / "found", ["--calibration", text, *SMALL]
+    budget = ["--budget-bytes", "50kB", "--patterns", "0:8,1:8,2:8,4:8", "--keep", "layers.1.*v_proj=4:8"]
+    search = ["search", llama, "-o", out, *common, *budget, "--search-tokens", 3000]
+    data = one_object(msp_run(*search, "--json"))
+    assert data["objective"] == "bytes" and data["spent"] <= data["budget"] == 50_000
+    assert data["history"][-1]["tokens"] >= 3000 and data["allocation"]["model.layers.1.self_attn.v_proj"] == "4:8"
+    assert not (home / ".found.search").exists()
+    shown = msp_run(*search)
+    assert "Tokens forwarded" in shown.stdout and str(out) in shown.stdout, shown.stderr
+    for file in ("allocation.json", "recipe.yaml"):
+        pruned = one_object(
+            msp_run("prune", llama, "-o", home / "by" / file, *common, "--allocation", out / file, "--json")
+        )
+        assert pruned["allocation"] == data["allocation"]
+        assert pruned["bytes"]["packed"] == data["spent"]
 
 
 def test_prune_tells_a_reader_what_it_did(home: Path, llama: Path, text: Path):
@@ -262,6 +280,11 @@ EARLY = [
     (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--evaluate", "GONE"], 1, "no such file"),
     (["prune", "M", "-o", "TAKEN", "--calibration", "TEXT"], 1, "exists"),
     (["prune", "M", "--calibration", "TEXT"], 2, "--output"),
+    (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--allocation", "GONE"], 1, "cannot read"),
+    (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--allocation", "EMPTY"], 1, "is no recipe"),
+    (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--allocation", "GONE", "-s", "0.5"], 2, "one of them"),
+    (["search", "M", "--calibration", "TEXT"], 2, "--output"),
+    (["search", "M", "-o", "OUT", "--calibration", "TEXT", "--allocator", "best"], 2, "fisher-knapsack"),
     (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--budget-bytes", "lots"], 2, "300MB or 1.5GB"),
     (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--budget-bytes", "9", "-s", "0.5"], 2, "one of them"),
     (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--patterns", "2:8,half"], 2, "not a pattern"),

@@ -160,6 +160,23 @@ def test_half_precision_models_are_stored_as_they_came(tmp_path: Path, text: str
         assert torch.equal(loaded.get_submodule(name).packed.values.float(), kept.values)
 
 
+@pytest.mark.parametrize("file", ["allocation.json", "recipe.yaml"])
+def test_searching_then_pruning_is_pruning(file: str, llama: Path, text: str, tmp_path: Path) -> None:
+    options = {"calibration": text, "seed": 2, **SMALL}
+    alone = msp.prune(llama, sparsity=0.7, evaluations=32, **options)
+    found = pipeline.search(llama, sparsity=0.7, evaluations=32, output=tmp_path / "found", **options)
+    assert found.allocation == alone.allocation and found.history == alone.history
+    assert (found.kept, found.budget, found.spent) == (alone.kept, alone.budget, alone.spent)
+    assert found.recipe.items() <= alone.recipe.items()
+    json.dumps(found.to_json())
+    pruned = msp.prune(llama, allocation=tmp_path / "found" / file, **options)
+    assert pruned.allocation == alone.allocation
+    assert pruned.kl == alone.kl and pruned.kept == alone.kept == pruned.budget
+    assert pruned.recipe["search"] is None and not pruned.history
+    with pytest.raises(UsageError, match="nothing to search"):
+        pipeline.search(llama, allocation=tmp_path / "found" / file, **options)
+
+
 def test_an_interrupted_search_goes_on(llama: Path, text: str, tmp_path: Path) -> None:
     options = {"sparsity": 0.7, "calibration": text, "work_dir": tmp_path, **SMALL}
     whole = msp.prune(llama, evaluations=64, **{**options, "work_dir": None})
@@ -246,6 +263,7 @@ def test_sensitivities_cover_every_linear(llama: Path, text: str) -> None:
         ({"budget_bytes": 10_000}, "one of them"),
         ({"sparsity": None, "budget_bytes": 100}, "budget of 100 bytes is out of reach"),
         ({"sparsity": None, "budget_bytes": "10MB"}, "more than the patterns keep"),
+        ({"allocation": "x.json"}, "one of them"),
         ({"patterns": "2:8,2:9"}, "4, 8, 16, 32"),
         ({"keep": "nothing=2:8"}, "matches no linear"),
         ({"window": 4096}, "context"),

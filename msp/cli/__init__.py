@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from msp.cli import searching as searching
 from msp.cli.verbs import app
 
 __all__ = ["app", "main"]

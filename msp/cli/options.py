@@ -52,6 +52,21 @@ Keep = Annotated[
         rich_help_panel=METHOD,
     ),
 ]
+Allocator = Annotated[
+    str,
+    typer.Option(
+        help="Decides how many weights each layer keeps: **msp** searches; uniform, ramp, owl, fisher-rank and "
+        "fisher-knapsack are quicker and simpler. To compare with: evopress, msp-paper, msp-random, ramp-best.",
+        rich_help_panel=METHOD,
+    ),
+]
+Pruner = Annotated[
+    str,
+    typer.Option(
+        help="Decides which weights stay: magnitude, **wanda**, ria, fisher or sparsegpt.",
+        rich_help_panel=METHOD,
+    ),
+]
 Unit = Annotated[
     str,
     typer.Option(
@@ -128,6 +143,16 @@ Dtype = Annotated[
     str, typer.Option(help="auto, float32, bfloat16 or float16: what to compute in.", rich_help_panel=RUN)
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.", rich_help_panel=RUN)]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on with the search that an earlier, interrupted run left.", rich_help_panel=RUN),
+]
+WorkDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Where the search keeps its checkpoints. Without it: beside OUT.", rich_help_panel=RUN
+    ),
+]
 AsJson = Annotated[
     bool,
     typer.Option(

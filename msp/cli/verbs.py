@@ -18,6 +18,7 @@ from msp.cli.options import (
     METHOD,
     RUN,
     SOURCE_HELP,
+    Allocator,
     AsJson,
     BudgetBytes,
     Calibration,
@@ -35,12 +36,15 @@ from msp.cli.options import (
     Model,
     Patterns,
     Picture,
+    Pruner,
+    Resume,
     SearchTokens,
     Seed,
     Sparsity,
     TestTokens,
     Unit,
     Window,
+    WorkDir,
 )
 from msp.cli.running import calm_libraries, running
 from msp.errors import MspError, UsageError
@@ -74,12 +78,12 @@ def _options(
     pass
 
 
-def _given(**options: Any) -> dict[str, Any]:
+def given(**options: Any) -> dict[str, Any]:
     """The options that were set: the others keep the defaults of ``msp.pipeline``."""
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _check_sources(*sources: str | None) -> None:
+def check_sources(*sources: str | None) -> None:
     """Fail now, not when the model has been loaded."""
     from msp.data import TokenSource
 
@@ -88,8 +92,9 @@ def _check_sources(*sources: str | None) -> None:
             TokenSource.parse(source).check()
 
 
-def _default_sparsity(sparsity: float | None, budget_bytes: str | None) -> float | None:
-    return 0.75 if sparsity is None and budget_bytes is None else sparsity
+def default_sparsity(sparsity: float | None, *others: object) -> float | None:
+    """0.75 where neither a sparsity nor anything in its place was asked for."""
+    return 0.75 if sparsity is None and all(other is None for other in others) else sparsity
 
 
 @app.command()
@@ -106,21 +111,17 @@ def prune(
     group_size: GroupSize = 8,
     patterns: Patterns = None,
     keep: Keep = None,
-    allocator: Annotated[
-        str,
+    allocation: Annotated[
+        Path | None,
         typer.Option(
-            help="Decides how many weights each layer keeps: **msp** searches; uniform, ramp, owl, fisher-rank and "
-            "fisher-knapsack are quicker and simpler. To compare with: evopress, msp-paper, msp-random, ramp-best.",
+            metavar="FILE",
+            help="Instead of --sparsity and a search: allocation.json or recipe.yaml of **msp search**, or a recipe "
+            "of your own.",
             rich_help_panel=METHOD,
         ),
-    ] = "msp",
-    pruner: Annotated[
-        str,
-        typer.Option(
-            help="Decides which weights stay: magnitude, **wanda**, ria, fisher or sparsegpt.",
-            rich_help_panel=METHOD,
-        ),
-    ] = "wanda",
+    ] = None,
+    allocator: Allocator = "msp",
+    pruner: Pruner = "wanda",
     unit: Unit = "linear",
     fitness: Fitness = "kl",
     fitness_noise: FitnessNoise = None,
@@ -135,18 +136,8 @@ def prune(
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Go on with the search that an earlier, interrupted run left.", rich_help_panel=RUN
-        ),
-    ] = False,
-    work_dir: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Where the search keeps its checkpoints. Without it: beside OUT.", rich_help_panel=RUN
-        ),
-    ] = None,
+    resume: Resume = False,
+    work_dir: WorkDir = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the model at OUT.", rich_help_panel=RUN)] = False,
     pictures: Annotated[
         bool, typer.Option("--pictures/--no-pictures", help="Draw OUT/pictures/*.png.", rich_help_panel=RUN)
@@ -164,14 +155,14 @@ def prune(
     """
     interrupted = f"interrupted, {output} is not written; run the same command with --resume to go on"
     with running(as_json, debug, on_interrupt=interrupted) as session:
-        _check_sources(calibration, evaluate)
+        check_sources(calibration, evaluate)
         from msp import pipeline
         from msp.report import prune_report
 
         calm_libraries()
         result = pipeline.prune(
             model,
-            sparsity=_default_sparsity(sparsity, budget_bytes),
+            sparsity=default_sparsity(sparsity, budget_bytes, allocation),
             output=output,
             force=force,
             progress=session.progress,
@@ -184,11 +175,12 @@ def prune(
             dtype=dtype,
             device=device,
             resume=resume,
-            work_dir=work_dir if work_dir is not None else _search_folder(output),
-            **_given(
+            work_dir=work_dir if work_dir is not None else search_folder(output),
+            **given(
                 budget_bytes=budget_bytes,
                 patterns=patterns,
                 keep=keep,
+                allocation=allocation,
                 calibration=calibration,
                 evaluate=evaluate,
                 window=window,
@@ -201,7 +193,7 @@ def prune(
             ),
         )
         if work_dir is None:
-            shutil.rmtree(_search_folder(output), ignore_errors=True)
+            shutil.rmtree(search_folder(output), ignore_errors=True)
         drawn: list[Path] = []
         if pictures:
             from msp.pictures import prune_pictures
@@ -211,7 +203,7 @@ def prune(
         session.result(result.to_json(), Group(prune_report(result, output), *_files("Pictures", drawn)))
 
 
-def _search_folder(output: Path) -> Path:
+def search_folder(output: Path) -> Path:
     """Where the search for the model at ``output`` keeps its checkpoints: beside it, hidden."""
     return output.absolute().with_name(f".{output.absolute().name}.search")
 
@@ -274,7 +266,7 @@ def compare(
     Example: msp compare ./my-model --sparsity 0.75 --allocators uniform,msp --pruners wanda,sparsegpt --seeds 3
     """
     with running(as_json, debug) as session:
-        _check_sources(calibration, evaluate)
+        check_sources(calibration, evaluate)
         picture = _picture_path(output, model, "compare")
         from msp import pipeline
         from msp.pictures import compare_picture
@@ -283,7 +275,7 @@ def compare(
         calm_libraries()
         result = pipeline.compare(
             model,
-            sparsity=_default_sparsity(sparsity, budget_bytes),
+            sparsity=default_sparsity(sparsity, budget_bytes),
             allocators=_names("allocators", allocators),
             pruners=_names("pruners", pruners),
             seeds=list(range(seeds)),
@@ -293,7 +285,7 @@ def compare(
             fitness=fitness,
             dtype=dtype,
             device=device,
-            **_given(
+            **given(
                 budget_bytes=budget_bytes,
                 patterns=patterns,
                 keep=keep,
@@ -353,14 +345,14 @@ def sensitivity(
     Example: msp sensitivity ./my-model --calibration notes.txt
     """
     with running(as_json, debug) as session:
-        _check_sources(calibration)
+        check_sources(calibration)
         picture = _picture_path(output, model, "sensitivity")
         from msp import pipeline
         from msp.pictures import sensitivity_picture
         from msp.report import sensitivity_report
 
         calm_libraries()
-        options = _given(calibration=calibration, window=window, calibration_tokens=calibration_tokens)
+        options = given(calibration=calibration, window=window, calibration_tokens=calibration_tokens)
         result = pipeline.sensitivity(
             model, seed=seed, dtype=dtype, device=device, progress=session.progress, **options
         )
@@ -401,7 +393,7 @@ def evaluate(
     Example: msp evaluate ./my-model-75 --evaluate test.txt --reference ./my-model
     """
     with running(as_json, debug) as session:
-        _check_sources(source)
+        check_sources(source)
         from msp import pipeline
         from msp.data import DEFAULT_EVALUATION
         from msp.report import figures_report
@@ -413,7 +405,7 @@ def evaluate(
             dtype=dtype,
             device=device,
             progress=session.progress,
-            **_given(window=window, test_tokens=test_tokens, reference=reference),
+            **given(window=window, test_tokens=test_tokens, reference=reference),
         )
         session.result(figures, figures_report(figures))
 

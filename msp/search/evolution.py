@@ -88,8 +88,11 @@ class EvolutionOptions:
     def limited(self, *, evaluations: int | None = None, tokens: int | None = None) -> EvolutionOptions:
         """The same search, measuring ``evaluations`` candidates or forwarding ``tokens``; None sets no limit.
 
-        A limit on the tokens alone is not cut short by the number of generations.
+        A limit on the tokens alone is not cut short by the number of generations. Without generations, there is
+        nothing to limit: all that is measured are the individuals it starts from.
         """
+        if not self.generations:
+            return self
         generations = self.generations
         if evaluations is not None:
             generations = max(0, round(evaluations / self.offspring))

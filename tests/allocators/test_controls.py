@@ -84,8 +84,10 @@ def test_the_paper_has_one_stage_and_fisher_seeds() -> None:
     assert [tuple(levels) for _, levels in bowl.seen[:seeds]] == [tuple(levels) for _, levels in ours.seen[:seeds]]
 
 
-def test_the_best_ramp_is_chosen_on_fitness_tokens() -> None:
-    found, bowl = allocate("ramp-best")
+@pytest.mark.parametrize("limits", [{}, {"tokens": 2000}, {"evaluations": 500}])
+def test_the_best_ramp_is_chosen_on_fitness_tokens(limits: dict[str, int]) -> None:
+    found, bowl = allocate("ramp-best", **limits)
+    assert len(bowl.seen) <= 5
     assert found.evaluations == found.tokens == len(bowl.seen)
     ramps = [get_allocator("ramp", slope=slope) for slope in (0.15, 0.3, 0.45, 0.6, 0.75)]
     problem = Problem(UNITS, BUDGET, SimpleNamespace())  # type: ignore[arg-type]

@@ -1,0 +1,91 @@
+"""Patterns by the name of a linear, on disk: ``allocation.json`` and YAML recipes.
+
+A recipe has the shape of llm-compressor's: stages, in them modifiers, and targets that are names or, behind ``re:``,
+regular expressions. The modifier is this project's own, since theirs know one pattern for all their targets, and
+count in N the weights that go::
+
+    pruning_stage:
+      pruning_modifiers:
+        NMPruningModifier:
+          patterns:             # N of every M kept; of several targets that match, the first counts
+            re:layers.0.*: "4:8"
+            model.layers.1.mlp.up_proj: "2:8"
+            re:layers.11.*: dense
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from msp.errors import MspError, UsageError
+from msp.patterns import Allocation, NMPattern
+from msp.plan import PatternRules, Rule
+
+MODIFIER = "NMPruningModifier"
+
+
+def read_rules(path: str | Path) -> PatternRules:
+    """The rules of an ``allocation.json`` or of a YAML recipe; linears without one stay dense.
+
+    Raises:
+        MspError: unreadable, or neither of the two; the message names the file and what is wrong in it.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".json":
+        try:
+            exact: dict[str, NMPattern | None] = dict(Allocation.load(path))
+        except UsageError as error:
+            raise MspError(f"{path}: {error}") from error
+        return PatternRules((), (), exact)
+    try:
+        # Every scalar stays the text it is: YAML 1.1 reads an unquoted 4:8 as the number 248, in base 60.
+        content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise MspError(f"{path}: cannot read a recipe: {error}") from error
+    found = list(_modifiers(content))
+    if not found:
+        raise MspError(f"{path} is no recipe: it has no {MODIFIER} with patterns")
+    keep: list[Rule] = []
+    for patterns in found:
+        for target, text in patterns.items():
+            try:
+                regex = target.removeprefix("re:") if target.startswith("re:") else re.escape(target)
+                keep.append((re.compile(regex), None if text == "dense" else NMPattern.parse(text)))
+            except (UsageError, re.error, TypeError) as error:
+                raise MspError(f"{path}: {target}: {error}") from error
+    return PatternRules((), tuple(keep))
+
+
+def _modifiers(content: Any) -> Iterator[Mapping[str, Any]]:
+    """The ``patterns`` of every modifier of ours, whatever stages and groups are called."""
+    for stage in content.values() if isinstance(content, dict) else ():
+        for group in stage.values() if isinstance(stage, dict) else ():
+            modifier = group.get(MODIFIER) if isinstance(group, dict) else None
+            if isinstance(modifier, dict) and isinstance(modifier.get("patterns"), dict):
+                yield modifier["patterns"]
+
+
+def write_allocation(folder: Path, allocation: Allocation, made_by: Mapping[str, Any]) -> list[Path]:
+    """``allocation.json`` and ``recipe.yaml`` in ``folder``, each replaced in one step if it is there.
+
+    ``made_by`` goes into the recipe as plain data, for readers only.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = {
+        "pruning_stage": {"pruning_modifiers": {MODIFIER: {"patterns": allocation.to_strings()}}},
+        "made_by": made_by,
+    }
+    text = "# N:M keeps N of every M consecutive weights of a row.\n" + yaml.safe_dump(recipe, sort_keys=False)
+    written = [folder / "allocation.json", folder / "recipe.yaml"]
+    temporary = [path.with_name(f".{path.name}.tmp") for path in written]
+    allocation.save(temporary[0])
+    temporary[1].write_text(text, encoding="utf-8")
+    for source, target in zip(temporary, written, strict=True):
+        os.replace(source, target)
+    return written
