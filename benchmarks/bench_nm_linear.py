@@ -32,6 +32,8 @@ def rotate(packed: PackedWeight) -> Iterator[PackedWeight]:
         PackedWeight(packed.values.clone(), packed.bitmask.clone(), packed.pattern, packed.shape)
         for _ in range(ROTATED_BYTES // packed.nbytes)
     ]
+    for copy in copies:  # as loading a model does, once
+        copy.check_once()
     return itertools.cycle(copies)
 
 
