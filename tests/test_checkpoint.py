@@ -8,6 +8,7 @@ import math
 import os
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -264,17 +265,22 @@ def test_a_failure_in_the_swap_puts_the_old_model_back(
     assert listing(tmp_path) == ["out"] and contents(out) == before
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """The kernel refuses to let a file grow beyond 20 KB, as a full disk would."""
+    """The kernel refuses to let a file grow beyond 20 KB, as a full disk would.
+
+    Not a fixture: pytest reports a test before it tears fixtures down, and its own output may be such a file.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_is_an_error_and_leaves_nothing(model: PreTrainedModel, tmp_path: Path, small_files: None) -> None:
-    with pytest.raises(MspError, match="out cannot be written"):
+def test_a_full_disk_is_an_error_and_leaves_nothing(model: PreTrainedModel, tmp_path: Path) -> None:
+    with small_files(), pytest.raises(MspError, match="out cannot be written"):
         save_packed(model, None, tmp_path / "out", recipe={})
     assert not listing(tmp_path)
 
