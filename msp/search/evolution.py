@@ -21,9 +21,8 @@ import numpy as np
 from msp.allocators.levels import Levels, repair
 from msp.errors import MspError, UsageError
 from msp.patterns import Budget, Unit
+from msp.search.fitness import Key, key_of
 from msp.search.operators import MUTATIONS, crossover
-
-Key = tuple[int, ...]
 
 # Generations that no search reaches: something else ends it.
 UNLIMITED = 1_000_000
@@ -43,7 +42,7 @@ class Fitness(Protocol):
         """Tokens forwarded so far."""
         ...
 
-    def __call__(self, levels: Levels, stage: int, draw: int = 0) -> float: ...
+    def __call__(self, candidates: Sequence[Key], stage: int, draw: int = 0) -> list[float]: ...
 
 
 @dataclass(frozen=True)
@@ -186,8 +185,9 @@ class Evolution:
 
     def _begin(self) -> None:
         # Every seed is measured in full: they are few, and losing a good one early costs the most.
-        distinct = list(dict.fromkeys(_key(levels) for levels in self._seeds))
-        self._state.population = [(self._measure(key, self._fitness.stages - 1), key) for key in distinct]
+        distinct = list(dict.fromkeys(key_of(levels) for levels in self._seeds))
+        losses = self._measure(distinct, self._fitness.stages - 1)
+        self._state.population = list(zip(losses, distinct, strict=True))
         self._end_generation(count=False)
 
     def _offspring(self, rng: np.random.Generator) -> list[Key]:
@@ -205,7 +205,7 @@ class Evolution:
             name = "shift_group" if rng.random() < options.group_rate else "swap"
             step = max(1, max(unit.top for unit in self._units) // 8)
             child = MUTATIONS[name](child, self._units, step, rng)
-            key = _key(repair(child, self._units, self._budget, rng=rng))
+            key = key_of(repair(child, self._units, self._budget, rng=rng))
             if key not in seen:
                 seen.add(key)
                 found.append(key)
@@ -214,17 +214,18 @@ class Evolution:
     def _race(self, candidates: list[Key]) -> None:
         last = self._fitness.stages - 1
         for stage in range(last + 1):
-            ranked = sorted((self._measure(key, stage), key) for key in candidates)
+            ranked = sorted(zip(self._measure(candidates, stage), candidates, strict=True))
             if stage == last:
                 self._state.population += ranked
             else:
                 candidates = [key for _, key in ranked[: max(1, round(len(ranked) * self._options.survivors[stage]))]]
 
-    def _measure(self, key: Key, stage: int) -> float:
-        if (stage, key) not in self._state.measured:
-            draw = self._state.generation if self._options.resample else 0
-            self._state.measured[stage, key] = self._fitness(np.array(key, dtype=np.int64), stage, draw)
-        return self._state.measured[stage, key]
+    def _measure(self, keys: Sequence[Key], stage: int) -> list[float]:
+        known = self._state.measured
+        new = [key for key in keys if (stage, key) not in known]
+        draw = self._state.generation if self._options.resample else 0
+        known |= {(stage, key): loss for key, loss in zip(new, self._fitness(new, stage, draw), strict=True)}
+        return [known[stage, key] for key in keys]
 
     def _end_generation(self, *, count: bool = True) -> None:
         state = self._state
@@ -245,7 +246,7 @@ class Evolution:
         options = {**asdict(self._options), "generations": None, "tokens": None}
         content = [identity, self._seed, self._budget.limit, options]
         content += [[unit.name, list(map(str, unit.patterns)), unit.costs] for unit in self._units]
-        content += [list(_key(levels)) for levels in self._seeds]
+        content += [list(key_of(levels)) for levels in self._seeds]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _save(self, path: Path) -> None:
@@ -279,7 +280,3 @@ class Evolution:
             if isinstance(error, MspError):
                 raise
             raise MspError(f"{path} is not a search checkpoint: {error}") from error
-
-
-def _key(levels: Levels) -> Key:
-    return tuple(int(level) for level in levels)

@@ -10,6 +10,7 @@ import pytest
 from msp.allocators import Problem, SearchSettings, get_allocator
 from msp.allocators.levels import Levels, kept_weights
 from msp.patterns import Budget, Unit
+from msp.search.fitness import Key
 
 STEPS = [3, 5, 3, 4]
 UNITS = tuple(Unit(f"u{i}", (f"u{i}",), 16 * STEPS[i % 4], 16, i // 4, f"k{i % 4}") for i in range(24))
@@ -26,10 +27,10 @@ class Bowl:
         self.tokens = 0
         self.seen: list[tuple[int, Levels]] = []
 
-    def __call__(self, levels: Levels, stage: int, draw: int = 0) -> float:
-        self.seen.append((stage, levels.copy()))
-        self.tokens += 1
-        return float(np.square(levels - OPTIMUM).sum())
+    def __call__(self, candidates: Sequence[Key], stage: int, draw: int = 0) -> list[float]:
+        self.seen += [(stage, np.array(key)) for key in candidates]
+        self.tokens += len(candidates)
+        return [float(np.square(np.array(key) - OPTIMUM).sum()) for key in candidates]
 
 
 class Evidence:

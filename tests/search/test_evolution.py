@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from msp.allocators.levels import Levels, kept_weights
 from msp.errors import MspError, UsageError
 from msp.patterns import Budget, Unit
 from msp.search.evolution import Evolution, EvolutionOptions
+from msp.search.fitness import Key
 from msp.search.operators import crossover, shift_group, swap
 
 UNITS = [Unit(f"u{i}", (f"u{i}",), 8 * (3 if i % 3 else 5), 8, i // 3, f"k{i % 3}") for i in range(18)]
@@ -25,17 +27,19 @@ class Quadratic:
     def __init__(self, stages: int = 2) -> None:
         self.stages = stages
         self.tokens = 0
-        self.calls: list[tuple[int, tuple[int, ...]]] = []
+        self.calls: list[tuple[int, Key]] = []
         self.draws: list[int] = []
         self._optimum = np.array([4, 1, 2, 3, 1, 3, 2, 2, 2] * 2)
 
-    def __call__(self, levels: Levels, stage: int, draw: int = 0) -> float:
-        key = tuple(int(level) for level in levels)
+    def __call__(self, candidates: Sequence[Key], stage: int, draw: int = 0) -> list[float]:
+        return [self.loss(key, stage, draw) for key in candidates]
+
+    def loss(self, key: Key, stage: int, draw: int) -> float:
         self.calls.append((stage, key))
         self.draws.append(draw)
         self.tokens += 1
         noise = 0.0 if stage == self.stages - 1 else (hash(key) % 7) / 10
-        return float(np.square(levels - self._optimum).sum()) + noise
+        return float(np.square(np.array(key) - self._optimum).sum()) + noise
 
 
 def start() -> list[Levels]:
@@ -134,10 +138,10 @@ def test_a_killed_search_loses_at_most_a_generation(tmp_path: Path) -> None:
         from msp.search.evolution import Evolution, EvolutionOptions
         from pathlib import Path
         class Dying(Quadratic):
-            def __call__(self, levels, stage, draw=0):
+            def loss(self, key, stage, draw):
                 if self.tokens == 70:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return super().__call__(levels, stage, draw)
+                return super().loss(key, stage, draw)
         options = EvolutionOptions(generations=9)
         Evolution(UNITS, BUDGET, start(), Dying(), options=options, checkpoint=Path({str(path)!r})).run()
         """
@@ -174,7 +178,7 @@ def test_a_space_with_a_single_member_ends_the_search() -> None:
 
 def lambda_fitness() -> Quadratic:
     class Flat(Quadratic):
-        def __call__(self, levels: Levels, stage: int, draw: int = 0) -> float:
+        def loss(self, key: Key, stage: int, draw: int) -> float:
             return 0.0
 
     return Flat()
