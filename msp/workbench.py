@@ -23,8 +23,9 @@ from msp.patterns import Allocation
 from msp.plan import Plan
 from msp.progress import Progress
 from msp.pruners import LinearStatistics, Pruner
-from msp.search.candidates import CandidateModel, Ranks, TokenFitness, forward_in_bf16
+from msp.search.candidates import CandidateModel, LocalRunner, Ranks, forward_in_bf16
 from msp.search.evolution import Fitness
+from msp.search.fitness import TokenFitness
 from msp.sensitivity import fisher_diagonals, fisher_traces
 from msp.sparse_linear import SparseLinear
 
@@ -243,7 +244,7 @@ class WorkbenchEvidence:
         reference = self._bench.reference()
         ranks = self.ranks()
         with CandidateModel(self._bench.model, self._bench.structure.linears, ranks, self._bench.plan.units) as model:
-            yield TokenFitness(model, reference, measure=self._fitness, shares=shares)
+            yield TokenFitness(LocalRunner(model, reference), measure=self._fitness, shares=shares)
 
 
 def batch_size(device: torch.device, window: int) -> int:

@@ -1,4 +1,4 @@
-"""Puts candidate allocations into a live model: a candidate costs a forward and a compare per weight."""
+"""Puts candidate allocations into a live model and runs them: each costs a forward and a compare per weight."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from msp import ops
 from msp.allocators.levels import Levels
-from msp.evaluate import DenseReference
+from msp.evaluate import DenseReference, Sums
 from msp.model import Linear, device_of
 from msp.patterns import NMPattern, Unit
+from msp.search.fitness import Job
 
 Ranks = Mapping[int, Tensor]
 """Of one linear, for every M it may have: uint8 ``[R, K]`` from ``ops.nm_rank``."""
@@ -80,75 +80,46 @@ class CandidateModel(AbstractContextManager["CandidateModel"]):
         for name, linear in self._linears.items():
             self.model.set_submodule(name, linear.module)
 
-    def apply(self, levels: Levels) -> None:
+    def apply(self, levels: Sequence[int] | Levels) -> None:
         for unit, level in zip(self._units, levels, strict=True):
             for name in unit.linears:
                 self._ranked[name].keep(unit.patterns[level])
 
 
 def forward_in_bf16(model: nn.Module) -> bool:
-    """Whether candidates' matrix products are computed in bf16: for an fp32 model on a CPU with AMX tiles.
+    """Whether candidates' matrix products are computed in bf16: for an fp32 model on a CPU that has such products.
 
-    That makes a forward 2.3 times as fast on wiki6m and moves its KL by less than 1e-4, where candidates differ
+    That makes a forward about twice as fast on wiki6m and moves its KL by less than 1e-4, where candidates differ
     by 1e-2. Only the search does so: what is reported is measured in the model's own dtype.
     """
     own = next(model.parameters()).dtype
-    return own == torch.float32 and device_of(model).type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return own == torch.float32 and device_of(model).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def _precision(model: nn.Module) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16) if forward_in_bf16(model) else nullcontext()
 
 
-class TokenFitness:
-    """Fitness of level vectors on fitness tokens, raced over growing parts of them.
+class LocalRunner:
+    """Runs jobs in this process, one after another.
 
     Args:
         candidates: the model with ranked linears, entered.
         reference: the dense model's predictions on all fitness tokens.
-        measure: ``"kl"`` (mean KL(dense || pruned), nats a token) or ``"perplexity"`` (its logarithm, so
-            that differences compare across scales; the order is the same).
-        shares: part of the batches that each stage measures on, ascending, the last one 1. Stages that come
-            to the same number of batches are one.
     """
 
-    def __init__(
-        self,
-        candidates: CandidateModel,
-        reference: DenseReference,
-        *,
-        measure: str = "kl",
-        shares: Sequence[float] = (1 / 16, 1 / 4, 1.0),
-    ) -> None:
-        batches = reference.batches
-        self._stops = sorted({max(1, round(share * batches)) for share in shares})
+    def __init__(self, candidates: CandidateModel, reference: DenseReference) -> None:
         self._candidates = candidates
         self._reference = reference
-        self._measure = measure
-        # What a candidate has been measured on so far: a later stage pays for the rest only.
-        self._partial: dict[tuple[int, ...], tuple[int, float, int]] = {}
-        self.tokens = 0
 
     @property
-    def stages(self) -> int:
-        return len(self._stops)
+    def batches(self) -> int:
+        return self._reference.batches
 
-    def __call__(self, levels: Levels, stage: int, draw: int = 0) -> float:
-        key = (draw, *(int(level) for level in levels))
-        done, total, predicted = self._partial.pop(key, (0, 0.0, 0))
-        stop = self._stops[stage]
-        if done < stop:
-            self._candidates.apply(levels)
-            with _precision(self._candidates.model):
-                sums = self._reference.sums(self._candidates.model, self._order(draw)[done:stop])
-            total += sums.divergence if self._measure == "kl" else sums.loss
-            predicted += sums.predicted
-            self.tokens += sums.tokens
-        if stop < self._stops[-1]:
-            self._partial[key] = (stop, total, predicted)
-        loss = total / predicted
-        return loss if loss == loss else float("inf")
+    def run(self, jobs: Sequence[Job]) -> list[Sums]:
+        return [self._run(job) for job in jobs]
 
-    def _order(self, draw: int) -> Sequence[int]:
-        batches = self._reference.batches
-        return np.random.default_rng(draw).permutation(batches).tolist() if draw else range(batches)
+    def _run(self, job: Job) -> Sums:
+        self._candidates.apply(job.levels)
+        with _precision(self._candidates.model):
+            return self._reference.sums(self._candidates.model, job.batches)

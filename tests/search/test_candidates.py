@@ -14,7 +14,8 @@ from msp.evaluate import DenseReference
 from msp.model import find_structure
 from msp.patterns import Unit
 from msp.search import candidates
-from msp.search.candidates import CandidateModel, TokenFitness, forward_in_bf16
+from msp.search.candidates import CandidateModel, LocalRunner, forward_in_bf16
+from msp.search.fitness import TokenFitness
 
 GROUP = 8
 
@@ -68,7 +69,7 @@ def model_of(candidate: CandidateModel, linears):
 @pytest.mark.parametrize("measure", ["kl", "perplexity"])
 @pytest.mark.parametrize("tiles", [False, True])
 def test_fitness_is_the_loss_on_all_tokens(setting, measure: str, tiles: bool, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: tiles)
     model, linears, ranks, units = setting
     assert forward_in_bf16(model) is tiles
     windows = tokens(12, 9, seed=2, vocabulary=model.config.vocab_size)
@@ -77,8 +78,8 @@ def test_fitness_is_the_loss_on_all_tokens(setting, measure: str, tiles: bool, m
     quality = reference.measure(masked(model, ranks, units, levels))
     want = quality.kl if measure == "kl" else np.log(quality.perplexity)
     with CandidateModel(model, linears, ranks, units) as candidate:
-        fitness = TokenFitness(candidate, reference, measure=measure)
-        assert fitness(levels, fitness.stages - 1) == pytest.approx(want, rel=2e-2 if tiles else 1e-5)
+        fitness = TokenFitness(LocalRunner(candidate, reference), measure=measure)
+        assert fitness([levels], fitness.stages - 1)[0] == pytest.approx(want, rel=2e-2 if tiles else 1e-5)
 
 
 def test_a_later_stage_pays_for_the_rest_only(setting) -> None:
@@ -87,26 +88,26 @@ def test_a_later_stage_pays_for_the_rest_only(setting) -> None:
     reference = DenseReference(model, windows, batch_size=1)
     levels = drawn(units, 8)
     with CandidateModel(model, linears, ranks, units) as candidate:
-        whole = TokenFitness(candidate, reference)
+        whole = TokenFitness(LocalRunner(candidate, reference))
         assert whole.stages == 3
-        expected = whole(levels, 2)
-        fitness = TokenFitness(candidate, reference)
+        expected = whole([levels], 2)
+        fitness = TokenFitness(LocalRunner(candidate, reference))
         spent = []
         for stage in range(3):
-            found = fitness(levels, stage)
+            found = fitness([levels], stage)
             spent.append(fitness.tokens // 9)
         assert spent == [1, 4, 16]
         assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_draw_takes_other_tokens_of_the_same_number(setting, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     model, linears, ranks, units = setting
     reference = DenseReference(model, tokens(16, 9, seed=5, vocabulary=model.config.vocab_size), batch_size=1)
     levels = drawn(units, 10)
     with CandidateModel(model, linears, ranks, units) as candidate:
-        fitness = TokenFitness(candidate, reference)
-        by_draw = [[fitness(levels, stage, draw) for stage in range(3)] for draw in range(4)]
+        fitness = TokenFitness(LocalRunner(candidate, reference))
+        by_draw = [[fitness([levels], stage, draw)[0] for stage in range(3)] for draw in range(4)]
         candidate.apply(levels)
         parts = [reference.sums(candidate.model, [batch]).divergence / 8 for batch in range(16)]
     assert fitness.tokens == 4 * 16 * 9
@@ -119,14 +120,14 @@ def test_a_draw_takes_other_tokens_of_the_same_number(setting, monkeypatch) -> N
 
 
 def test_a_candidate_that_predicts_nan_loses(setting, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     model, linears, ranks, units = setting
     reference = DenseReference(model, tokens(2, 9, seed=4, vocabulary=model.config.vocab_size))
     with CandidateModel(model, linears, ranks, units) as candidate:
-        fitness = TokenFitness(candidate, reference)
+        fitness = TokenFitness(LocalRunner(candidate, reference))
         monkeypatch.setattr(
             candidates.RankedLinear,
             "forward",
             lambda self, x: x.new_full((*x.shape[:-1], self._dense.shape[0]), float("nan")),
         )
-        assert fitness(drawn(units, 9), 0) == float("inf")
+        assert fitness([drawn(units, 9)], 0) == [float("inf")]
