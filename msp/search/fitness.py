@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from msp.allocators.levels import Levels
 from msp.evaluate import Sums
+
+if TYPE_CHECKING:  # the allocators import the search
+    from msp.allocators.levels import Levels
 
 Key = tuple[int, ...]
 """The level of every unit."""
