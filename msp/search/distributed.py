@@ -128,18 +128,20 @@ class RayRunner:
             MspError: workers die again and again, on the same part or before they have begun.
         """
         waiting = deque(self._parts(jobs))
-        left = len(waiting)
+        left = set(waiting)
         found: list[dict[int, Sums]] = [{} for _ in jobs]
         while left:
             while waiting and self._idle:
                 worker, part = self._idle.pop(), waiting.popleft()
                 self._busy[worker.run.remote(part.job.levels, part.job.batches)] = (worker, part)
             ended, sums = self._await_one()
-            if ended is not None and sums is None:
+            if ended is None or ended not in left:
+                continue  # a worker that has started, or a part of a call that failed
+            if sums is None:
                 waiting.appendleft(ended)
-            elif ended is not None:
+            else:
+                left.remove(ended)
                 found[ended.number] |= zip(ended.job.batches, sums, strict=True)
-                left -= 1
         return [_total(sums[batch] for batch in job.batches) for job, sums in zip(jobs, found, strict=True)]
 
     def await_worker(self) -> None:
@@ -169,6 +171,7 @@ class RayRunner:
         try:
             result = self._ray.get(reference)
         except errors.RayTaskError as error:
+            self._idle.append(worker)
             raise error.cause from error
         except errors.RayError as error:
             self._ray.kill(worker)
@@ -182,12 +185,15 @@ class RayRunner:
         return part, result
 
     def _bury(self, part: _Part | None, error: Exception) -> None:
+        told = str(error).strip().splitlines()
+        if getattr(error, "actor_init_failed", False):
+            raise MspError(f"a worker cannot begin: {told[-1]}") from error
         self._deaths[part] += 1
         if self._deaths[part] == DEATHS:
             what = "before it could begin" if part is None else "on the same candidate"
             raise MspError(
-                f"a worker died {what} {DEATHS} times; if memory ran out, try fewer workers or fewer fitness tokens: "
-                f"{' '.join(str(error).split())}"
+                f"a worker died {what} {DEATHS} times; if memory ran out, try fewer workers or fewer fitness tokens "
+                f"({told[-1].strip()})"
             ) from error
 
     def _check_kind(self, kind: str) -> None:

@@ -80,16 +80,14 @@ def jobs(of: Setting, count: int) -> list[Job]:
 
 
 @needs_ray
-@pytest.mark.parametrize(
-    ("family", "dtype"), [("llama-tied", torch.float32), ("gpt2", torch.float32), ("qwen2", torch.bfloat16)]
-)
-def test_workers_find_what_this_process_does_to_the_last_bit(ray, family: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("family", "dtype", "count"), [("gpt2", torch.float32, 2), ("llama-tied", torch.bfloat16, 1)])
+def test_workers_find_what_this_process_does_to_the_last_bit(ray, family: str, dtype: torch.dtype, count: int) -> None:
     parts = setting(family, dtype)
     before = {name: tensor.clone() for name, tensor in parts.model.state_dict().items()}
     asked = jobs(parts, 9)
     with open_runner(parts) as local:
         expected = local.run(asked)
-    with open_runner(parts, Workers(3)) as runner:
+    with open_runner(parts, Workers(count)) as runner:
         assert runner.batches == BATCHES
         assert runner.run([]) == []
         assert runner.run(asked) == expected
@@ -122,9 +120,9 @@ def folder(tmp_path_factory) -> Path:
 
 @needs_ray
 def test_the_same_search_on_any_number_of_workers(ray, folder: Path) -> None:
-    found = {count: pipeline.search(**options(folder), workers=count) for count in (None, 1, 2, 4)}
+    found = {count: pipeline.search(**options(folder), workers=count) for count in (None, 2, 4)}
     assert len(found[None].history) == 7
-    for count in (1, 2, 4):
+    for count in (2, 4):
         assert found[count].allocation == found[None].allocation
         assert found[count].history == found[None].history
 
@@ -157,38 +155,32 @@ def test_a_killed_worker_costs_only_what_it_was_running(ray) -> None:
         assert runner.run(asked) == expected
 
 
-def fails_in_a_worker(action: Callable[..., Any]) -> Setting:
+@needs_ray
+def test_errors_and_deaths_that_running_again_does_not_mend(ray) -> None:
     parts = setting()
-    parts.model.register_forward_pre_hook(action)
-    return parts
+    deadly, wrong = (parts.reference.windows[2 * batch : 2 * batch + 2] for batch in (3, 5))
 
+    def act(_: Any, __: Any, named: dict[str, Any]) -> None:
+        if torch.equal(named["input_ids"], deadly):
+            os._exit(9)
+        if torch.equal(named["input_ids"], wrong):
+            raise FloatingPointError("of its own kind")
 
-@needs_ray
-def test_a_candidate_that_kills_every_worker_is_an_error(ray) -> None:
-    parts = fails_in_a_worker(lambda *_: os._exit(9))
-    with open_runner(parts, Workers(1)) as runner, pytest.raises(MspError, match=r"died .* 3 times.*fewer workers"):
-        runner.run([Job((4,) * len(parts.units), (0,))])
-
-
-@needs_ray
-def test_an_error_in_a_worker_is_that_error_here(ray) -> None:
-    def action(*_: Any) -> None:
-        raise FloatingPointError("of its own kind")
-
-    parts = fails_in_a_worker(action)
-    with (
-        open_runner(parts, Workers(1)) as runner,
-        pytest.raises(FloatingPointError, match=r"^of its own kind$"),
-    ):
-        runner.run([Job((4,) * len(parts.units), (0,))])
+    parts.model.register_forward_pre_hook(act, with_kwargs=True)
+    with open_runner(parts, Workers(1)) as runner:
+        (fine,) = runner.run([Job((4,) * len(parts.units), (0, 1))])
+        assert fine.tokens == 4 * 17
+        with pytest.raises(FloatingPointError, match=r"^of its own kind$"):
+            runner.run([Job((4,) * len(parts.units), (5,))])
+        with pytest.raises(MspError, match=r"died on the same candidate 3 times.*fewer workers"):
+            runner.run([Job((4,) * len(parts.units), (0, 3))])
 
 
 @needs_ray
 def test_a_worker_that_cannot_begin_is_an_error(ray) -> None:
     parts = setting()
-    parts.units[0] = None  # type: ignore[call-overload]
-    parts.ranks.clear()  # type: ignore[attr-defined]
-    with pytest.raises(MspError, match="before it could begin"), open_runner(parts, Workers(1)):
+    parts.linears[0].module.weight = None
+    with pytest.raises(MspError, match="cannot begin"), open_runner(parts, Workers(1)):
         pass
 
 
@@ -259,9 +251,8 @@ def test_a_killed_driver_goes_on_from_its_last_generation(ray, folder: Path, tmp
     driver.wait(60)
     wait_for(lambda: not alive(workers), "end of the workers of a dead driver")
 
-    before = generation()
-    assert before < 20
-    resumed = pipeline.search(**asked, workers=2, resume=True)
+    assert generation() < 20
+    resumed = pipeline.search(**asked, workers=1, resume=True)
     whole = pipeline.search(**options(folder, evaluations=320))
     assert resumed.allocation == whole.allocation
     assert resumed.history == whole.history
