@@ -190,27 +190,23 @@ def test_more_workers_than_there_is_room_for(ray) -> None:
         pass
 
 
-def descendants(pid: int) -> set[int]:
-    """Processes under ``pid`` that still run."""
+def workers_of(driver: int) -> set[int]:
+    """Processes under ``driver``, running ones, that hold a model."""
     parents: dict[int, int] = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
+    workers = set()
+    for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            state, parent = entry.read_text().rsplit(")", 1)[1].split()[:2]
-            if state != "Z":
-                parents[int(entry.parent.name)] = int(parent)
-    found: set[int] = set()
-    while new := {child for child, parent in parents.items() if parent in found | {pid}} - found:
-        found |= new
-    return found
+            parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if b"CandidateWorker" in (folder / "cmdline").read_bytes():
+                workers.add(int(folder.name))
+    return {pid for pid in workers if parents.get(parents[pid]) == driver}
 
 
-def alive(processes: set[int]) -> set[int]:
-    found = set()
-    for pid in processes:
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
-                found.add(pid)
-    return found
+def alive(pid: int) -> bool:
+    # a dead process that nobody has asked about has no command line any more
+    with contextlib.suppress(OSError):
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    return False
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
@@ -226,30 +222,27 @@ def test_a_killed_driver_goes_on_from_its_last_generation(ray, folder: Path, tmp
     checkpoint, log = tmp_path / "work" / "search.json", tmp_path / "log"
     asked = options(folder, evaluations=320, work_dir=checkpoint.parent)
     given = [f"--{name.replace('_', '-')}={value}" for name, value in asked.items() if name != "model"]
-    command = [sys.executable, "-m", "msp", "search", asked["model"], f"-o={tmp_path / 'out'}", "--workers=2", *given]
+    command = [
+        sys.executable,
+        "-m",
+        "msp",
+        "search",
+        asked["model"],
+        f"--output={tmp_path / 'out'}",
+        "--workers=2",
+        *given,
+    ]
 
     def generation() -> int:
         return int(json.loads(checkpoint.read_text())["generation"]) if checkpoint.exists() else -1
 
-    def start(at: int, *more: str) -> tuple[subprocess.Popen[bytes], set[int]]:
-        with log.open("wb") as out:
-            driver = subprocess.Popen(
-                [*command, *more], stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"}
-            )
-        wait_for(lambda: generation() >= at or driver.poll() is not None, f"generation {at}")
-        assert driver.poll() is None, log.read_text()
-        return driver, descendants(driver.pid)
-
-    driver, workers = start(2)
-    driver.send_signal(signal.SIGINT)
-    assert driver.wait(60) == 1
-    assert "--resume" in log.read_text() and len(log.read_text().splitlines()) < 20, log.read_text()
-    assert workers and not alive(workers)
-
-    driver, workers = start(generation() + 2, "--resume")
+    with log.open("wb") as out:
+        driver = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_for(lambda: generation() >= 2 or driver.poll() is not None, "second generation")
+    workers = workers_of(driver.pid)
     driver.kill()
-    driver.wait(60)
-    wait_for(lambda: not alive(workers), "end of the workers of a dead driver")
+    assert driver.wait(60) == -signal.SIGKILL and len(workers) == 2, log.read_text()
+    wait_for(lambda: not any(map(alive, workers)), "end of the workers of a dead driver")
 
     assert generation() < 20
     resumed = pipeline.search(**asked, workers=1, resume=True)
