@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import socket
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,7 +34,8 @@ PARTS_PER_WORKER = 4
 # A part that has cost so many workers their lives is not tried again.
 DEATHS = 3
 # Read when Ray is imported. Nothing is sent anywhere, and warnings meant for Ray's developers are not shown.
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_BACKEND_LOG_LEVEL": "error"}
+CONNECT_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -255,6 +257,9 @@ def _session(workers: Workers, threads: int) -> Iterator[Any]:
     if workers.address is None:
         options |= {"num_cpus": threads * (workers.count or 1), "include_dashboard": False}
     try:
+        host, colon, port = options["address"].rpartition(":")
+        if colon:  # Ray itself would try for a minute
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         raise MspError(f"Ray cannot be reached at {options['address']}: {first_line(error)}") from error

@@ -31,6 +31,7 @@ from msp.search.fitness import Job
 from msp.search.runners import Setting, open_runner
 
 GROUP, BATCHES = 8, 12
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray: pip install 'msp[ray]'")
 
@@ -190,6 +191,21 @@ def test_more_workers_than_there_is_room_for(ray) -> None:
         pass
 
 
+@needs_ray
+def test_a_cluster_that_is_not_there_is_named() -> None:
+    script = """
+from msp.errors import MspError
+from msp.search.distributed import Workers, _session
+for address in ("127.0.0.1:1", "nowhere:x"):
+    try:
+        with _session(Workers(address=address), 1):
+            raise SystemExit("reached")
+    except MspError as error:
+        assert address in str(error), error
+"""
+    subprocess.run([sys.executable, "-c", script], env=ONE_THREAD, check=True)
+
+
 def workers_of(driver: int) -> set[int]:
     """Processes under ``driver``, running ones, that hold a model."""
     parents: dict[int, int] = {}
@@ -237,7 +253,7 @@ def test_a_killed_driver_goes_on_from_its_last_generation(ray, folder: Path, tmp
         return int(json.loads(checkpoint.read_text())["generation"]) if checkpoint.exists() else -1
 
     with log.open("wb") as out:
-        driver = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        driver = subprocess.Popen(command, stdout=out, stderr=out, env=ONE_THREAD)
     wait_for(lambda: generation() >= 2 or driver.poll() is not None, "second generation")
     workers = workers_of(driver.pid)
     driver.kill()
@@ -273,4 +289,4 @@ from msp import pipeline
 pipeline.search(**{ {**options(folder), "evaluations": 16}!r})
 assert not [name for name in sys.modules if name.partition(".")[0] == "ray"]
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script], env=ONE_THREAD, check=True)
