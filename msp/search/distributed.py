@@ -34,7 +34,7 @@ PARTS_PER_WORKER = 4
 # A part that has cost so many workers their lives is not tried again.
 DEATHS = 3
 # Read when Ray is imported. Nothing is sent anywhere, and warnings meant for Ray's developers are not shown.
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_BACKEND_LOG_LEVEL": "error"}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 CONNECT_SECONDS = 5
 
 

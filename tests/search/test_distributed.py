@@ -258,6 +258,8 @@ def test_a_killed_driver_goes_on_from_its_last_generation(ray, folder: Path, tmp
     workers = workers_of(driver.pid)
     driver.kill()
     assert driver.wait(60) == -signal.SIGKILL and len(workers) == 2, log.read_text()
+    # our own lines, and none of Ray's: theirs begin with a time in brackets, or with (raylet) and the like
+    assert "Starting workers" in log.read_text() and not set(log.read_text()) & set("[]()")
     wait_for(lambda: not any(map(alive, workers)), "end of the workers of a dead driver")
 
     assert generation() < 20
