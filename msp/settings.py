@@ -12,6 +12,7 @@ from msp.patterns import parse_sparsity
 from msp.plan import PatternRules, parse_bytes
 from msp.pruners import get_pruner
 from msp.recipe import read_rules
+from msp.search.distributed import Workers
 
 FITNESS = ("kl", "perplexity")
 
@@ -42,6 +43,8 @@ class PruneOptions:
             ``evaluations`` it is all that ends the search.
         seed: of the token draw and the search.
         dtype, device: as in ``load_model``; ``auto`` takes a GPU where there is one.
+        workers: processes that a search runs candidates in, through Ray; without it, in this one.
+        ray_address: of a Ray cluster to run them on, ``auto`` or ``host:port``; without ``workers`` on all of it.
         work_dir: where a search keeps its checkpoint; ``resume`` goes on from it.
     """
 
@@ -67,6 +70,8 @@ class PruneOptions:
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
+    workers: int | None = None
+    ray_address: str | None = None
     work_dir: Path | None = None
     resume: bool = False
 
@@ -80,7 +85,7 @@ class PruneOptions:
             parse_sparsity(self.sparsity)
         if self.budget_bytes is not None:
             parse_bytes(self.budget_bytes)
-        _ = self.rules
+        _ = self.rules, self.search
         get_allocator(self.allocator)
         get_pruner(self.pruner)
         if self.fitness not in FITNESS:
@@ -103,7 +108,9 @@ class PruneOptions:
     @property
     def search(self) -> SearchSettings:
         checkpoint = self.work_dir / "search.json" if self.work_dir is not None else None
-        return SearchSettings(self.evaluations, self.search_tokens, checkpoint, self.resume)
+        asked = self.workers is not None or self.ray_address is not None
+        workers = Workers(self.workers, self.ray_address) if asked else None
+        return SearchSettings(self.evaluations, self.search_tokens, checkpoint, self.resume, workers)
 
     @property
     def budget(self) -> dict[str, Any]:

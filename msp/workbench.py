@@ -23,9 +23,11 @@ from msp.patterns import Allocation
 from msp.plan import Plan
 from msp.progress import Progress
 from msp.pruners import LinearStatistics, Pruner
-from msp.search.candidates import CandidateModel, LocalRunner, Ranks, forward_in_bf16
+from msp.search.candidates import Ranks, forward_in_bf16
+from msp.search.distributed import Workers
 from msp.search.evolution import Fitness
 from msp.search.fitness import TokenFitness
+from msp.search.runners import Setting, open_runner
 from msp.sensitivity import fisher_diagonals, fisher_traces
 from msp.sparse_linear import SparseLinear
 
@@ -75,7 +77,7 @@ class Workbench:
 
     def problem(self, pruner: Pruner, *, seed: int, fitness: str, search: SearchSettings) -> Problem:
         """What an allocator is asked to solve when ``pruner`` decides which weights stay."""
-        evidence = WorkbenchEvidence(self, pruner, fitness)
+        evidence = WorkbenchEvidence(self, pruner, fitness, search.workers)
         return Problem(self.plan.units, self.plan.budget, evidence, seed, search, self.progress)
 
     def fisher_traces(self) -> Mapping[str, float]:
@@ -188,10 +190,11 @@ class Workbench:
 class WorkbenchEvidence:
     """Answers an allocator's questions about a workbench's model under one pruner."""
 
-    def __init__(self, bench: Workbench, pruner: Pruner, fitness: str) -> None:
+    def __init__(self, bench: Workbench, pruner: Pruner, fitness: str, workers: Workers | None) -> None:
         self._bench = bench
         self._pruner = pruner
         self._fitness = fitness
+        self._workers = workers
         self._ranks: dict[str, Ranks] | None = None
 
     @property
@@ -241,10 +244,11 @@ class WorkbenchEvidence:
 
     @contextmanager
     def fitness(self, shares: Sequence[float]) -> Iterator[Fitness]:
-        reference = self._bench.reference()
-        ranks = self.ranks()
-        with CandidateModel(self._bench.model, self._bench.structure.linears, ranks, self._bench.plan.units) as model:
-            yield TokenFitness(LocalRunner(model, reference), measure=self._fitness, shares=shares)
+        bench = self._bench
+        reference = bench.reference()
+        setting = Setting(bench.model, bench.structure.linears, self.ranks(), bench.plan.units, reference)
+        with open_runner(setting, self._workers, bench.progress) as runner:
+            yield TokenFitness(runner, measure=self._fitness, shares=shares)
 
 
 def batch_size(device: torch.device, window: int) -> int:

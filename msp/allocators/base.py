@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from msp.errors import UsageError
 from msp.patterns import Allocation, Budget, Unit
 from msp.progress import NoProgress, Progress
 from msp.search.evolution import EvolutionOptions, Fitness, Step
+
+if TYPE_CHECKING:
+    from msp.search.distributed import Workers
 
 
 class Evidence(Protocol):
@@ -58,13 +61,14 @@ class Evidence(Protocol):
 class SearchSettings:
     """How long an allocator may search: candidates it measures, tokens it forwards; None leaves its own constants.
 
-    ``checkpoint`` is written once a generation.
+    ``checkpoint`` is written once a generation. Without ``workers`` candidates are run in this process.
     """
 
     evaluations: int | None = None
     tokens: int | None = None
     checkpoint: Path | None = None
     resume: bool = False
+    workers: Workers | None = None
 
 
 @dataclass(frozen=True)

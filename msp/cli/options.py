@@ -143,6 +143,23 @@ Dtype = Annotated[
     str, typer.Option(help="auto, float32, bfloat16 or float16: what to compute in.", rich_help_panel=RUN)
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.", rich_help_panel=RUN)]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Run candidates in N processes, each with the model: one thread each on a CPU, a GPU each where there "
+        "are. Needs Ray; without it the search runs in this process.",
+        rich_help_panel=RUN,
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Run them on this Ray cluster (or auto): N of it, or one on every GPU or CPU core.",
+        rich_help_panel=RUN,
+    ),
+]
 Resume = Annotated[
     bool,
     typer.Option("--resume", help="Go on with the search that an earlier, interrupted run left.", rich_help_panel=RUN),

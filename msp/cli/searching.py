@@ -28,6 +28,7 @@ from msp.cli.options import (
     Model,
     Patterns,
     Pruner,
+    RayAddress,
     Resume,
     SearchTokens,
     Seed,
@@ -36,6 +37,7 @@ from msp.cli.options import (
     Unit,
     Window,
     WorkDir,
+    Workers,
 )
 from msp.cli.running import calm_libraries, running
 from msp.cli.verbs import app, check_sources, default_sparsity, given, search_folder
@@ -75,6 +77,8 @@ def search(
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    workers: Workers = None,
+    ray_address: RayAddress = None,
     resume: Resume = False,
     work_dir: WorkDir = None,
     as_json: AsJson = False,
@@ -123,6 +127,8 @@ def search(
                 test_tokens=test_tokens,
                 evaluations=evaluations,
                 search_tokens=search_tokens,
+                workers=workers,
+                ray_address=ray_address,
             ),
         )
         if work_dir is None:

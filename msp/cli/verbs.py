@@ -37,6 +37,7 @@ from msp.cli.options import (
     Patterns,
     Picture,
     Pruner,
+    RayAddress,
     Resume,
     SearchTokens,
     Seed,
@@ -45,6 +46,7 @@ from msp.cli.options import (
     Unit,
     Window,
     WorkDir,
+    Workers,
 )
 from msp.cli.running import calm_libraries, running
 from msp.errors import MspError, UsageError
@@ -136,6 +138,8 @@ def prune(
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    workers: Workers = None,
+    ray_address: RayAddress = None,
     resume: Resume = False,
     work_dir: WorkDir = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the model at OUT.", rich_help_panel=RUN)] = False,
@@ -190,6 +194,8 @@ def prune(
                 test_tokens=test_tokens,
                 evaluations=evaluations,
                 search_tokens=search_tokens,
+                workers=workers,
+                ray_address=ray_address,
             ),
         )
         if work_dir is None:
@@ -251,6 +257,8 @@ def compare(
     search_tokens: SearchTokens = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    workers: Workers = None,
+    ray_address: RayAddress = None,
     every_seed: Annotated[
         bool, typer.Option("--every-seed", help="Show a row per seed too, not only the means.", rich_help_panel=RUN)
     ] = False,
@@ -298,6 +306,8 @@ def compare(
                 test_tokens=test_tokens,
                 evaluations=evaluations,
                 search_tokens=search_tokens,
+                workers=workers,
+                ray_address=ray_address,
             ),
         )
         drawn = _draw(lambda: [compare_picture(result, picture)])
