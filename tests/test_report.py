@@ -56,6 +56,7 @@ def a_result(**changes) -> PruneResult:
         "budget": 123_457,
         "objective": "weights",
         "spent": 123_456,
+        "dense_cost": 493_824,
         "allocation": allocation,
         "skipped": {
             f"model.layers.{i}.mlp.gate_proj": "172 input features [odd] are no multiple of 8" for i in range(5)
