@@ -16,9 +16,12 @@ from torch import nn
 
 from msp import __version__
 from msp.decode_table import DENSE, DecodeTable, Shape
+from msp.errors import MspError, UsageError
+from msp.model import DTYPES, find_device, find_structure, make_skeleton, read_config
 from msp.ops import nm_select
 from msp.ops._dispatch import compiled_module
 from msp.patterns import NMPattern
+from msp.plan import PatternRules
 from msp.progress import NoProgress, Progress
 from msp.sparse_linear import SparseLinear
 
@@ -68,6 +71,39 @@ def measure_decode(
     for (shape, pattern), found in samples.items():
         times[shape][DENSE if pattern is None else str(pattern)] = statistics.median(found) * 1e6
     return DecodeTable(str(dtype).removeprefix("torch."), _machine(device), times)
+
+
+def measure(
+    model: str | Path,
+    *,
+    output: str | Path | None = None,
+    group_size: int = 8,
+    patterns: str | None = None,
+    compliant: bool = False,
+    keep: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> DecodeTable:
+    """The decode table of a model, of which only the configuration is read; arguments and errors as for ``prune``.
+
+    Args:
+        output: file to write it to.
+        dtype: ``auto`` is what the model is stored in, and its packed form computes in.
+    """
+    rules = PatternRules.parse(group_size, patterns, keep, compliant=compliant)
+    place = find_device(device)
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    config = read_config(model)
+    if getattr(config, "quantization_config", None) is not None:
+        raise MspError(f"{model} is packed or quantised; measure with the dense model")
+    stored = DTYPES[dtype] or getattr(config, "dtype", None) or torch.float32
+    shapes = [linear.shape for linear in find_structure(make_skeleton(config)).linears]
+    table = measure_decode(shapes, rules.patterns, dtype=stored, device=place, progress=progress)
+    if output is not None:
+        table.save(Path(output))
+    return table
 
 
 def _linear(shape: Shape, pattern: NMPattern | None, dtype: torch.dtype) -> nn.Module:

@@ -22,8 +22,7 @@ from msp.decode_table import DecodeTable
 from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference, Quality, perplexity
 from msp.measure import measure_decode
-from msp.model import LoadedModel, Structure, check_finite, device_of, find_structure, load_model
-from msp.ops import check_environment
+from msp.model import LoadedModel, Structure, check_finite, device_of, find_device, find_structure, load_model
 from msp.patterns import Allocation, parse_sparsity
 from msp.plan import Goal, Plan, make_plan, parse_bytes, parse_time
 from msp.progress import NoProgress, Progress
@@ -138,7 +137,7 @@ class _Opened:
 
 
 def _open(model: Any, options: PruneOptions, tokenizer: Any, progress: Progress) -> _Opened:
-    device = _device(options.device)
+    device = find_device(options.device)
     if isinstance(model, (str, Path)):
         with progress.stage("Loading the model"):
             loaded = load_model(model, dtype=options.dtype, device=device)
@@ -421,7 +420,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity of a dense or packed model on a text, and KL to a dense ``reference`` if one is given."""
     listener = progress or NoProgress()
-    place = _device(device)
+    place = find_device(device)
     loaded = load_model(model, dtype=dtype, device=place)
     length = _window(loaded.model, window)
     windows = read_windows(evaluate, loaded.tokenizer, _vocabulary(loaded.model), window=length, tokens=test_tokens)
@@ -448,20 +447,6 @@ def _options(sparsity: float | None, options: dict[str, Any]) -> PruneOptions:
         raise UsageError(str(error).replace("PruneOptions.__init__() ", "")) from error
     settings.check()
     return settings
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    else:
-        try:
-            device = torch.device(name)
-        except RuntimeError as error:
-            raise UsageError(f"device {name!r} is not known to torch") from error
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise UsageError("device cuda was asked for, but torch sees no GPU")
-    check_environment(device.type)
-    return device
 
 
 def _vocabulary(model: Any) -> int:

@@ -22,6 +22,7 @@ from msp.progress import Advance
 
 if TYPE_CHECKING:
     from msp.checkpoint import PackedInfo
+    from msp.decode_table import DecodeTable
     from msp.results import CompareResult, CompareRow, ParetoResult, PruneResult, SearchResult, SensitivityResult
 
 BAR_WIDTH = 24
@@ -171,6 +172,22 @@ def pareto_report(result: ParetoResult, output: object) -> RenderableType:
         cells = [f"{point['density']:.2%}", size(point["bytes"]), smaller, f"[bold]{number(point['loss'])}[/]"]
         table.add_row(point["name"], *cells, f"{point['evaluations']:,}")
     return Group(table, Text.assemble("Written to ", (str(output), "bold")))
+
+
+def decode_report(table: DecodeTable, output: object) -> RenderableType:
+    """Microseconds of a call by pattern, and how many times as fast as dense that is."""
+    shapes = list(table.times)
+    shown = _table("Pattern", right=[f"{rows} x {columns}" for rows, columns in shapes], title="Microseconds a token")
+    for pattern in dict.fromkeys(name for times in table.times.values() for name in times):
+        cells = []
+        for times in table.times.values():
+            time, dense = times.get(pattern), times["dense"]
+            cells.append("" if time is None else f"{number(time)}  ({dense / time:.2f}x)")
+        shown.add_row(pattern, *cells)
+    where = ", ".join(f"{key} {value}" for key, value in table.machine.items() if key != "versions")
+    return Group(
+        shown, Text(f"{table.dtype}, {where}", style="dim"), Text.assemble("Written to ", (str(output), "bold"))
+    )
 
 
 def _levels(allocation: Mapping[str, str]) -> Table:
