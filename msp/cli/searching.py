@@ -103,7 +103,7 @@ def search(
             result = pipeline.search(model, output=output, progress=session.progress, **chosen)
             session.result(result.to_json(), search_report(result, output))
         else:
-            from msp.pareto import pareto
+            from msp.pareto_curve import pareto
 
             chosen.pop(budget)
             curve = pareto(model, **several, output=output, progress=session.progress, **chosen)
