@@ -136,7 +136,7 @@ def test_compliant_patterns_keep_two_at_most() -> None:
         p.always_compliant for unit in make_plan(STRUCTURE, Goal(Fraction(3, 5)), rules).units for p in unit.patterns
     )
     assert PatternRules.parse(4, compliant=True).allowed == tuple(NMPattern(n, 4) for n in range(3))
-    with pytest.raises(UsageError, match="layers.0.*=3:8 is not compliant"):
+    with pytest.raises(UsageError, match=r"layers\.0\.\*=3:8 is not compliant"):
         PatternRules.parse(8, keep="layers.0.*=3:8", compliant=True)
     with pytest.raises(UsageError, match="none of 3:8,4:8 is compliant"):
         PatternRules.parse(8, "3:8,4:8", compliant=True)
