@@ -110,7 +110,7 @@ class _Opened:
         in_linears = sum(linear.weight.numel() for linear in self.structure.linears) * dtype.itemsize
         return _tensor_bytes(self.model, dtype) - in_linears
 
-    def bytes(self, allocation: Allocation) -> dict[str, int]:
+    def bytes_of(self, allocation: Allocation) -> dict[str, int]:
         """Of all tensors as stored, of the dense model and of one packed to ``allocation``."""
         goal = Goal(None, 0, self._other_bytes(), self.loaded.stored_dtype)
         linears = sum(goal.cost(linear.shape, allocation.get(linear.name)) for linear in self.structure.linears)
@@ -290,7 +290,7 @@ def search_all(
             **_spending(plan, problem, found),
             allocation=allocation,
             skipped=dict(plan.skipped),
-            bytes=opened.bytes(allocation),
+            bytes=opened.bytes_of(allocation),
             loss=loss,
             seconds=dict(clock.seconds),
             peak_memory=_peak_memory(),
