@@ -30,6 +30,7 @@ from msp.search.fitness import TokenFitness
 from msp.search.runners import Setting, open_runner
 from msp.sensitivity import fisher_diagonals, fisher_traces
 from msp.sparse_linear import SparseLinear
+from msp.task_loss import TaskLoss, TaskReference, fitness_name
 
 # Tokens per forward: enough to fill a machine, few enough that activations stay small.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -75,7 +76,7 @@ class Workbench:
         self._norms: dict[str, Tensor] | None = None
         self._reference: DenseReference | None = None
 
-    def problem(self, pruner: Pruner, *, seed: int, fitness: str, search: SearchSettings) -> Problem:
+    def problem(self, pruner: Pruner, *, seed: int, fitness: str | TaskLoss, search: SearchSettings) -> Problem:
         """What an allocator is asked to solve when ``pruner`` decides which weights stay."""
         evidence = WorkbenchEvidence(self, pruner, fitness, search.workers)
         return Problem(self.plan.units, self.plan.budget, evidence, seed, search, self.progress)
@@ -122,11 +123,13 @@ class Workbench:
         self._norms = norms
         return ranks
 
-    def reference(self) -> DenseReference:
-        """The dense model's predictions on the fitness tokens."""
+    def reference(self, fitness: str | TaskLoss = "kl") -> DenseReference | TaskReference:
+        """The dense model's predictions on the fitness tokens; or what measures by a loss of the user's there."""
+        if not len(self.tokens.fitness):
+            raise UsageError("this allocator searches, and there are no fitness tokens to search on")
+        if not isinstance(fitness, str):
+            return TaskReference(self.tokens.fitness, fitness, batch_size=self._batch_size)
         if self._reference is None:
-            if not len(self.tokens.fitness):
-                raise UsageError("this allocator searches, and there are no fitness tokens to search on")
             self._reference = DenseReference(
                 self.model,
                 self.tokens.fitness,
@@ -190,7 +193,7 @@ class Workbench:
 class WorkbenchEvidence:
     """Answers an allocator's questions about a workbench's model under one pruner."""
 
-    def __init__(self, bench: Workbench, pruner: Pruner, fitness: str, workers: Workers | None) -> None:
+    def __init__(self, bench: Workbench, pruner: Pruner, fitness: str | TaskLoss, workers: Workers | None) -> None:
         self._bench = bench
         self._pruner = pruner
         self._fitness = fitness
@@ -203,7 +206,8 @@ class WorkbenchEvidence:
         for windows in (self._bench.tokens.calibration, self._bench.tokens.fitness):
             digest.update(windows.numpy().tobytes())
         forward = "bf16" if forward_in_bf16(self._bench.model) else "own dtype"
-        return f"{self._bench.name}|{self._pruner!r}|{self._fitness}|{forward}|{digest.hexdigest()}"
+        fitness = fitness_name(self._fitness)
+        return f"{self._bench.name}|{self._pruner!r}|{fitness}|{forward}|{digest.hexdigest()}"
 
     def fisher_traces(self) -> Mapping[str, float]:
         return self._bench.fisher_traces()
@@ -245,10 +249,10 @@ class WorkbenchEvidence:
     @contextmanager
     def fitness(self, shares: Sequence[float]) -> Iterator[Fitness]:
         bench = self._bench
-        reference = bench.reference()
+        reference = bench.reference(self._fitness)
         setting = Setting(bench.model, bench.structure.linears, self.ranks(), bench.plan.units, reference)
         with open_runner(setting, self._workers, bench.progress) as runner:
-            yield TokenFitness(runner, measure=self._fitness, shares=shares)
+            yield TokenFitness(runner, measure=fitness_name(self._fitness), shares=shares)
 
 
 def batch_size(device: torch.device, window: int) -> int:

@@ -19,7 +19,7 @@ from msp.cli import app
 from msp.data import save_tokens
 from msp.patterns import Allocation
 
-VERBS = ("prune", "search", "compare", "sensitivity", "evaluate", "generate", "info")
+VERBS = ("prune", "search", "measure", "compare", "sensitivity", "evaluate", "generate", "info")
 SMALL = [
     "--window",
     "16",
@@ -143,6 +143,41 @@ def test_search_then_prune(home: Path, llama: Path, text: Path):
         )
         assert pruned["allocation"] == data["allocation"]
         assert pruned["bytes"]["packed"] == data["spent"]
+
+
+def test_several_budgets(home: Path, llama: Path, text: Path):
+    out = home / "curve"
+    search = ["search", llama, "-o", out, "--sparsity", "0.75, 0.5", "--compliant", "-m", "4", "--evaluations", 16]
+    data = one_object(msp_run(*search, "--calibration", text, *SMALL, "--json"))
+    assert [(point["name"], point["density"]) for point in data["points"]] == [("0.5", 0.5), ("0.75", 0.25)]
+    assert json.loads((out / "pareto.json").read_text()) == data
+    assert set(Allocation.load(out / "0.75" / "allocation.json").to_strings().values()) <= {"0:4", "1:4", "2:4"}
+    assert sorted(path.name for path in out.iterdir()) == ["0.5", "0.75", "pareto.json", "pareto.png"]
+    assert not (home / ".curve.search").exists()
+    assert "Fitness (kl)" in msp_run(*search, "--calibration", text, *SMALL).stdout
+
+
+def test_a_budget_in_time(home: Path, llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch):
+    """Measured by one verb, spent by another; and a loss from a module in the current directory."""
+    monkeypatch.setattr("msp.measure.SECONDS", 1e-4)
+    monkeypatch.chdir(home)
+    (home / "my_task_loss.py").write_text("def first(logits, tokens):\n    return -logits[:, :-1, 3].sum()\n")
+    table = home / "times.json"
+    measured = one_object(msp_run("measure", llama, "-o", table, "--patterns", "0:8,2:8,3:16", "--json"))
+    assert measured == json.loads(table.read_text())
+    assert {tuple(entry["shape"]) for entry in measured["linears"]} == set(_shapes(llama).values()) - {(VOCABULARY, 32)}
+    assert all(set(entry["microseconds"]) == {"dense", "0:8", "2:8", "3:16"} for entry in measured["linears"])
+    # Times of so small a model are all alike: these are not.
+    for entry in measured["linears"]:
+        entry["microseconds"] = {"dense": 20.0, "0:8": 1.0, "2:8": 6.0, "3:16": 5.0}
+    table.write_text(json.dumps(measured))
+    budget = ["--budget-decode", "100us", "--decode-table", table, "--patterns", "0:8,2:8,3:16,8:8"]
+    search = ["search", llama, "-o", home / "timed", *budget, "--fitness", "my_task_loss:first", "--evaluations", 16]
+    data = one_object(msp_run(*search, "--calibration", text, *SMALL, "--json"))
+    assert data["objective"] == "nanoseconds" and data["spent"] == data["budget"] == 100_000
+    assert data["dense_cost"] == 14 * 20_000 and data["recipe"]["fitness"] == "my_task_loss:first"
+    shown = msp_run(*search, "--calibration", text, *SMALL).stdout
+    assert "0.1 of a budget of 0.1 ms, dense 0.28 ms" in " ".join(shown.split())
 
 
 def test_prune_tells_a_reader_what_it_did(home: Path, llama: Path, text: Path):
@@ -281,6 +316,17 @@ EARLY = [
     (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--budget-bytes", "lots"], 2, "300MB or 1.5GB"),
     (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--budget-bytes", "9", "-s", "0.5"], 2, "one of them"),
     (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--patterns", "2:8,half"], 2, "not a pattern"),
+    (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--patterns", "3:8,8:8", "--compliant"], 2, "compliant"),
+    (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--budget-decode", "12"], 2, "12ms or 800us"),
+    (["prune", "M", "-o", "OUT", "--budget-decode", "12ms", "--decode-table", "GONE"], 1, "is not a decode table"),
+    (["prune", "M", "-o", "OUT", "--decode-table", "GONE"], 2, "goes with budget_decode"),
+    (["prune", "M", "-o", "OUT", "--fitness", "no_module:loss"], 2, "fitness no_module:loss: ModuleNotFoundError"),
+    (["compare", "M", "--fitness", "accuracy"], 2, "nor module:function"),
+    (["search", "M", "-o", "OUT", "--sparsity", "0.5,0.5"], 2, "more than once"),
+    (["search", "M", "-o", "OUT", "--sparsity", "0.5", "--budget-bytes", "1MB"], 2, "one of them"),
+    (["search", "M", "-o", "OUT", "--sparsity", "half"], 2, "is not a number"),
+    (["measure", "M", "-o", "OUT", "--patterns", "3:7"], 2, "4, 8, 16, 32"),
+    (["measure", "M", "-o", "OUT", "--device", "abacus"], 2, "abacus"),
     (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--keep", "q_proj"], 2, "REGEX=N:M"),
     (["prune", "M", "-o", "OUT", "--colour", "red"], 2, "--colour"),
     (["compare", "M", "--calibration", "TEXT", "--seeds", "0"], 2, "seeds"),

@@ -60,6 +60,7 @@ def _result(**changes) -> msp.PruneResult:
         "budget": 2,
         "objective": "weights",
         "spent": 2,
+        "dense_cost": 8,
         "allocation": Allocation.from_strings({"b.0.a": "2:8"}),
         "skipped": {},
         "perplexity": {"dense": 4.0, "pruned": float("inf")},

@@ -73,7 +73,10 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class Problem:
-    """Units in order of depth, the budget they share, and what is known about the model."""
+    """Units in order of depth, the budget they share, and what is known about the model.
+
+    ``hints`` are levels that a search may start from besides its own, found for a budget near this one.
+    """
 
     units: tuple[Unit, ...]
     budget: Budget
@@ -81,6 +84,7 @@ class Problem:
     seed: int = 0
     search: SearchSettings = field(default_factory=SearchSettings)
     progress: Progress = field(default_factory=NoProgress)
+    hints: tuple[Levels, ...] = ()
 
     @property
     def blocks(self) -> int:
@@ -105,6 +109,10 @@ class Problem:
                 for name in unit.linears
             }
         )
+
+    def densities(self, levels: Levels) -> list[float]:
+        """The density of every unit."""
+        return [float(unit.patterns[level].density) for unit, level in zip(self.units, levels, strict=True)]
 
     def kept(self, levels: Levels) -> int:
         """Weights kept."""

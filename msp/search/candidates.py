@@ -17,6 +17,7 @@ from msp.evaluate import DenseReference, Sums
 from msp.model import Linear, device_of
 from msp.patterns import NMPattern, Unit
 from msp.search.fitness import Job
+from msp.task_loss import TaskReference
 
 Ranks = Mapping[int, Tensor]
 """Of one linear, for every M it may have: uint8 ``[R, K]`` from ``ops.nm_rank``."""
@@ -105,10 +106,10 @@ class LocalRunner:
 
     Args:
         candidates: the model with ranked linears, entered.
-        reference: the dense model's predictions on all fitness tokens.
+        reference: the dense model's predictions on all fitness tokens, or the user's loss on them.
     """
 
-    def __init__(self, candidates: CandidateModel, reference: DenseReference) -> None:
+    def __init__(self, candidates: CandidateModel, reference: DenseReference | TaskReference) -> None:
         self._candidates = candidates
         self._reference = reference
 

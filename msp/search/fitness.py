@@ -46,8 +46,8 @@ class TokenFitness:
 
     Args:
         runner: measures candidates.
-        measure: ``"kl"`` (mean KL(dense || pruned), nats a token) or ``"perplexity"`` (its logarithm, so
-            that differences compare across scales; the order is the same).
+        measure: ``"kl"`` (mean KL(dense || pruned), nats a token); for any other the mean loss that the runner
+            sums: of ``"perplexity"`` its logarithm, so that differences compare across scales, or a task's own.
         shares: part of the batches that each stage measures on, ascending, the last one 1. Stages that come
             to the same number of batches are one.
     """

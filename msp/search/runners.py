@@ -13,6 +13,7 @@ from msp.patterns import Unit
 from msp.progress import NoProgress, Progress
 from msp.search.candidates import CandidateModel, LocalRunner, Ranks
 from msp.search.fitness import Runner
+from msp.task_loss import TaskReference
 
 if TYPE_CHECKING:
     from msp.search.distributed import Workers
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setting:
-    """All that candidates are made of and measured on: the dense model, rank codes, units, the dense predictions."""
+    """All that candidates are made of and measured on: the dense model, rank codes, units, what they are compared with."""
 
     model: Any
     linears: Sequence[Linear]
     ranks: Mapping[str, Ranks]
     units: Sequence[Unit]
-    reference: DenseReference
+    reference: DenseReference | TaskReference
 
 
 @contextmanager
