@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -25,7 +26,7 @@ from msp.ops import check_environment
 from msp.patterns import parse_sparsity
 from msp.plan import Goal, Plan, make_plan, parse_bytes
 from msp.progress import NoProgress, Progress
-from msp.pruners import get_pruner
+from msp.pruners import Pruner, get_pruner
 from msp.recipe import write_allocation
 from msp.results import CompareResult, CompareRow, PruneResult, SearchResult, SensitivityResult, mean_rows
 from msp.sensitivity import fisher_traces
@@ -158,7 +159,7 @@ def prune(
     with clock("evaluate"):
         reference = opened.test_reference(tokens, listener)
     with clock("allocate"):
-        problem = bench.problem(pruner, seed=settings.seed, fitness=settings.fitness, search=settings.search)
+        problem = _problem(bench, pruner, settings, settings.seed)
         found = _allocate(problem, settings)
         allocation = problem.allocation(found.levels)
     dense_bytes = _tensor_bytes(opened.model, opened.loaded.stored_dtype)
@@ -167,14 +168,16 @@ def prune(
             pruned = stack.enter_context(bench.pruned(allocation, pruner))
         with clock("evaluate"):
             quality = reference.measure(pruned, progress=listener)
+            searched = _search_fitness(bench, pruned, found, settings)
         packed = {name: module.packed for name, module in pruned.named_modules() if isinstance(module, SparseLinear)}
     for name, pattern in allocation.items():
         if pattern.is_dense:
             note_pattern(opened.model.get_submodule(name), pattern)
     replace_linears(opened.model, packed)
     bytes_ = {"dense": dense_bytes, "packed": _tensor_bytes(opened.model, opened.loaded.stored_dtype)}
-    recipe = _recipe(settings, opened, tokens, plan, found)
+    recipe = _recipe(settings, opened, bench, found)
     recipe |= {"perplexity": _both(reference.quality, quality), "kl": quality.kl, "bytes": bytes_}
+    recipe |= {"search_fitness": searched}
     if output is not None:
         with clock("save"), _in_dtype(opened.model, opened.loaded.stored_dtype):
             save_packed(opened.model, opened.loaded.tokenizer, output, recipe=recipe, force=force)
@@ -192,6 +195,7 @@ def prune(
         recipe=recipe,
         model=opened.model,
         tokenizer=opened.loaded.tokenizer,
+        search_fitness=searched,
     )
 
 
@@ -223,7 +227,7 @@ def search(
     bench = opened.bench(plan, tokens, listener)
     with clock("allocate"):
         pruner = get_pruner(settings.pruner)
-        problem = bench.problem(pruner, seed=settings.seed, fitness=settings.fitness, search=settings.search)
+        problem = _problem(bench, pruner, settings, settings.seed)
         found = _allocate(problem, settings)
     result = SearchResult(
         **_spending(plan, problem, found),
@@ -233,11 +237,26 @@ def search(
         peak_memory=_peak_memory(),
         history=[asdict(step) for step in found.history],
         sensitivities=bench.traces,
-        recipe=_recipe(settings, opened, tokens, plan, found),
+        recipe=_recipe(settings, opened, bench, found),
     )
     if output is not None:
         write_allocation(Path(output), result.allocation, result.recipe)
     return result
+
+
+def _problem(bench: Workbench, pruner: Pruner, settings: PruneOptions, seed: int) -> Problem:
+    return bench.problem(
+        pruner, seed=seed, fitness=settings.fitness, search=settings.search, database=settings.database(pruner)
+    )
+
+
+def _search_fitness(bench: Workbench, pruned: Any, found: Allocated, settings: PruneOptions) -> dict[str, float] | None:
+    """What the search measured of the candidate it found, and the same of the model pruned to its levels."""
+    if not found.history:
+        return None
+    quality = bench.reference().measure(pruned, progress=bench.progress, label="Evaluating on fitness tokens")
+    after = quality.kl if settings.fitness == "kl" else math.log(quality.perplexity)
+    return {"candidate": found.history[-1].best, "pruned": after}
 
 
 def _allocate(problem: Problem, settings: PruneOptions) -> Allocated:
@@ -289,7 +308,7 @@ def compare(
             reference = reference or opened.test_reference(tokens, listener)
             bench = opened.bench(plan, tokens, listener)
             for pruner_name, pruner in methods:
-                problem = bench.problem(pruner, seed=seed, fitness=settings.fitness, search=settings.search)
+                problem = _problem(bench, pruner, settings, seed)
                 for name, allocator in chosen:
                     start = time.perf_counter()
                     found = allocator.allocate(problem)
@@ -433,17 +452,22 @@ def _both(dense: Quality, pruned: Quality) -> dict[str, float]:
     return {"dense": dense.perplexity, "pruned": pruned.perplexity}
 
 
-def _recipe(options: PruneOptions, opened: _Opened, tokens: TokenSets, plan: Plan, found: Allocated) -> dict[str, Any]:
+def _recipe(options: PruneOptions, opened: _Opened, bench: Workbench, found: Allocated) -> dict[str, Any]:
     names = ["pruner", "seed"] if options.allocation else ["allocator", "pruner", "unit", "fitness", "seed"]
     versions = {"msp": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
     return {
         "model": opened.loaded.source,
         **options.budget,
         **{name: getattr(options, name) for name in names},
-        "calibration": dict(tokens.sources),
-        "budget": plan.limit,
-        "skipped": dict(plan.skipped),
-        "search": {"candidates": found.evaluations, "forwarded": found.tokens, **asdict(found.options)}
+        "calibration": dict(bench.tokens.sources),
+        "budget": bench.plan.limit,
+        "skipped": dict(bench.plan.skipped),
+        "search": {
+            "candidates": found.evaluations,
+            "forwarded": found.tokens,
+            "database_bytes": bench.database_bytes,
+            **asdict(found.options),
+        }
         if found.options
         else None,
         "versions": versions,

@@ -10,10 +10,11 @@ from msp.allocators import SearchSettings, get_allocator
 from msp.errors import UsageError
 from msp.patterns import parse_sparsity
 from msp.plan import PatternRules, parse_bytes
-from msp.pruners import get_pruner
+from msp.pruners import Pruner, get_pruner
 from msp.recipe import read_rules
 
 FITNESS = ("kl", "perplexity")
+CANDIDATES = ("auto", "ranks", "database")
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class PruneOptions:
         fitness: ``kl`` (to the dense model) or ``perplexity``, what a search minimises.
         fitness_noise: share of the fitness tokens replaced by random ones of theirs, in [0, 1), for ``kl``: a
             search on clean text alone fits that kind of text (docs/search.md).
+        candidates: what a search measures: ``ranks``, linears cut down to what the pruner ranks first; ``database``,
+            linears pruned to every level beforehand; ``auto``, the database for pruners that update weights.
         evaluations: candidates a search may measure; without it the allocator's own number, 970 for ``msp``.
         search_tokens: no generation of a search begins once it has forwarded this many tokens; without
             ``evaluations`` it is all that ends the search.
         seed: of the token draw and the search.
         dtype, device: as in ``load_model``; ``auto`` takes a GPU where there is one.
-        work_dir: where a search keeps its checkpoint; ``resume`` goes on from it.
+        work_dir: where a search keeps its checkpoint and its database; ``resume`` goes on from them.
     """
 
     sparsity: float | None
@@ -62,6 +65,7 @@ class PruneOptions:
     test_tokens: int = 32_768
     fitness: str = "kl"
     fitness_noise: float = 0.15
+    candidates: str = "auto"
     evaluations: int | None = None
     search_tokens: int | None = None
     seed: int = 0
@@ -85,6 +89,8 @@ class PruneOptions:
         get_pruner(self.pruner)
         if self.fitness not in FITNESS:
             raise UsageError(f"fitness {self.fitness!r} is not one of {', '.join(FITNESS)}")
+        if self.candidates not in CANDIDATES:
+            raise UsageError(f"candidates {self.candidates!r} is not one of {', '.join(CANDIDATES)}")
         if not 0 <= self.fitness_noise < 1:
             raise UsageError(f"fitness noise {self.fitness_noise:g} is outside [0, 1)")
         if self.evaluations is not None and self.evaluations < 1:
@@ -99,6 +105,10 @@ class PruneOptions:
         if self.allocation is not None:
             return read_rules(self.allocation)
         return PatternRules.parse(self.group_size, self.patterns, self.keep)
+
+    def database(self, pruner: Pruner) -> bool:
+        """Whether a search with ``pruner`` takes its candidates from a database."""
+        return self.candidates == "database" or (self.candidates == "auto" and pruner.updates_weights)
 
     @property
     def search(self) -> SearchSettings:

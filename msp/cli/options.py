@@ -90,6 +90,14 @@ FitnessNoise = Annotated[
         rich_help_panel=METHOD,
     ),
 ]
+Candidates = Annotated[
+    str,
+    typer.Option(
+        help="What the search measures: **ranks**, layers cut down to what the pruner ranks first; **database**, layers "
+        "pruned to every level beforehand, kept on disk; **auto**, the database for pruners that update weights.",
+        rich_help_panel=METHOD,
+    ),
+]
 Calibration = Annotated[
     str | None,
     typer.Option(
