@@ -93,8 +93,8 @@ FitnessNoise = Annotated[
 Candidates = Annotated[
     str,
     typer.Option(
-        help="What the search measures: **ranks**, layers cut down to what the pruner ranks first; **database**, layers "
-        "pruned to every level beforehand, kept on disk; **auto**, the database for pruners that update weights.",
+        help="What the search measures: **ranks**, layers cut down to what the pruner ranks first; **database**, "
+        "layers pruned to every level, kept on disk; **auto**, the database for pruners that update weights.",
         rich_help_panel=METHOD,
     ),
 ]
