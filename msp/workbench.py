@@ -138,12 +138,12 @@ class Workbench:
         """
         shapes = {linear.name: linear.shape for linear in self.linears}
         patterns = {name: unit.patterns for name, unit in self.unit_of.items()}
-        database = LevelDatabase(folder, shapes, patterns, self._stored_dtype, self._origin(pruner))
-        self.database_bytes = database.nbytes
         with self.progress.stage("Planning the level database") as tell:
+            database = LevelDatabase(folder, shapes, patterns, self._stored_dtype, self._origin(pruner))
             removed = database.open(resume=resume)
             missing = database.missing()
             tell(1, bytes=database.nbytes, linears=len(shapes), to_compute=len(missing))
+        self.database_bytes = database.nbytes
         if removed:
             _warn(removed)
         if missing:

@@ -357,8 +357,8 @@ def test_wrong_candidates_are_refused(home: Path):
         msp.prune(home / "llama", **options(home, candidates="guesses"))
 
 
-def test_a_real_model(tmp_path: Path):
-    """What is searched on the database is near what pruning block by block gives, and ranks are not."""
+def test_a_real_model():
+    """Updated weights are better than the same model's own, and candidates show that."""
     asked = {
         "sparsity": 0.5, "pruner": "sparsegpt", "allocator": "ramp-best", "window": 128, "fitness_tokens": 1024,
         "calibration_tokens": 4096, "test_tokens": 1024, "calibration": str(shared("data", "tinystories-sample.txt")),
@@ -367,5 +367,4 @@ def test_a_real_model(tmp_path: Path):
         kind: msp.prune(shared_model("stories260k"), candidates=kind, **asked).search_fitness
         for kind in ("database", "ranks")
     }
-    gap = {kind: abs(math.log(both["candidate"] / both["pruned"])) for kind, both in found.items()}
-    assert gap["database"] < gap["ranks"] / 2
+    assert found["database"]["candidate"] < 0.95 * found["ranks"]["candidate"]
