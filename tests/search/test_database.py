@@ -37,9 +37,15 @@ NAME = "model.layers.1.mlp.up_proj"
 LINEARS = 14
 
 
-def make_bench(seed: int = 0, *, stored: torch.dtype = torch.float16, patterns: str = "0:8,1:8,3:8,2:4,7:16,8:8"):
-    """A tiny Llama and 8 windows of calibration tokens."""
-    model = build("llama")
+def make_bench(
+    seed: int = 0,
+    *,
+    family: str = "llama",
+    stored: torch.dtype = torch.float16,
+    patterns: str = "0:8,1:8,3:8,2:4,7:16,8:8",
+):
+    """A tiny model and 8 windows of calibration tokens."""
+    model = build(family)
     structure = find_structure(model)
     return Workbench(
         model,
@@ -72,13 +78,14 @@ def hessians(model, windows) -> dict[str, LinearStatistics]:
     return found
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_every_level_is_what_the_pruner_gives_in_the_dense_model(stored: torch.dtype, tmp_path: Path, monkeypatch):
-    bench, pruner, factorised = make_bench(stored=stored), get_pruner("sparsegpt"), []
+def test_every_level_is_what_the_pruner_gives_in_the_dense_model(stored, family, tmp_path: Path, monkeypatch):
+    bench, pruner, factorised = make_bench(family=family, stored=stored), get_pruner("sparsegpt"), []
     inverse = sparsegpt.inverse_cholesky
     monkeypatch.setattr(sparsegpt, "inverse_cholesky", lambda h: factorised.append(len(h)) or inverse(h))
     levels = bench.levels(pruner, tmp_path / "database")
-    assert len(factorised) == len(levels) == LINEARS
+    assert len(factorised) == len(levels) == len(bench.linears)
     statistics = hessians(bench.model, bench.tokens.calibration)
     for linear in bench.linears:
         assert set(map(str, levels[linear.name])) == {"1:8", "3:8", "2:4", "7:16"}
@@ -89,8 +96,15 @@ def test_every_level_is_what_the_pruner_gives_in_the_dense_model(stored: torch.d
             assert torch.equal(packed.bitmask, wanted.bitmask)
 
 
-def test_a_candidate_is_the_model_with_those_weights(tmp_path: Path):
-    bench = make_bench()
+def dense_weight(model, name: str) -> torch.Tensor:
+    """[out, in], in the model's own memory."""
+    module = model.get_submodule(name)
+    return module.weight.T if type(module).__name__ == "Conv1D" else module.weight
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_candidate_is_the_model_with_those_weights(family, tmp_path: Path):
+    bench = make_bench(family=family)
     levels = bench.levels(get_pruner("sparsegpt"), tmp_path / "database")
     windows, units = tokens(2, 9, seed=1), bench.plan.units
     dense = copy.deepcopy(bench.model)
@@ -101,7 +115,7 @@ def test_a_candidate_is_the_model_with_those_weights(tmp_path: Path):
             candidate.apply(drawn)
             want = copy.deepcopy(dense)
             for unit, level in zip(units, drawn, strict=True):
-                weight, pattern = want.get_submodule(unit.name).weight, unit.patterns[level]
+                weight, pattern = dense_weight(want, unit.name), unit.patterns[level]
                 if pattern.is_empty:
                     weight.zero_()
                 elif not pattern.is_dense:
