@@ -28,6 +28,7 @@ from msp.patterns import parse_sparsity
 from msp.plan import Goal, PatternRules, make_plan
 from msp.progress import NoProgress
 from msp.pruners import LinearStatistics, get_pruner, sparsegpt
+from msp.search import candidates
 from msp.search.candidates import CandidateModel
 from msp.search.database import LevelDatabase
 from msp.workbench import Workbench
@@ -323,7 +324,7 @@ def test_a_build_that_was_killed_goes_on(home: Path, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("fitness", ["kl", "perplexity"])
 def test_both_figures_are_reported(fitness: str, home: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(candidates, "forward_in_bf16", lambda model: False)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     asked = options(home, fitness=fitness)
@@ -342,8 +343,9 @@ def test_both_figures_are_reported(fitness: str, home: Path, tmp_path: Path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "the temporary folder is gone"
 
 
-def test_the_figure_after_pruning_is_that_of_the_pruned_model(home: Path):
+def test_the_figure_after_pruning_is_that_of_the_pruned_model(home: Path, monkeypatch):
     """With one block whatever is calibrated is calibrated in the dense model: both figures are the same."""
+    monkeypatch.setattr(candidates, "forward_in_bf16", lambda model: False)
     model = build("llama")
     model.model.layers = model.model.layers[:1]
     model.config.num_hidden_layers = 1
