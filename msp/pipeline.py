@@ -20,13 +20,13 @@ from msp.checkpoint import check_output, replace_linears, save_packed
 from msp.data import DEFAULT_CALIBRATION, DEFAULT_EVALUATION, TokenSets, make_token_sets, read_windows
 from msp.decode_table import DecodeTable
 from msp.errors import MspError, UsageError
-from msp.evaluate import DenseReference, Quality, perplexity
+from msp.evaluate import DenseReference, Quality, Sums, perplexity
 from msp.measure import measure_decode
 from msp.model import LoadedModel, Structure, check_finite, device_of, find_device, find_structure, load_model
 from msp.patterns import Allocation, parse_sparsity
 from msp.plan import Goal, Plan, make_plan, parse_bytes, parse_time
 from msp.progress import NoProgress, Progress
-from msp.pruners import get_pruner
+from msp.pruners import Pruner, get_pruner
 from msp.recipe import write_allocation
 from msp.results import CompareResult, CompareRow, PruneResult, SearchResult, SensitivityResult, mean_rows
 from msp.search.fitness import key_of
@@ -190,7 +190,7 @@ def prune(
     with clock("evaluate"):
         reference = opened.test_reference(tokens, listener)
     with clock("allocate"):
-        problem = bench.problem(pruner, seed=settings.seed, fitness=settings.measure, search=settings.search)
+        problem = _problem(bench, pruner, settings, settings.seed)
         found = _allocate(problem, settings)
         allocation = problem.allocation(found.levels)
     dense_bytes = _tensor_bytes(opened.model, opened.loaded.stored_dtype)
@@ -199,14 +199,16 @@ def prune(
             pruned = stack.enter_context(bench.pruned(allocation, pruner))
         with clock("evaluate"):
             quality = reference.measure(pruned, progress=listener)
+            searched = _search_fitness(bench, pruned, found, settings)
         packed = {name: module.packed for name, module in pruned.named_modules() if isinstance(module, SparseLinear)}
     for name, pattern in allocation.items():
         if pattern.is_dense:
             note_pattern(opened.model.get_submodule(name), pattern)
     replace_linears(opened.model, packed)
     bytes_ = {"dense": dense_bytes, "packed": _tensor_bytes(opened.model, opened.loaded.stored_dtype)}
-    recipe = _recipe(settings, opened, tokens, plan, found)
+    recipe = _recipe(settings, opened, bench, plan, found)
     recipe |= {"perplexity": _both(reference.quality, quality), "kl": quality.kl, "bytes": bytes_}
+    recipe |= {"search_fitness": searched}
     if output is not None:
         with clock("save"), _in_dtype(opened.model, opened.loaded.stored_dtype):
             save_packed(opened.model, opened.loaded.tokenizer, output, recipe=recipe, force=force)
@@ -224,6 +226,7 @@ def prune(
         recipe=recipe,
         model=opened.model,
         tokenizer=opened.loaded.tokenizer,
+        search_fitness=searched,
     )
 
 
@@ -275,7 +278,7 @@ def search_all(
         plans = [opened.plan(each, listener) for each in settings]
         tokens = opened.tokens(first, first.seed)
     bench = opened.bench(plans[0], tokens, listener)
-    shared = bench.problem(get_pruner(first.pruner), seed=first.seed, fitness=first.measure, search=first.search)
+    shared = _problem(bench, get_pruner(first.pruner), first, first.seed)
     relative: list[float] | None = None
     for each, plan in zip(settings, plans, strict=True):
         problem = replace(shared, budget=plan.budget, search=each.search)
@@ -296,7 +299,7 @@ def search_all(
             peak_memory=_peak_memory(),
             history=[asdict(step) for step in found.history],
             sensitivities=bench.traces,
-            recipe=_recipe(each, opened, tokens, plan, found),
+            recipe=_recipe(each, opened, bench, plan, found),
         )
 
 
@@ -306,6 +309,25 @@ def _loss(problem: Problem, found: Allocated) -> float:
         return found.history[-1].best
     with problem.evidence.fitness((1.0,)) as fitness:
         return fitness([key_of(found.levels)], 0)[0]
+
+
+def _problem(bench: Workbench, pruner: Pruner, settings: PruneOptions, seed: int) -> Problem:
+    return bench.problem(
+        pruner, seed=seed, fitness=settings.measure, search=settings.search, database=settings.database(pruner)
+    )
+
+
+def _search_fitness(bench: Workbench, pruned: Any, found: Allocated, settings: PruneOptions) -> dict[str, float] | None:
+    """What the search measured of the candidate it found, and the same of the model pruned to its levels."""
+    if not found.history:
+        return None
+    reference, total = bench.reference(settings.measure), Sums()
+    with bench.progress.stage("Evaluating on fitness tokens", reference.batches) as advance:
+        for batch in range(reference.batches):
+            total += reference.sums(pruned, [batch])
+            advance(batch + 1)
+    loss = total.divergence if settings.measure == "kl" else total.loss
+    return {"candidate": found.history[-1].best, "pruned": loss / total.predicted}
 
 
 def _allocate(problem: Problem, settings: PruneOptions) -> Allocated:
@@ -358,7 +380,7 @@ def compare(
             reference = reference or opened.test_reference(tokens, listener)
             bench = opened.bench(plan, tokens, listener)
             for pruner_name, pruner in methods:
-                problem = bench.problem(pruner, seed=seed, fitness=settings.measure, search=settings.search)
+                problem = _problem(bench, pruner, settings, seed)
                 for name, allocator in chosen:
                     start = time.perf_counter()
                     found = allocator.allocate(problem)
@@ -488,7 +510,7 @@ def _both(dense: Quality, pruned: Quality) -> dict[str, float]:
     return {"dense": dense.perplexity, "pruned": pruned.perplexity}
 
 
-def _recipe(options: PruneOptions, opened: _Opened, tokens: TokenSets, plan: Plan, found: Allocated) -> dict[str, Any]:
+def _recipe(options: PruneOptions, opened: _Opened, bench: Workbench, plan: Plan, found: Allocated) -> dict[str, Any]:
     names = ["pruner", "seed"] if options.allocation else ["allocator", "pruner", "unit", "seed"]
     versions = {"msp": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
     return {
@@ -496,10 +518,15 @@ def _recipe(options: PruneOptions, opened: _Opened, tokens: TokenSets, plan: Pla
         **options.budget,
         **{name: getattr(options, name) for name in names},
         **({} if options.allocation else {"fitness": options.fitness_name}),
-        "calibration": dict(tokens.sources),
+        "calibration": dict(bench.tokens.sources),
         "budget": plan.limit,
         "skipped": dict(plan.skipped),
-        "search": {"candidates": found.evaluations, "forwarded": found.tokens, **asdict(found.options)}
+        "search": {
+            "candidates": found.evaluations,
+            "forwarded": found.tokens,
+            "database_bytes": bench.database_bytes,
+            **asdict(found.options),
+        }
         if found.options
         else None,
         "versions": versions,

@@ -123,12 +123,22 @@ def prune_report(result: PruneResult, output: object = None) -> RenderableType:
         Text(_spending(result), style="dim"),
         _levels(result.allocation.to_strings()),
     ]
+    if result.search_fitness is not None:
+        parts.insert(1, Text(_search_fitness(result.search_fitness, result.recipe), style="dim"))
     if result.skipped:
         parts.append(_skipped(result.skipped))
     parts.append(Text(_costs(result.seconds, result.peak_memory), style="dim"))
     if output is not None:
         parts.append(Text.assemble("Saved to ", (str(output), "bold")))
     return Group(*parts)
+
+
+def _search_fitness(found: Mapping[str, float], recipe: Mapping[str, Any]) -> str:
+    measure = "KL" if recipe["fitness"] == "kl" else "Log-perplexity"
+    bytes_ = recipe["search"]["database_bytes"]
+    source = "from rank codes" if bytes_ is None else f"from a database of {size(bytes_)}"
+    before, after = number(found["candidate"]), number(found["pruned"])
+    return f"{measure} on the fitness tokens: {before} as searched, {source}; {after} pruned block by block"
 
 
 def search_report(result: SearchResult, output: object) -> RenderableType:
@@ -142,6 +152,8 @@ def search_report(result: SearchResult, output: object) -> RenderableType:
         table.add_row("Best fitness found", f"[bold]{number(last['best'])}[/]")
         table.add_row("Candidates measured", f"{last['evaluations']:,}")
         table.add_row("Tokens forwarded", f"{last['tokens']:,}")
+        database = result.recipe["search"]["database_bytes"]
+        table.add_row("Candidates from", "rank codes" if database is None else f"a database of {size(database)}")
     parts: list[RenderableType] = [
         table,
         Text(_spending(result), style="dim"),

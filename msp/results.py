@@ -27,6 +27,8 @@ class PruneResult:
         sensitivities: Fisher trace per linear where the allocator asked for them.
         recipe: everything needed to make it again, as written to the packed model.
         model: the packed model, ``tokenizer`` beside it.
+        search_fitness: on the fitness tokens, in nats a token, what the search measured of the ``candidate`` it found,
+            and the same of the model once it is ``pruned`` block by block; None for allocators that do not search.
     """
 
     density: float
@@ -47,6 +49,7 @@ class PruneResult:
     recipe: dict[str, Any]
     model: Any
     tokenizer: Any
+    search_fitness: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The result as plain JSON values, without the model."""

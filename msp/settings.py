@@ -11,12 +11,13 @@ from msp.decode_table import DecodeTable
 from msp.errors import UsageError
 from msp.patterns import parse_sparsity
 from msp.plan import PatternRules, parse_bytes, parse_time
-from msp.pruners import get_pruner
+from msp.pruners import Pruner, get_pruner
 from msp.recipe import read_rules
 from msp.search.distributed import Workers
 from msp.task_loss import TaskLoss, fitness_name, load_task_loss
 
 FITNESS = ("kl", "perplexity")
+CANDIDATES = ("auto", "ranks", "database")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class PruneOptions:
             as ``"module:function"``; ``msp.task_loss.TaskLoss`` says what it is given and returns.
         fitness_noise: share of the fitness tokens replaced by random ones of theirs, in [0, 1), for ``kl``: a
             search on clean text alone fits that kind of text (docs/search.md).
+        candidates: what a search measures: ``ranks``, linears cut down to what the pruner ranks first; ``database``,
+            linears pruned to every level beforehand; ``auto``, the database for pruners that update weights.
         evaluations: candidates a search may measure; without it the allocator's own number, 970 for ``msp``.
         search_tokens: no generation of a search begins once it has forwarded this many tokens; without
             ``evaluations`` it is all that ends the search.
@@ -51,7 +54,7 @@ class PruneOptions:
         dtype, device: as in ``load_model``; ``auto`` takes a GPU where there is one.
         workers: processes that a search runs candidates in, through Ray; without it, in this one.
         ray_address: of a Ray cluster to run them on, ``auto`` or ``host:port``; without ``workers`` on all of it.
-        work_dir: where a search keeps its checkpoint; ``resume`` goes on from it.
+        work_dir: where a search keeps its checkpoint and its database; ``resume`` goes on from them.
     """
 
     sparsity: float | None
@@ -74,6 +77,7 @@ class PruneOptions:
     test_tokens: int = 32_768
     fitness: str | TaskLoss = "kl"
     fitness_noise: float = 0.15
+    candidates: str = "auto"
     evaluations: int | None = None
     search_tokens: int | None = None
     seed: int = 0
@@ -106,6 +110,8 @@ class PruneOptions:
         _ = self.rules, self.measure, self.search
         get_allocator(self.allocator)
         get_pruner(self.pruner)
+        if self.candidates not in CANDIDATES:
+            raise UsageError(f"candidates {self.candidates!r} is not one of {', '.join(CANDIDATES)}")
         if not 0 <= self.fitness_noise < 1:
             raise UsageError(f"fitness noise {self.fitness_noise:g} is outside [0, 1)")
         if self.evaluations is not None and self.evaluations < 1:
@@ -133,6 +139,10 @@ class PruneOptions:
     @property
     def fitness_name(self) -> str:
         return fitness_name(self.measure)
+
+    def database(self, pruner: Pruner) -> bool:
+        """Whether a search with ``pruner`` takes its candidates from a database."""
+        return self.candidates == "database" or (self.candidates == "auto" and pruner.updates_weights)
 
     @property
     def search(self) -> SearchSettings:

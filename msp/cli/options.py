@@ -120,6 +120,14 @@ FitnessNoise = Annotated[
         rich_help_panel=METHOD,
     ),
 ]
+Candidates = Annotated[
+    str,
+    typer.Option(
+        help="What the search measures: **ranks**, layers cut down to what the pruner ranks first; **database**, "
+        "layers pruned to every level, kept on disk; **auto**, the database for pruners that update weights.",
+        rich_help_panel=METHOD,
+    ),
+]
 Calibration = Annotated[
     str | None,
     typer.Option(
@@ -250,6 +258,7 @@ class Searching:
     unit: Unit = "linear"
     fitness: Fitness = "kl"
     fitness_noise: FitnessNoise = None
+    candidates: Candidates = "auto"
     calibration: Calibration = None
     evaluate: Evaluate = None
     window: Window = None

@@ -82,7 +82,7 @@ class CandidateWorker:
     def __init__(self, setting: Setting, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
         self._model = setting.model.to(device)
-        ranks = {name: {m: rank.to(device) for m, rank in of_m.items()} for name, of_m in setting.ranks.items()}
+        ranks: Any = {name: _to(device, own) for name, own in setting.ranks.items()}
         self._opened = open_runner(replace(setting, ranks=ranks))
         self._runner = self._opened.__enter__()
 
@@ -206,6 +206,11 @@ class RayRunner:
                 stacklevel=2,
             )
         self._kinds.add(kind)
+
+
+def _to(device: str, own: Any) -> Any:
+    """Rank codes of one linear, or its packed weights, on ``device``."""
+    return type(own)({key: codes.to(device) for key, codes in own.items()})
 
 
 def _total(parts: Iterable[Sums]) -> Sums:

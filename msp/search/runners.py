@@ -12,6 +12,7 @@ from msp.model import Linear
 from msp.patterns import Unit
 from msp.progress import NoProgress, Progress
 from msp.search.candidates import CandidateModel, LocalRunner, Ranks
+from msp.search.database import PackedLevels
 from msp.search.fitness import Runner
 from msp.task_loss import TaskReference
 
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setting:
-    """All that candidates are made of and measured on: the dense model, rank codes, units, what they are compared with."""
+    """What candidates are made of and measured on: the dense model, rank codes or a database, units, the reference."""
 
     model: Any
     linears: Sequence[Linear]
-    ranks: Mapping[str, Ranks]
+    ranks: Mapping[str, Ranks] | Mapping[str, PackedLevels]
     units: Sequence[Unit]
     reference: DenseReference | TaskReference
 
