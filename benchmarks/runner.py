@@ -149,6 +149,14 @@ def products_from_registers(count: int) -> Call | None:
     return call if library.multiply_add(ctypes.c_int64(0), 1) else None
 
 
+def commit() -> str:
+    """Names the code that is measured."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or "unknown"
+
+
 def machine() -> dict[str, Any]:
     """What a figure depends on: processor, instruction set, threads, versions, commit."""
     import torch
@@ -156,12 +164,9 @@ def machine() -> dict[str, Any]:
     import msp
     from msp import _cpu
 
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     return {
-        "commit": commit.stdout.strip() or "unknown",
-        "processor": _processor(),
+        "commit": commit(),
+        "processor": processor(),
         "isa": _cpu.isa(),
         "threads": torch.get_num_threads(),
         "read_gb_per_second": read_bandwidth(),
@@ -169,7 +174,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -206,10 +211,14 @@ def save(where: dict[str, Any], entries: list[dict[str, Any]]) -> None:
     """Write the results file of this machine and day, and the page's tables from the newest of every machine."""
     name = f"cpu-{machine_name(where['processor'])}-{datetime.date.today().isoformat()}.json"
     (RESULTS / name).write_text(json.dumps({"machine": where, "rows": entries}, indent=1) + "\n", encoding="utf-8")
-    page = ROOT / "docs" / "cpu.md"
-    start, end = "<!-- table:cpu -->", "<!-- /table:cpu -->"
+    write_table(ROOT / "docs" / "cpu.md", "cpu", tables())
+
+
+def write_table(page: Path, name: str, text: str) -> None:
+    """Put ``text`` between the comments of a Markdown page that name the table."""
+    start, end = f"<!-- table:{name} -->\n", f"<!-- /table:{name} -->"
     before, rest = page.read_text(encoding="utf-8").split(start, 1)
-    page.write_text(before + start + "\n" + tables() + end + rest.split(end, 1)[1], encoding="utf-8")
+    page.write_text(before + start + text + end + rest.split(end, 1)[1], encoding="utf-8")
 
 
 def tables() -> str:
