@@ -33,9 +33,8 @@ WORK = ROOT / "build" / "quality"
 
 
 def missing(cells: Sequence[Cell], results: Path, search_tokens: int | None = None) -> list[Cell]:
-    """The cells, each once, that were not measured or with another setting."""
-    found = {cell: read(cell, results) for cell in cells}
-    return [cell for cell, row in found.items() if row is None or row["setting"] != cell.setting(search_tokens)]
+    """The cells, each once, that were not measured with their present setting."""
+    return [cell for cell in dict.fromkeys(cells) if read(cell, results, search_tokens) is None]
 
 
 def measure_to_file(cell: Cell, made_by: str, results: Path, work: Path, search_tokens: int | None) -> dict[str, Any]:
@@ -75,7 +74,7 @@ def main() -> None:
     parser.add_argument("--tables", default=",".join(TABLES), help=f"of {', '.join(TABLES)}")
     parser.add_argument("--only", default="", metavar="REGEX", help="cells whose names it matches somewhere")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells at a time, one thread each")
-    parser.add_argument("--search-tokens", type=int, help="in the place of each model's own number")
+    parser.add_argument("--search-tokens", type=int, help="a trial: in the place of each model's own number")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the cells' files")
     parser.add_argument("--work", type=Path, default=WORK, help="folder of the searches' checkpoints")
     parser.add_argument("--list", action="store_true", help="list the cells and measure nothing")

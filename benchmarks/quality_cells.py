@@ -110,7 +110,8 @@ class Cell:
         """All that a row depends on; a file made with another setting is measured again."""
         bed = TESTBEDS[self.model]
         limit = (search_tokens or bed.search_tokens) if self.allocator in SEARCHES else None
-        return {**asdict(self), **asdict(bed), "search_tokens": limit}
+        changed = str(VARIANTS.get(self.variant, ""))
+        return {**asdict(self), **asdict(bed), "search_tokens": limit, "changed": changed}
 
 
 def quality_groups() -> list[Cell]:
@@ -146,10 +147,11 @@ def cells_of(table: str) -> list[Cell]:
 TABLES = ("quality", "patterns", "ablation")
 
 
-def read(cell: Cell, results: Path) -> dict[str, Any] | None:
-    """What was measured of a cell, None if nothing was."""
+def read(cell: Cell, results: Path, search_tokens: int | None = None) -> dict[str, Any] | None:
+    """What was measured of a cell, None if nothing was with its present setting."""
     path = results / f"{cell.name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    row = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return row if row and row["setting"] == cell.setting(search_tokens) else None
 
 
 class CpuClock:
@@ -266,8 +268,6 @@ def _source(source: str, folder: Path) -> str:
 
 def _reference(cell: Cell, setting: dict[str, Any]) -> dict[str, Any]:
     """The dense model, or its weight-only quantisation, on the same test tokens."""
-    import tempfile
-
     import torch
 
     from msp.evaluate import DenseReference
@@ -276,8 +276,7 @@ def _reference(cell: Cell, setting: dict[str, Any]) -> dict[str, Any]:
 
     device = torch.device("cpu")
     loaded = load_model(SHARED / setting["path"], device=device)
-    with tempfile.TemporaryDirectory() as folder:
-        tokens = _tokens(loaded, setting, Path(folder))
+    tokens = token_sets(loaded, setting)
     reference = DenseReference(loaded.model, tokens.test, batch_size=batch_size(device, tokens.window))
     unique = {tensor.data_ptr(): tensor.numel() for tensor in loaded.model.state_dict().values()}
     stored = sum(unique.values()) * loaded.stored_dtype.itemsize
@@ -290,16 +289,23 @@ def _reference(cell: Cell, setting: dict[str, Any]) -> dict[str, Any]:
     return {"kl": quality.kl, "perplexity": quality.perplexity, "bytes": stored}
 
 
-def _tokens(loaded: LoadedModel, setting: dict[str, Any], folder: Path) -> TokenSets:
+def token_sets(loaded: LoadedModel, setting: dict[str, Any]) -> TokenSets:
+    """The tokens that `prune` would draw, without what is added to those of a search."""
+    import tempfile
+
     from msp.data import make_token_sets
 
-    return make_token_sets(
-        _source(setting["calibration"], folder),
-        loaded.tokenizer,
-        loaded.model.get_input_embeddings().num_embeddings,
-        evaluate=setting["evaluate"] and str(SHARED / setting["evaluate"]),
-        **{name: setting[name] for name in ("window", "calibration_tokens", "fitness_tokens", "test_tokens", "seed")},
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        return make_token_sets(
+            _source(setting["calibration"], Path(folder)),
+            loaded.tokenizer,
+            loaded.model.get_input_embeddings().num_embeddings,
+            evaluate=setting["evaluate"] and str(SHARED / setting["evaluate"]),
+            **{
+                name: setting[name]
+                for name in ("window", "calibration_tokens", "fitness_tokens", "test_tokens", "seed")
+            },
+        )
 
 
 def quantised(weight: Tensor, bits: int, group: int | None, stored: dtype) -> tuple[Tensor, int]:

@@ -42,10 +42,14 @@ class Results:
     """The files in a folder."""
 
     folder: Path
+    search_tokens: int | None = None
+
+    def row(self, cell: Cell) -> Row | None:
+        return read(cell, self.folder, self.search_tokens)
 
     def seeds(self, cell: Cell, **changes: Any) -> Rows:
         """What was measured of a cell with every seed that was."""
-        found = {seed: read(replace(cell, seed=seed, **changes), self.folder) for seed in SEEDS}
+        found = {seed: self.row(replace(cell, seed=seed, **changes)) for seed in SEEDS}
         return {seed: row for seed, row in found.items() if row is not None}
 
 
@@ -97,7 +101,7 @@ def readme_table(results: Results) -> str:
     sizes = {name: next((f"{r['bytes'] / 1e6:.2f}" for r in found["wanda"][name].values()), "") for name in ALLOCATORS}
     body = [[name, sizes[name], *(column[name] for column in columns)] for name in ALLOCATORS]
     for name in REFERENCES:
-        row = read(Cell(allocator=name), results.folder)
+        row = results.row(Cell(allocator=name))
         figures = [f"{row['kl']:.4f}", f"{row['perplexity']:.1f}"] if row else [NOTHING, NOTHING]
         body.append([f"*{name}*", f"{row['bytes'] / 1e6:.2f}" if row else "", *figures, "", ""])
     head = ["allocator", "MB"] + [f"{PRUNERS[pruner]}: {what}" for pruner in pruners for what in ("KL", "perplexity")]
@@ -112,7 +116,7 @@ def quality_page(results: Results) -> str:
         groups = [group for group in quality_groups() if group.model == model and group.seed == SEEDS[0]]
         groups.sort(key=lambda group: (list(PRUNERS).index(group.pruner), -group.density))
         found = {group: {name: results.seeds(group, allocator=name) for name in ALLOCATORS} for group in groups}
-        parts.append(f"### {model}\n\n{reference_table(results, model)}")
+        parts.append(f"### {model}\n\n{tokens_told(model)}\n{reference_table(results, model)}")
         for title, name, digits in (("KL to the dense model", "kl", 3), ("Perplexity", "perplexity", 1)):
             body = []
             for group, rows in found.items():
@@ -124,6 +128,14 @@ def quality_page(results: Results) -> str:
     return "\n".join([*parts, made_by(results)])
 
 
+def tokens_told(model: str) -> str:
+    bed = TESTBEDS[model]
+    sizes = (
+        f"{bed.calibration_tokens:,} for calibration, {bed.fitness_tokens:,} for fitness, {bed.test_tokens:,} for test"
+    )
+    return f"Tokens: {sizes}, windows of {bed.window}; each search forwards {bed.search_tokens:,}.\n"
+
+
 def group_told(group: Cell) -> list[str]:
     return [PRUNERS[group.pruner], f"{group.density:.2%}".replace(".00%", "%")]
 
@@ -131,7 +143,7 @@ def group_told(group: Cell) -> list[str]:
 def reference_table(results: Results, model: str) -> str:
     body = []
     for name in REFERENCES:
-        row = read(Cell(model=model, allocator=name), results.folder)
+        row = results.row(Cell(model=model, allocator=name))
         figures = [f"{row['kl']:.4f}", f"{row['perplexity']:.1f}", megabytes(row["bytes"])] if row else [NOTHING] * 3
         body.append([name, *figures])
     return markdown(["not pruned", "KL", "perplexity", "all weights"], body)
@@ -155,7 +167,8 @@ def claims_table(found: dict[Cell, dict[str, Rows]]) -> str:
         below = 1 - kl[OURS] / kl[free]
         line = [f"yes, by {1 - kl[OURS] / kl[best]:.0%}" if kl[OURS] < kl[best] else f"no: {best}"]
         asked = group.density <= DENSITY
-        line.append(f"{yes(below >= MARGIN) if asked else 'not claimed'}: {below:.0%} below {free}")
+        than = f"{abs(below):.0%} {'below' if below > 0 else 'above'} {free}"
+        line.append(f"{yes(below >= MARGIN) if asked else 'not claimed'}: {than}")
         for rival, limit in SHARES.items():
             line.append(share_told([share_to_reach(same[OURS][s], same[rival][s]) for s in sorted(common)], limit))
         body.append([*group_told(group), *line])
@@ -225,9 +238,7 @@ def told_seconds(rows: Rows) -> str:
 
 def made_by(results: Results) -> str:
     """Which code on which machines made the files."""
-    found = [
-        row for table in ("quality", "patterns") for cell in cells_of(table) if (row := read(cell, results.folder))
-    ]
+    found = [row for table in ("quality", "patterns") for cell in cells_of(table) if (row := results.row(cell))]
     if not found:
         return ""
     commits = ", ".join(dict.fromkeys(row["commit"] for row in found))
@@ -261,7 +272,7 @@ def picture(results: Results, path: Path) -> None:
                     linewidth=2.5 if allocator == OURS else 1,
                 )
             for scheme in REFERENCES:
-                row = read(Cell(allocator=scheme), results.folder)
+                row = results.row(Cell(allocator=scheme))
                 if row and row[name] > 0:
                     axes.plot(row["bytes"] / 1e6, row[name], "*", color="black", markersize=10)
                     axes.annotate(scheme, (row["bytes"] / 1e6, row[name]), (5, 5), textcoords="offset points")

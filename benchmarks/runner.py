@@ -64,10 +64,10 @@ def measure(
     calls = {"ours": ours, **peers}
     for call in calls.values():
         call()
-    slowest = max(_time(call) for call in calls.values())
+    slowest = max(seconds_of(call) for call in calls.values())
     counted = TURN if slowest < seconds / TURN else 1
     turns = max(2, min(12, int(seconds / slowest / counted)))
-    samplers = {name: functools.partial(_time, call) for name, call in calls.items()}
+    samplers = {name: functools.partial(seconds_of, call) for name, call in calls.items()}
     times = take_turns(samplers, turns, counted=counted, uncounted=1)
     benchmark.pedantic(ours, rounds=counted, iterations=1)
     medians = {name: statistics.median(values) for name, values in times.items()}
@@ -92,7 +92,7 @@ def take_turns(
     return times
 
 
-def _time(call: Call) -> float:
+def seconds_of(call: Call) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -130,7 +130,7 @@ def read_bandwidth() -> float:
         pointer, count = ctypes.c_void_p(part.data_ptr()), ctypes.c_int64(part.numel())
         native_peers().read_words(pointer, count, torch.get_num_threads())
 
-    times = [_time(functools.partial(read, part)) for _ in range(4) for part in parts]
+    times = [seconds_of(functools.partial(read, part)) for _ in range(4) for part in parts]
     return parts[0].nbytes / statistics.median(times[len(parts) :]) / 1e9
 
 
