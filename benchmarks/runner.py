@@ -5,8 +5,8 @@ A benchmark is a pytest-benchmark test that ends in ``measure``::
     pytest benchmarks/bench_nm_linear.py --benchmark-json out.json
 
 ``python benchmarks/runner.py out.json`` prints the rows of such a file; ``--save`` also writes them, with commit,
-versions and machine, to ``benchmarks/results/cpu-<machine>-<date>.json``, and the tables of docs/cpu.md from the newest
-of every machine. ``make bench`` does all of it.
+versions and machine, to ``benchmarks/results/cpu-<machine>-<date>.json`` (those of the search to ``search-...``),
+and the tables of docs/cpu.md and docs/search.md from the newest of every machine. ``make bench`` does all of it.
 """
 
 from __future__ import annotations
@@ -201,6 +201,20 @@ def table(entries: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def search_table(entries: list[dict[str, Any]]) -> str:
+    """Markdown of the rows of ``bench_search.py``."""
+    shares = list(entries[0]["share"])
+    head = ["what", "candidates/s", "tokens/s", *entries[0]["ratio"], *(f"share of {name}" for name in shares), "error"]
+    lines = [head, ["---"] * len(head)]
+    for row in entries:
+        rates = [f"{row['candidates_per_second']:.2f}", f"{row['tokens_per_second']['ours']:,.0f}"]
+        peers = [f"{row['tokens_per_second'][name]:,.0f} (**{ratio:.2f}x**)" for name, ratio in row["ratio"].items()]
+        lines.append(
+            [row["name"], *rates, *peers, *(f"{row['share'][name]:.1%}" for name in shares), f"{row['error']:.1e}"]
+        )
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
 def machine_name(processor: str) -> str:
     """``Intel(R) Xeon(R) Processor`` -> ``intel-xeon``, for the name of a file."""
     words = re.findall(r"[a-z0-9]+", re.sub(r"\(\w+\)|@.*|\b(processor|cpu)\b", "", processor.lower()))
@@ -208,10 +222,14 @@ def machine_name(processor: str) -> str:
 
 
 def save(where: dict[str, Any], entries: list[dict[str, Any]]) -> None:
-    """Write the results file of this machine and day, and the page's tables from the newest of every machine."""
-    name = f"cpu-{machine_name(where['processor'])}-{datetime.date.today().isoformat()}.json"
-    (RESULTS / name).write_text(json.dumps({"machine": where, "rows": entries}, indent=1) + "\n", encoding="utf-8")
-    write_table(ROOT / "docs" / "cpu.md", "cpu", tables())
+    """Write the results files of this machine and day, and the pages' tables from the newest of every machine."""
+    for kind, wanted in (("cpu", False), ("search", True)):
+        mine = [row for row in entries if ("share" in row) == wanted]
+        if mine:
+            name = f"{kind}-{machine_name(where['processor'])}-{datetime.date.today().isoformat()}.json"
+            content = json.dumps({"machine": where, "rows": mine}, indent=1) + "\n"
+            (RESULTS / name).write_text(content, encoding="utf-8")
+            write_table(ROOT / "docs" / f"{kind}.md", kind, tables(kind))
 
 
 def write_table(page: Path, name: str, text: str) -> None:
@@ -221,10 +239,10 @@ def write_table(page: Path, name: str, text: str) -> None:
     page.write_text(before + start + text + end + rest.split(end, 1)[1], encoding="utf-8")
 
 
-def tables() -> str:
-    """A headline and a table for every machine of which there are results."""
+def tables(kind: str) -> str:
+    """A headline and a table for every machine of which there are results of the ``cpu`` or the ``search``."""
     newest: dict[str, Path] = {}
-    for path in sorted(RESULTS.glob("cpu-*.json")):
+    for path in sorted(RESULTS.glob(f"{kind}-*-????-??-??.json")):
         newest[path.stem[: -len("-2026-01-01")]] = path
     parts = []
     for path in newest.values():
@@ -235,7 +253,7 @@ def tables() -> str:
             f"{where['read_gb_per_second']:.1f} GB/s, torch {where['versions']['torch']}, commit {where['commit']}, "
             f"`benchmarks/results/{path.name}`:\n\n"
         )
-        parts.append(told + table(result["rows"]))
+        parts.append(told + (search_table if kind == "search" else table)(result["rows"]))
     return "\n".join(parts)
 
 

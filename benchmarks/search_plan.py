@@ -107,12 +107,22 @@ class Plan:
         return self.shape.linears * (VALUE + RANK + VALUE) + 2 * self.shape.head * VALUE
 
     @property
+    def stored(self) -> int:
+        """Bytes of weights and ranks."""
+        return self.shape.linears * (VALUE + RANK)
+
+    @property
+    def block(self) -> int:
+        """Bytes of one block with its ranks and kept copy."""
+        return self.shape.linears * (VALUE + RANK + VALUE) // self.shape.blocks
+
+    @property
     def streamed(self) -> bool:
         return self.resident > 0.9 * self.device.bytes
 
     @property
     def hidden_states(self) -> int:
-        """Bytes of the hidden states of a stage whose candidates are all between two blocks."""
+        """Bytes of the hidden states of a stage, all of whose candidates are between the same two blocks."""
         return max(candidates * tokens for candidates, tokens in self.stages) * self.shape.hidden * VALUE
 
     @property
@@ -123,7 +133,7 @@ class Plan:
     @property
     def loads(self) -> int:
         """Bytes that cross the link to each device in a generation."""
-        return len(self.stages) * self.shape.linears * (VALUE + RANK) if self.streamed else 0
+        return len(self.stages) * self.stored if self.streamed else 0
 
     def seconds(self, devices: int) -> tuple[float, float, float]:
         """Of a generation: forwards, setting levels, and loading blocks, which goes on during the forwards.
@@ -158,9 +168,10 @@ def table(plans: Sequence[Plan]) -> str:
         ("tokens forwarded a generation", [f"{plan.tokens:,}" for plan in plans]),
         ("tokens forwarded by the search", [f"{plan.tokens * plan.options.generations:,}" for plan in plans]),
         ("weights, ranks and kept copy", [gb(plan.resident) for plan in plans]),
-        ("on the device", ["a block at a time" if plan.streamed else "all of it" for plan in plans]),
-        ("hidden states between blocks", [gb(plan.hidden_states) if plan.streamed else "" for plan in plans]),
-        ("dense predictions, host memory", [gb(plan.probabilities) for plan in plans]),
+        ("of that on the device", [f"a block, {gb(plan.block)}" if plan.streamed else "all" for plan in plans]),
+        ("hidden states between blocks, host", [gb(plan.hidden_states) if plan.streamed else "" for plan in plans]),
+        ("weights and ranks, host", [gb(plan.stored) if plan.streamed else "" for plan in plans]),
+        ("dense predictions, host", [gb(plan.probabilities) for plan in plans]),
         ("loaded a generation, by each device", [gb(plan.loads) if plan.streamed else "" for plan in plans]),
     ]
     for devices in (1, 8):
