@@ -106,7 +106,7 @@ def readme_table(results: Results) -> str:
         body.append([f"*{name}*", f"{row['bytes'] / 1e6:.2f}" if row else "", *figures, "", ""])
     head = ["allocator", "MB"] + [f"{PRUNERS[pruner]}: {what}" for pruner in pruners for what in ("KL", "perplexity")]
     seeds = seeds_told(rows for by_name in found.values() for rows in by_name.values())
-    return f"wiki6m at density 25 %, groups of 8, {seeds}:\n\n{markdown(head, body)}"
+    return f"wiki6m at density 25 %, groups of 8, {seeds}; in italics what is not pruned:\n\n{markdown(head, body)}"
 
 
 def quality_page(results: Results) -> str:
@@ -125,6 +125,8 @@ def quality_page(results: Results) -> str:
                 body.append([*group_told(group), size, *lowest(rows, name, digits).values()])
             parts.append(f"{title}:\n\n" + markdown(["pruner", "density", "packed", *ALLOCATORS], body))
         parts.append("What is claimed of `msp`:\n\n" + claims_table(found))
+    if results.seeds(Cell()):
+        parts.append("![KL and perplexity against bytes, a line for each allocator](quality.png)\n")
     return "\n".join([*parts, made_by(results)])
 
 
