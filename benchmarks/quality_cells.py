@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +71,7 @@ ALLOCATORS = (*FREE, *SEARCHES)
 # The dense model, and weight-only quantisation of it, as whole bits and weights that share a scale.
 REFERENCES = {"dense": None, "int8": (8, None), "int4": (4, 64)}
 SEEDS = (0, 1, 2)
+MAIN_PRUNERS = ("wanda", "sparsegpt")
 PRUNERS = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "magnitude": "magnitude", "ria": "RIA"}
 
 # Fields of ``EvolutionOptions`` that a variant of our search changes; "seeds" are the allocators it starts from.
@@ -116,9 +116,8 @@ class Cell:
 
 def quality_groups() -> list[Cell]:
     """The cells of the main tables without allocators, those that say most first."""
-    first = [Cell(), Cell(pruner="sparsegpt")]
-    others = [Cell(pruner=pruner, density=density) for density, pruner in product((0.125, 0.5, 0.1875), PRUNERS)]
-    others = [cell for cell in others if cell.pruner in ("wanda", "sparsegpt")]
+    first = [Cell(pruner=pruner) for pruner in MAIN_PRUNERS]
+    others = [Cell(pruner=pruner, density=density) for density in (0.125, 0.5, 0.1875) for pruner in MAIN_PRUNERS]
     quarter = [Cell(pruner="magnitude"), Cell(pruner="ria")]
     stories = [Cell(model="stories260k", density=density) for density in (0.25, 0.5)]
     cells = [*first, *others, *quarter, *stories]

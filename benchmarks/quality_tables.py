@@ -11,6 +11,7 @@ from typing import Any
 from quality_cells import (
     ALLOCATORS,
     FREE,
+    MAIN_PRUNERS,
     OURS,
     PATTERN_ALLOCATORS,
     PRUNERS,
@@ -93,18 +94,20 @@ def seeds_told(rows: Iterable[Rows]) -> str:
 
 def readme_table(results: Results) -> str:
     """The density that matters most: all allocators with two pruners, and what else as many bytes can buy."""
-    pruners = ("wanda", "sparsegpt")
     found = {
-        pruner: {name: results.seeds(Cell(pruner=pruner), allocator=name) for name in ALLOCATORS} for pruner in pruners
+        pruner: {name: results.seeds(Cell(pruner=pruner), allocator=name) for name in ALLOCATORS}
+        for pruner in MAIN_PRUNERS
     }
-    columns = [lowest(found[pruner], *figure) for pruner in pruners for figure in (("kl", 3), ("perplexity", 1))]
+    columns = [lowest(found[pruner], *figure) for pruner in MAIN_PRUNERS for figure in (("kl", 3), ("perplexity", 1))]
     sizes = {name: next((f"{r['bytes'] / 1e6:.2f}" for r in found["wanda"][name].values()), "") for name in ALLOCATORS}
     body = [[name, sizes[name], *(column[name] for column in columns)] for name in ALLOCATORS]
     for name in REFERENCES:
         row = results.row(Cell(allocator=name))
         figures = [f"{row['kl']:.4f}", f"{row['perplexity']:.1f}"] if row else [NOTHING, NOTHING]
         body.append([f"*{name}*", f"{row['bytes'] / 1e6:.2f}" if row else "", *figures, "", ""])
-    head = ["allocator", "MB"] + [f"{PRUNERS[pruner]}: {what}" for pruner in pruners for what in ("KL", "perplexity")]
+    head = ["allocator", "MB"] + [
+        f"{PRUNERS[pruner]}: {what}" for pruner in MAIN_PRUNERS for what in ("KL", "perplexity")
+    ]
     seeds = seeds_told(rows for by_name in found.values() for rows in by_name.values())
     return f"wiki6m at density 25 %, groups of 8, {seeds}; in italics what is not pruned:\n\n{markdown(head, body)}"
 
@@ -256,7 +259,7 @@ def picture(results: Results, path: Path) -> None:
 
     figure = Figure(figsize=(11, 8), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey="col")
-    for line, pruner in zip(panels, ("wanda", "sparsegpt"), strict=True):
+    for line, pruner in zip(panels, MAIN_PRUNERS, strict=True):
         groups = sorted(
             (g for g in quality_groups() if g == Cell(pruner=pruner, density=g.density)), key=lambda g: g.density
         )

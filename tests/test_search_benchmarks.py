@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
+import bench_search
 import pytest
 import runner
 import search_plan
+import torch
+from families import FAMILIES, VOCABULARY
 from search_plan import SHAPES, Device, Plan
+from transformers import AutoModelForCausalLM
 
 from msp.allocators.evolution import EvolutionOptions
+from msp.data import TokenSets
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = replace(EvolutionOptions(), offspring=16, token_shares=(1 / 16, 1 / 4, 1.0), survivors=(0.3, 0.3))
@@ -55,6 +61,24 @@ def test_the_page_has_the_table_of_the_present_constants() -> None:
     page = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
     made = search_plan.table(search_plan.default_plans())
     assert f"<!-- table:plan -->\n{made}<!-- /table:plan -->" in page, "run benchmarks/search_plan.py --write"
+
+
+def test_the_benchmark_measures_the_search_there_is() -> None:
+    """On a tiny model: what it says is consistent, and a search that is off is refused."""
+    model = AutoModelForCausalLM.from_config(FAMILIES["llama"]()).eval()
+    windows = torch.randint(VOCABULARY, (512, 16), generator=torch.Generator().manual_seed(1))
+    tokens = TokenSets(windows[:8], windows, windows[:1], 16, {})
+    row = bench_search.measure_search(model, tokens, turns=1)
+    assert row["error"] <= row["bound"]
+    assert row["share"].keys() == {"setting levels", "engine"} and all(0 < s < 1 for s in row["share"].values())
+    for name, ratio in row["ratio"].items():
+        speeds = row["tokens_per_second"]
+        assert speeds["ours"] / speeds[name] == pytest.approx(ratio)
+    with (
+        patch.object(bench_search, "masked_kl", lambda *_: 1e9),
+        pytest.raises(AssertionError, match="no speed is worth reporting"),
+    ):
+        bench_search.measure_search(model, tokens, turns=1)
 
 
 def test_rows_of_the_search_have_a_file_and_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
