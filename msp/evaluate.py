@@ -52,6 +52,7 @@ class DenseReference:
         model: the dense causal LM.
         windows: int64 ``[S, T]``; each window predicts its tokens 1 ... T-1.
         batch_size: sequences per forward.
+        logits: ``[B, T, V]`` of the dense model for every batch, where they come from somewhere else.
 
     Attributes:
         quality: the dense model's own perplexity (its KL is 0).
@@ -66,6 +67,7 @@ class DenseReference:
         batch_size: int = 8,
         progress: Progress | None = None,
         label: str = "Dense predictions",
+        logits: Iterable[torch.Tensor] | None = None,
     ) -> None:
         self.windows = windows
         self.batch_size = batch_size
@@ -75,7 +77,7 @@ class DenseReference:
         loss, predicted, dtype = 0.0, 0, torch.float32
         batches = torch.split(windows, batch_size)
         with (progress or NoProgress()).stage(label, len(batches)) as advance:
-            for index, (tokens, log_probs) in enumerate(_predictions(model, windows, batch_size)):
+            for index, (tokens, log_probs) in enumerate(_predictions(model, windows, batch_size, logits)):
                 if index == 0:
                     total = windows.shape[0] * (windows.shape[1] - 1) * log_probs.shape[-1] * 4
                     if total > FULL_PRECISION_BYTES:
@@ -96,14 +98,19 @@ class DenseReference:
         """Summed loss and KL divergence of ``model`` on ``batches``, by their numbers."""
         sums = Sums()
         for batch in batches:
-            probs, plogp = self._kept[batch]
-            tokens = self.windows[batch * self.batch_size : (batch + 1) * self.batch_size].to(device_of(model))
-            log_probs = _log_probs(model, tokens)
-            sums.loss += _loss(log_probs, tokens)
-            sums.divergence += plogp - self._expected(probs, log_probs)
-            sums.predicted += log_probs.shape[0] * log_probs.shape[1]
-            sums.tokens += tokens.numel()
+            sums += self.compare(batch, _log_probs(model, self.tokens(batch).to(device_of(model))))
         return sums
+
+    def tokens(self, batch: int) -> torch.Tensor:
+        """int64 ``[B, T]``: the windows of a batch."""
+        return self.windows[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def compare(self, batch: int, log_probs: torch.Tensor) -> Sums:
+        """Summed loss and KL divergence of a model's ``log_probabilities`` for a batch, which are overwritten."""
+        probs, plogp = self._kept[batch]
+        tokens = self.tokens(batch).to(log_probs.device)
+        loss, predicted = _loss(log_probs, tokens), log_probs.shape[0] * log_probs.shape[1]
+        return Sums(loss, plogp - self._expected(probs, log_probs), predicted, tokens.numel())
 
     def _expected(self, probs: torch.Tensor, log_probs: torch.Tensor) -> float:
         """Sum of p times ``log_probs``, which is overwritten."""
@@ -131,18 +138,29 @@ def perplexity(model: Any, windows: torch.Tensor, *, batch_size: int = 8, progre
     return Quality(_perplexity(loss, predicted), math.nan, predicted)
 
 
-def _predictions(model: Any, windows: torch.Tensor, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _predictions(
+    model: Any, windows: torch.Tensor, batch_size: int, logits: Iterable[torch.Tensor] | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield ``(tokens [B, T], fp32 log-probabilities [B, T-1, V])`` batch by batch."""
     device = device_of(model)
-    for tokens in torch.split(windows, batch_size):
+    batches = torch.split(windows, batch_size)
+    if logits is not None:
+        for tokens, predicted in zip(batches, logits, strict=True):
+            yield tokens.to(predicted.device), log_probabilities(predicted)
+        return
+    for tokens in batches:
         tokens = tokens.to(device)
         with torch.inference_mode():
             yield tokens, _log_probs(model, tokens)
 
 
 def _log_probs(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    return functional.log_softmax(logits.float(), dim=-1)
+    return log_probabilities(model(input_ids=tokens, use_cache=False).logits)
+
+
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """fp32 ``[B, T-1, V]``, of what follows each token but the last, from ``logits [B, T, V]``."""
+    return functional.log_softmax(logits[:, :-1].float(), dim=-1)
 
 
 def _loss(log_probs: torch.Tensor, tokens: torch.Tensor) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,16 @@ class Block:
     name: str
     module: nn.Module
     linears: tuple[Linear, ...]
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Within the context the block's weights are on ``device``."""
+        home = device_of(self.module)
+        self.module.to(device)
+        try:
+            yield
+        finally:
+            self.module.to(home)
 
 
 @dataclass(frozen=True)
@@ -120,8 +131,13 @@ def _is_linear(module: nn.Module) -> bool:
     """
     if type(module) in (nn.Linear, Conv1D):
         return True
-    if not isinstance(module, nn.Linear) or module.weight.is_meta:
+    if not isinstance(module, nn.Linear):
         return False
+    if module.weight.is_meta:
+        try:  # one of the class that has weights to be asked
+            module = type(module)(8, 8, bias=module.bias is not None)
+        except TypeError:
+            return False
     probe = torch.linspace(-1, 1, module.in_features, device=module.weight.device, dtype=module.weight.dtype)
     with torch.no_grad():
         try:
@@ -160,19 +176,9 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str | torch.d
         UsageError: an unknown dtype.
     """
     path = str(source)
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise MspError(f"{path} is not a model: it has no config.json")
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise MspError(f"{path} is not a model that transformers can read: {_first_line(error)}") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not _names_causal_lm(config.architectures):
-        raise MspError(f"{path} is a {config.model_type} model, which is not a causal language model")
-    is_packed = getattr(config, "quantization_config", None) is not None
-    stored = getattr(config, "dtype", None) or torch.float32
-    wanted = DTYPES[dtype] or (torch.float32 if torch.device(device).type == "cpu" and not is_packed else stored)
+    check_dtype(dtype)
+    config = read_config(path)
+    wanted = computing_dtype(config, dtype, device)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=wanted, use_safetensors=True, output_loading_info=True
@@ -186,11 +192,46 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str | torch.d
         first, *others = sorted(report["missing_keys"])
         more = f" and {len(others)} more" if others else ""
         raise MspError(f"{path}: weights are missing and would be random: {first}{more}")
+    return LoadedModel(model.to(device).eval(), read_tokenizer(path), path, stored_dtype(config))
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ``UsageError`` for a name that ``load_model`` does not take."""
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+
+
+def read_config(path: str) -> Any:
+    """The configuration of a causal LM; ``MspError`` for anything else."""
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise MspError(f"{path} is not a model: it has no config.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise MspError(f"{path} is not a model that transformers can read: {_first_line(error)}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not _names_causal_lm(config.architectures):
+        raise MspError(f"{path} is a {config.model_type} model, which is not a causal language model")
+    return config
+
+
+def stored_dtype(config: Any) -> torch.dtype:
+    dtype: torch.dtype = getattr(config, "dtype", None) or torch.float32
+    return dtype
+
+
+def computing_dtype(config: Any, dtype: str, device: str | torch.device) -> torch.dtype:
+    """What ``dtype``, as ``load_model`` takes it, comes to."""
+    is_packed = getattr(config, "quantization_config", None) is not None
+    in_fp32 = torch.device(device).type == "cpu" and not is_packed
+    return DTYPES[dtype] or (torch.float32 if in_fp32 else stored_dtype(config))
+
+
+def read_tokenizer(path: str) -> Any:
+    """The tokenizer beside a model, None where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError):
-        tokenizer = None
-    return LoadedModel(model.to(device).eval(), tokenizer, path, stored)
+        return None
 
 
 def _names_causal_lm(architectures: list[str] | None) -> bool:

@@ -96,7 +96,7 @@ def forward_in_bf16(model: nn.Module) -> bool:
     return own == torch.float32 and device_of(model).type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
-def _precision(model: nn.Module) -> AbstractContextManager[Any]:
+def precision(model: nn.Module) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16) if forward_in_bf16(model) else nullcontext()
 
 
@@ -121,5 +121,5 @@ class LocalRunner:
 
     def _run(self, job: Job) -> Sums:
         self._candidates.apply(job.levels)
-        with _precision(self._candidates.model):
+        with precision(self._candidates.model):
             return self._reference.sums(self._candidates.model, job.batches)
