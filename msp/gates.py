@@ -8,7 +8,7 @@ Gates before the piece that is wanted pass hidden states through; behind it the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -85,10 +85,8 @@ class GatedModel(AbstractContextManager["GatedModel"]):
             hidden: those before the block; may be left out for the first one.
         """
         self._active, self._entering = index, None if hidden is None else hidden.to(self.device)
-        try:
+        with suppress(_Reached):
             self._forward(tokens)
-        except _Reached:
-            pass
         output, self._output = self._output, None
         assert output is not None
         return output

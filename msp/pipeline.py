@@ -31,6 +31,8 @@ from msp.results import CompareResult, CompareRow, PruneResult, SearchResult, Se
 from msp.sensitivity import fisher_traces
 from msp.settings import PruneOptions
 from msp.sparse_linear import SparseLinear, note_pattern
+from msp.stored import load_stored
+from msp.streamed_workbench import StreamedWorkbench, Streaming
 from msp.workbench import Workbench, batch_size
 
 
@@ -54,6 +56,7 @@ class _Opened:
     loaded: LoadedModel
     structure: Structure
     device: torch.device
+    streaming: Streaming | None = None
 
     @property
     def model(self) -> Any:
@@ -86,16 +89,15 @@ class _Opened:
         return Goal(None, parse_bytes(options.budget_bytes), others, dtype)
 
     def bench(self, plan: Plan, tokens: TokenSets, progress: Progress) -> Workbench:
-        return Workbench(
-            self.model,
-            self.structure,
-            plan,
-            tokens,
-            name=self.loaded.source,
-            stored_dtype=self.loaded.stored_dtype,
-            device=self.device,
-            progress=progress,
-        )
+        about: dict[str, Any] = {
+            "name": self.loaded.source,
+            "stored_dtype": self.loaded.stored_dtype,
+            "device": self.device,
+            "progress": progress,
+        }
+        if self.streaming is not None:
+            return StreamedWorkbench(self.model, self.structure, plan, tokens, streaming=self.streaming, **about)
+        return Workbench(self.model, self.structure, plan, tokens, **about)
 
     def test_reference(self, tokens: TokenSets, progress: Progress) -> DenseReference:
         size = batch_size(self.device, tokens.window)
@@ -106,6 +108,13 @@ class _Opened:
 
 def _open(model: Any, options: PruneOptions, tokenizer: Any, progress: Progress) -> _Opened:
     device = _device(options.device)
+    if options.stream:
+        if not isinstance(model, (str, Path)):
+            raise UsageError("a model that is in memory need not be streamed: stream takes a directory or a hub id")
+        with progress.stage("Loading all but the blocks"):
+            loaded, structure = load_stored(model, dtype=options.dtype, device=device)
+        streaming = Streaming(parse_bytes(options.hidden_bytes), options.work_dir)
+        return _Opened(loaded, structure, device, streaming)
     if isinstance(model, (str, Path)):
         with progress.stage("Loading the model"):
             loaded = load_model(model, dtype=options.dtype, device=device)

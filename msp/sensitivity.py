@@ -205,7 +205,7 @@ class Tap:
         self._sources.clear()
 
     def backward(self, output: Tensor, gradient: Tensor | None = None) -> Tensor | None:
-        """Run the backward from ``output``, a loss or what has a ``gradient``; every linear is consumed when it returns.
+        """Run the backward from ``output``, a loss or what has a ``gradient``; all linears are consumed then.
 
         Returns:
             The gradient of the first thing that was made ``with_gradient``, the embeddings as a rule.

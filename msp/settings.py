@@ -43,6 +43,8 @@ class PruneOptions:
         seed: of the token draw and the search.
         dtype, device: as in ``load_model``; ``auto`` takes a GPU where there is one.
         work_dir: where a search keeps its checkpoint; ``resume`` goes on from it.
+        stream: the model does not fit in memory: hold one block at a time (``search`` alone, docs/search.md).
+        hidden_bytes: with ``stream``, host memory for hidden states: a number, or a text like ``"4GB"``.
     """
 
     sparsity: float | None
@@ -69,6 +71,8 @@ class PruneOptions:
     device: str = "auto"
     work_dir: Path | None = None
     resume: bool = False
+    stream: bool = False
+    hidden_bytes: int | str = "4GB"
 
     def check(self) -> None:
         """Raise ``UsageError`` for anything wrong that can be known without the model."""
@@ -82,7 +86,12 @@ class PruneOptions:
             parse_bytes(self.budget_bytes)
         _ = self.rules
         get_allocator(self.allocator)
-        get_pruner(self.pruner)
+        needs = get_pruner(self.pruner).needs
+        parse_bytes(self.hidden_bytes)
+        if self.stream and ("fisher" in needs or self.allocator == "fisher-knapsack"):
+            raise UsageError(
+                "Fisher diagonals are as large as the model in float32: what needs them does not go with stream"
+            )
         if self.fitness not in FITNESS:
             raise UsageError(f"fitness {self.fitness!r} is not one of {', '.join(FITNESS)}")
         if not 0 <= self.fitness_noise < 1:

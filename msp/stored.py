@@ -48,7 +48,9 @@ class StoredWeights:
             if name not in self._stored and not partners & self._stored.keys():
                 raise MspError(f"{source}: {name} is not stored under its own name: load this model whole")
             if name in self._stored and self._headers[self._stored[name]].shape != tuple(tensor.shape):
-                raise MspError(f"{source}: {name} is not stored in the shape {list(tensor.shape)}: load this model whole")
+                raise MspError(
+                    f"{source}: {name} is not stored in the shape {list(tensor.shape)}: load this model whole"
+                )
 
     @property
     def names(self) -> Set[str]:
@@ -110,7 +112,9 @@ def load_stored(source: str | Path, *, dtype: str = "auto", device: torch.device
         raise MspError(f"{path}: {sorted(in_fp32)[0]} is computed in float32 beside {computed}: load this model whole")
     weights = StoredWeights(path, model)
     blocks = find_structure(model)
-    stored_blocks = [StoredBlock(block.index, block.name, block.module, block.linears, weights) for block in blocks.blocks]
+    stored_blocks = [
+        StoredBlock(block.index, block.name, block.module, block.linears, weights) for block in blocks.blocks
+    ]
     _make_buffers(model, device)
     weights.fill(model, "", device, without=tuple(f"{block.name}." for block in stored_blocks))
     model.tie_weights(missing_keys=set(model.state_dict()) - weights.names, recompute_mapping=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from msp.calibration import stream_statistics
 from msp.data import TokenSets
 from msp.errors import UsageError
 from msp.evaluate import DenseReference
-from msp.model import Structure, device_of
+from msp.model import Structure, check_finite, device_of
 from msp.ops import PackedWeight
 from msp.patterns import Allocation
 from msp.plan import Plan
@@ -25,7 +25,7 @@ from msp.progress import Progress
 from msp.pruners import LinearStatistics, Pruner
 from msp.search.candidates import CandidateModel, LocalRunner, Ranks, forward_in_bf16
 from msp.search.evolution import Fitness
-from msp.search.fitness import TokenFitness
+from msp.search.fitness import Runner, TokenFitness
 from msp.sensitivity import fisher_diagonals, fisher_traces
 from msp.sparse_linear import SparseLinear
 
@@ -81,11 +81,12 @@ class Workbench:
     def fisher_traces(self) -> Mapping[str, float]:
         """Fisher trace of every linear; ``traces`` holds them once they were asked for."""
         if self.traces is None:
-            with self.progress.stage("Fisher traces", len(self.tokens.calibration)) as advance:
-                self.traces = fisher_traces(
-                    self.model, self.structure.linears, self.tokens.calibration, progress=advance
-                )
+            self.traces = self._measure_traces()
         return self.traces
+
+    def _measure_traces(self) -> dict[str, float]:
+        with self.progress.stage("Fisher traces", len(self.tokens.calibration)) as advance:
+            return fisher_traces(self.model, self.structure.linears, self.tokens.calibration, progress=advance)
 
     def fisher_diagonals(self) -> Mapping[str, Tensor]:
         if self._diagonals is None:
@@ -100,12 +101,13 @@ class Workbench:
         assert self._norms is not None
         return self._norms
 
-    def dense_ranks(self, pruner: Pruner | None) -> dict[str, Ranks]:
+    def dense_ranks(self, pruner: Pruner | None) -> Mapping[str, Ranks]:
         """Rank codes of every pruned linear, for every M it may have, with the dense model's statistics."""
-        ranks: dict[str, Ranks] = {}
+        ranks: MutableMapping[str, Ranks] = {} if pruner is None else self._room_for_ranks()
         needs = (pruner.needs if pruner else frozenset()) | {"input_sum_squares"}
         norms: dict[str, Tensor] = {}
         for block, statistics in self._stream(needs, sequential=False):
+            check_finite(block.linears)
             for linear in block.linears:
                 entry = statistics[linear.name]
                 assert entry.input_sum_squares is not None
@@ -115,24 +117,36 @@ class Workbench:
                     weight = linear.weight.contiguous()
                     ranks[linear.name] = {
                         size: ops.nm_rank(weight, size, **scoring.kwargs()).to(device_of(self.model))
-                        for size in {pattern.m for pattern in self.unit_of[linear.name].patterns}
+                        for size in self.group_sizes(linear.name)
                     }
         self._norms = norms
         return ranks
+
+    def group_sizes(self, name: str) -> set[int]:
+        """Every M that the linear ``name`` may have."""
+        return {pattern.m for pattern in self.unit_of[name].patterns}
+
+    def _room_for_ranks(self) -> MutableMapping[str, Ranks]:
+        return {}
 
     def reference(self) -> DenseReference:
         """The dense model's predictions on the fitness tokens."""
         if self._reference is None:
             if not len(self.tokens.fitness):
                 raise UsageError("this allocator searches, and there are no fitness tokens to search on")
-            self._reference = DenseReference(
-                self.model,
-                self.tokens.fitness,
-                batch_size=self._batch_size,
-                progress=self.progress,
-                label="Dense predictions",
-            )
+            self._reference = self.predictions(self.tokens.fitness, "Dense predictions")
         return self._reference
+
+    def predictions(self, windows: Tensor, label: str) -> DenseReference:
+        """The dense model's predictions on ``windows [S, T]``."""
+        return DenseReference(self.model, windows, batch_size=self._batch_size, progress=self.progress, label=label)
+
+    @contextmanager
+    def runner(self, ranks: Mapping[str, Ranks]) -> Iterator[Runner]:
+        """Runs candidates on the fitness tokens."""
+        reference = self.reference()
+        with CandidateModel(self.model, self.structure.linears, ranks, self.plan.units) as model:
+            yield LocalRunner(model, reference)
 
     @contextmanager
     def pruned(self, allocation: Allocation, pruner: Pruner) -> Iterator[Any]:
@@ -192,7 +206,7 @@ class WorkbenchEvidence:
         self._bench = bench
         self._pruner = pruner
         self._fitness = fitness
-        self._ranks: dict[str, Ranks] | None = None
+        self._ranks: Mapping[str, Ranks] | None = None
 
     @property
     def identity(self) -> str:
@@ -209,9 +223,11 @@ class WorkbenchEvidence:
         norms = self._bench.input_norms()
         ratios = []
         for block in self._bench.structure.blocks:
-            scores = [
-                linear.weight.float().abs() * norms[linear.name].sqrt().to(linear.weight) for linear in block.linears
-            ]
+            with block.on(device_of(self._bench.model)):
+                scores = [
+                    linear.weight.float().abs() * norms[linear.name].sqrt().to(linear.weight)
+                    for linear in block.linears
+                ]
             count = sum(score.numel() for score in scores)
             mean = sum(float(score.double().sum()) for score in scores) / max(count, 1)
             above = sum(int((score > threshold * mean).sum()) for score in scores)
@@ -241,10 +257,8 @@ class WorkbenchEvidence:
 
     @contextmanager
     def fitness(self, shares: Sequence[float]) -> Iterator[Fitness]:
-        reference = self._bench.reference()
-        ranks = self.ranks()
-        with CandidateModel(self._bench.model, self._bench.structure.linears, ranks, self._bench.plan.units) as model:
-            yield TokenFitness(LocalRunner(model, reference), measure=self._fitness, shares=shares)
+        with self._bench.runner(self.ranks()) as runner:
+            yield TokenFitness(runner, measure=self._fitness, shares=shares)
 
 
 def batch_size(device: torch.device, window: int) -> int:

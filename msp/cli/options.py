@@ -153,6 +153,19 @@ WorkDir = Annotated[
         metavar="DIR", help="Where the search keeps its checkpoints. Without it: beside OUT.", rich_help_panel=RUN
     ),
 ]
+Stream = Annotated[
+    bool,
+    typer.Option("--stream", help="The model does not fit in memory: hold one block at a time.", rich_help_panel=RUN),
+]
+HiddenBytes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BYTES",
+        help="With --stream: memory for the hidden states that wait for the next block (4GB). More means that the "
+        "blocks are read less often.",
+        rich_help_panel=RUN,
+    ),
+]
 AsJson = Annotated[
     bool,
     typer.Option(

@@ -24,6 +24,7 @@ from msp.cli.options import (
     FitnessNoise,
     FitnessTokens,
     GroupSize,
+    HiddenBytes,
     Keep,
     Model,
     Patterns,
@@ -32,6 +33,7 @@ from msp.cli.options import (
     SearchTokens,
     Seed,
     Sparsity,
+    Stream,
     TestTokens,
     Unit,
     Window,
@@ -77,6 +79,8 @@ def search(
     device: Device = "auto",
     resume: Resume = False,
     work_dir: WorkDir = None,
+    stream: Stream = False,
+    hidden_bytes: HiddenBytes = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -109,6 +113,7 @@ def search(
             dtype=dtype,
             device=device,
             resume=resume,
+            stream=stream,
             work_dir=work_dir if work_dir is not None else search_folder(output),
             **given(
                 budget_bytes=budget_bytes,
@@ -123,6 +128,7 @@ def search(
                 test_tokens=test_tokens,
                 evaluations=evaluations,
                 search_tokens=search_tokens,
+                hidden_bytes=hidden_bytes,
             ),
         )
         if work_dir is None:

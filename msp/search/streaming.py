@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,21 +24,28 @@ Item = tuple[int, Key]
 """A batch and the levels of all units, or of those up to some block."""
 
 
-class StoredRanks(Mapping[str, Ranks]):
+class StoredRanks(MutableMapping[str, Ranks]):
     """Rank codes in a folder, a file per linear; what is read of them are pages of the mapped file."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._names: list[str] = []
+        self._names: set[str] = set()
 
-    def put(self, name: str, ranks: Ranks) -> None:
+    def __setitem__(self, name: str, ranks: Ranks) -> None:
         save_file({str(size): codes.cpu() for size, codes in ranks.items()}, self._file(name))
-        self._names.append(name)
+        self._names.add(name)
 
     def __getitem__(self, name: str) -> Ranks:
         if name not in self._names:
             raise KeyError(name)
         return {int(size): codes for size, codes in load_file(self._file(name)).items()}
+
+    def __delitem__(self, name: str) -> None:
+        self._names.remove(name)
+        self._file(name).unlink()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -155,7 +162,9 @@ class StreamingRunner:
         linears = [linear for linear in block.linears if linear.name in self._ranks]
         with block.on(self._gates.device):
             self.loads += 1
-            ranked = {linear.name: RankedLinear(linear, _on(self._ranks[linear.name], linear.weight)) for linear in linears}
+            ranked = {
+                linear.name: RankedLinear(linear, _on(self._ranks[linear.name], linear.weight)) for linear in linears
+            }
             try:
                 for linear in linears:
                     block.module.set_submodule(linear.kind, ranked[linear.name])
