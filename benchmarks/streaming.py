@@ -24,13 +24,13 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results" / "streaming.json"
 VOCABULARY = 8192
-SEARCH = {
+SEARCH: dict[str, Any] = {
     "sparsity": 0.75,
     "window": 64,
     "calibration_tokens": 256,
-    "fitness_tokens": 512,
+    "fitness_tokens": 256,
     "test_tokens": 64,
-    "evaluations": 32,
+    "evaluations": 16,
     "device": "cpu",
 }
 
@@ -75,7 +75,7 @@ def run(stream: bool, limit: int, folder: Path) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     peaks.start()
     start = time.perf_counter()
-    options = {"stream": True, "hidden_bytes": "64MB", "work_dir": folder / "work"} if stream else {}
+    options: dict[str, Any] = {"stream": True, "hidden_bytes": "32MB", "work_dir": folder / "work"} if stream else {}
     try:
         found = msp.pipeline.search(
             folder / "model", calibration=str(folder / "tokens.safetensors"), **SEARCH, **options

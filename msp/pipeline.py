@@ -154,6 +154,7 @@ def prune(
         MspError: a model, text or place that does not serve.
     """
     settings = _options(sparsity, options)
+    _check_whole(settings)
     if output is not None:
         check_output(output, force)
     listener = progress or NoProgress()
@@ -283,6 +284,7 @@ def compare(
     Arguments and errors as for ``prune``; the model is dense again afterwards.
     """
     settings = _options(sparsity, options)
+    _check_whole(settings)
     chosen = [(name, get_allocator(name)) for name in allocators]
     methods = [(name, get_pruner(name)) for name in pruners]
     if not chosen or not methods or not seeds:
@@ -387,6 +389,11 @@ def _options(sparsity: float | None, options: dict[str, Any]) -> PruneOptions:
         raise UsageError(str(error).replace("PruneOptions.__init__() ", "")) from error
     settings.check()
     return settings
+
+
+def _check_whole(settings: PruneOptions) -> None:
+    if settings.stream:
+        raise UsageError("only a search can stream a model: this needs it in memory")
 
 
 def _device(name: str) -> torch.device:

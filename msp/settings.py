@@ -89,9 +89,7 @@ class PruneOptions:
         needs = get_pruner(self.pruner).needs
         parse_bytes(self.hidden_bytes)
         if self.stream and ("fisher" in needs or self.allocator == "fisher-knapsack"):
-            raise UsageError(
-                "Fisher diagonals are as large as the model in float32: what needs them does not go with stream"
-            )
+            raise UsageError("fisher and fisher-knapsack keep a float32 per weight: they do not go with stream")
         if self.fitness not in FITNESS:
             raise UsageError(f"fitness {self.fitness!r} is not one of {', '.join(FITNESS)}")
         if not 0 <= self.fitness_noise < 1:

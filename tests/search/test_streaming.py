@@ -138,7 +138,7 @@ def test_what_candidates_share_runs_once(tmp_path: Path, monkeypatch: pytest.Mon
     for linear in find_structure(whole).linears:
         ranks[linear.name] = {8: nm_rank(linear.weight, 8)}
     first = sum(unit.block == 0 for unit in units)
-    stems = [tuple(random.randint(0, 7) for _ in range(first)) + (8,) for _ in range(2)]
+    stems = [(*(random.randint(0, 7) for _ in range(first)), 8) for _ in range(2)]
     jobs = [Job((*stem, *(3 for _ in units[first + 1 : -1]), last), (0,)) for stem in stems for last in range(4)]
     ran: Counter[int] = Counter()
     run_block = GatedModel.block
@@ -195,7 +195,7 @@ def test_half_precision_is_loaded_as_it_would_be_whole(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_is_converted_on_loading_is_refused(tmp_path: Path) -> None:
     save("mixtral", tmp_path / "mixtral")
-    with pytest.raises(MspError, match="experts.* not stored under its own name: load this model whole"):
+    with pytest.raises(MspError, match=r"experts.* not stored under its own name: load this model whole"):
         load_stored(tmp_path / "mixtral", device=CPU)
     save("llama", tmp_path / "llama")
     config = tmp_path / "llama" / "config.json"
