@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from msp.gates import GatedModel
 from msp.hidden import HiddenStates
 from msp.model import Linear, Structure, device_of
 from msp.progress import NoProgress, Progress
-from msp.sensitivity import Tap, check_windows, frozen, sequence_loss
+from msp.sensitivity import Consume, Tap, check_windows, frozen, sequence_loss
 
 
 def streamed_logits(
@@ -75,29 +76,38 @@ def streamed_fisher_traces(
             for group in groups:
                 batch = {index: windows[index : index + 1].clone().to(device_of(model)) for index in group.tolist()}
                 hidden = HiddenStates(hidden_bytes)
-                with torch.no_grad():
-                    for index, window in batch.items():
-                        hidden.put((0, index), gates.embedded(window))
-                    for block in structure.blocks:
-                        with block.on(gates.device):
-                            for index, window in batch.items():
-                                before = hidden.get((block.index, index))
-                                hidden.put((block.index + 1, index), gates.block(block.index, window, before))
-                        advance(done := done + 1, held_bytes=hidden.held)
-                with torch.enable_grad():
-                    for index, window in batch.items():
-                        state = hidden.pop((depth, index)).to(device_of(model)).requires_grad_()
-                        loss = sequence_loss(gates.logits(window, state), window, index)
-                        hidden.put((depth, index), torch.autograd.grad(loss, state)[0])
-                    for block in reversed(structure.blocks):
-                        with block.on(gates.device), Tap(None, block.linears, consume) as tap:
-                            for index, window in batch.items():
-                                entering = tap.with_gradient(hidden.pop((block.index, index)).to(gates.device))
-                                output = gates.block(block.index, window, entering)
-                                gradient = hidden.pop((block.index + 1, index)).to(output.device)
-                                first = tap.backward(output, gradient)
-                                assert first is not None, f"{block.name} does not use its input"
-                                hidden.put((block.index, index), first)
-                        advance(done := done + 1, held_bytes=hidden.held)
+                for _ in chain(_forward(gates, batch, hidden), _backward(gates, batch, hidden, consume)):
+                    advance(done := done + 1, held_bytes=hidden.held)
     scale = 1.0 / (sequences * (tokens - 1) ** 2)
     return {name: trace * scale for name, trace in traces.items()}
+
+
+def _forward(gates: GatedModel, batch: Mapping[int, Tensor], hidden: HiddenStates) -> Iterator[None]:
+    """Fill ``hidden`` at ``(depth, sequence)``, depth 0 in front of the first block; a block per item drawn."""
+    with torch.no_grad():
+        for index, window in batch.items():
+            hidden.put((0, index), gates.embedded(window))
+    for block in gates.structure.blocks:
+        with block.on(gates.device), torch.no_grad():
+            for index, window in batch.items():
+                hidden.put((block.index + 1, index), gates.block(block.index, window, hidden.get((block.index, index))))
+        yield
+
+
+def _backward(gates: GatedModel, batch: Mapping[int, Tensor], hidden: HiddenStates, consume: Consume) -> Iterator[None]:
+    """Put gradients in the place of the hidden states, from the last to the first; a block per item drawn."""
+    depth = len(gates.structure.blocks)
+    for index, window in batch.items():
+        with torch.enable_grad():
+            state = hidden.pop((depth, index)).to(device_of(gates.model)).requires_grad_()
+            loss = sequence_loss(gates.logits(window, state), window, index)
+            hidden.put((depth, index), torch.autograd.grad(loss, state)[0])
+    for block in reversed(gates.structure.blocks):
+        with block.on(gates.device), Tap(None, block.linears, consume) as tap, torch.enable_grad():
+            for index, window in batch.items():
+                entering = tap.with_gradient(hidden.pop((block.index, index)).to(gates.device))
+                output = gates.block(block.index, window, entering)
+                first = tap.backward(output, hidden.pop((block.index + 1, index)).to(output.device))
+                assert first is not None, f"{block.name} does not use its input"
+                hidden.put((block.index, index), first)
+        yield
