@@ -27,8 +27,8 @@ VOCABULARY = 8192
 SEARCH: dict[str, Any] = {
     "sparsity": 0.75,
     "window": 64,
-    "calibration_tokens": 256,
-    "fitness_tokens": 256,
+    "calibration_tokens": 128,
+    "fitness_tokens": 128,
     "test_tokens": 64,
     "evaluations": 16,
     "device": "cpu",
