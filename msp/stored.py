@@ -56,11 +56,13 @@ class StoredWeights:
     def names(self) -> Set[str]:
         return self._stored.keys()
 
-    def fill(self, module: nn.Module, prefix: str, device: torch.device, *, without: tuple[str, ...] = ()) -> None:
+    def fill(
+        self, module: nn.Module, prefix: str, device: torch.device, *, copy: bool = False, without: tuple[str, ...] = ()
+    ) -> None:
         """Give the tensors of ``module``, called ``prefix`` in the model, what is stored for them.
 
-        Where neither dtype nor device changes they are pages of the mapped file. Names that begin with one of
-        ``without`` are left as they are.
+        Without ``copy`` they are pages of the mapped file where neither dtype nor device changes, and keep all of it
+        mapped. Names that begin with one of ``without`` are left as they are.
         """
         by_file: dict[Path, dict[str, torch.dtype]] = defaultdict(dict)
         for name, tensor in module.state_dict().items():
@@ -69,7 +71,7 @@ class StoredWeights:
         for file, dtypes in by_file.items():
             with safe_open(file, framework="pt") as reader:
                 tensors = {
-                    name: reader.get_tensor(self._stored[prefix + name]).to(device, dtype)
+                    name: reader.get_tensor(self._stored[prefix + name]).to(device, dtype, copy=copy)
                     for name, dtype in dtypes.items()
                 }
             module.load_state_dict(tensors, strict=False, assign=True)
@@ -116,7 +118,7 @@ def load_stored(source: str | Path, *, dtype: str = "auto", device: torch.device
         StoredBlock(block.index, block.name, block.module, block.linears, weights) for block in blocks.blocks
     ]
     _make_buffers(model, device)
-    weights.fill(model, "", device, without=tuple(f"{block.name}." for block in stored_blocks))
+    weights.fill(model, "", device, copy=True, without=tuple(f"{block.name}." for block in stored_blocks))
     model.tie_weights(missing_keys=set(model.state_dict()) - weights.names, recompute_mapping=False)
     return LoadedModel(model, read_tokenizer(path), path, stored), Structure(tuple(stored_blocks), blocks.not_linear)
 
