@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -102,6 +102,7 @@ def stream_statistics(
     needs: frozenset[str],
     *,
     sequential: bool = False,
+    only: Container[str] | None = None,
     batch_size: int = 8,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
@@ -110,8 +111,9 @@ def stream_statistics(
     """Yield each block, on ``device``, with the input statistics of its linears.
 
     With ``sequential`` the block runs again after the caller has changed it, so that later blocks see
-    what a pruned model gives them; without, one run serves both. Memory beyond the model: one block,
-    its statistics, and one hidden state per token of ``windows`` in host memory.
+    what a pruned model gives them; without, one run serves both. ``only`` names the linears to look at.
+    Memory beyond the model: one block, its statistics, and one hidden state per token of ``windows`` in
+    host memory.
     """
     gates = GatedModel(model, structure, device)
     stream = BlockStream(gates, windows, batch_size=batch_size)
@@ -119,8 +121,9 @@ def stream_statistics(
     with gates, (progress or NoProgress()).stage(label, runs * len(stream)) as advance:
         done = 0
         for block in structure.blocks:
+            wanted = [linear for linear in block.linears if only is None or linear.name in only]
             with block.on(gates.device):
-                with gather(block.linears, needs) as statistics:
+                with gather(wanted, needs) as statistics:
                     for _ in stream.run(block.index, advance=not sequential):
                         advance(done := done + 1)
                 yield block, statistics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,36 @@ class Sums:
         return self
 
 
-class DenseReference:
+class Reference(ABC):
+    """What models are measured against on ``windows``, int64 ``[S, T]``, ``batch_size`` sequences at a time."""
+
+    def __init__(self, windows: torch.Tensor, batch_size: int) -> None:
+        self.windows = windows
+        self.batch_size = batch_size
+
+    @property
+    def batches(self) -> int:
+        return -(-len(self.windows) // self.batch_size)
+
+    def tokens(self, batch: int) -> torch.Tensor:
+        """int64 ``[B, T]``: the windows of a batch."""
+        return self.windows[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    @torch.inference_mode()
+    def sums(self, model: Any, batches: Iterable[int]) -> Sums:
+        """What ``compare`` says of ``model`` on ``batches``, by their numbers, summed."""
+        sums = Sums()
+        for batch in batches:
+            tokens = self.tokens(batch).to(device_of(model))
+            sums += self.compare(batch, model(input_ids=tokens, use_cache=False).logits)
+        return sums
+
+    @abstractmethod
+    def compare(self, batch: int, logits: torch.Tensor) -> Sums:
+        """Of a model that has ``logits [B, T, V]`` for a batch."""
+
+
+class DenseReference(Reference):
     """What the dense model predicts on a token set, kept on the host to measure candidates against.
 
     Args:
@@ -69,8 +99,7 @@ class DenseReference:
         label: str = "Dense predictions",
         logits: Iterable[torch.Tensor] | None = None,
     ) -> None:
-        self.windows = windows
-        self.batch_size = batch_size
+        super().__init__(windows, batch_size)
         # Per batch: probabilities p times a scale, and the sum of p log p.
         self._kept: list[tuple[torch.Tensor, float]] = []
         self._scale = 1.0
@@ -89,24 +118,10 @@ class DenseReference:
                 advance(index + 1)
         self.quality = Quality(_perplexity(loss, predicted), 0.0, predicted)
 
-    @property
-    def batches(self) -> int:
-        return len(self._kept)
-
-    @torch.inference_mode()
-    def sums(self, model: Any, batches: Iterable[int]) -> Sums:
-        """Summed loss and KL divergence of ``model`` on ``batches``, by their numbers."""
-        sums = Sums()
-        for batch in batches:
-            sums += self.compare(batch, _log_probs(model, self.tokens(batch).to(device_of(model))))
-        return sums
-
-    def tokens(self, batch: int) -> torch.Tensor:
-        """int64 ``[B, T]``: the windows of a batch."""
-        return self.windows[batch * self.batch_size : (batch + 1) * self.batch_size]
-
-    def compare(self, batch: int, log_probs: torch.Tensor) -> Sums:
-        """Summed loss and KL divergence of a model's ``log_probabilities`` for a batch, which are overwritten."""
+    def compare(self, batch: int, logits: torch.Tensor) -> Sums:
+        """Summed loss and KL divergence of a model that has ``logits [B, T, V]`` for a batch."""
+        log_probs = _log_probabilities(logits)
+        del logits  # as large; where nobody else holds them, their memory is free for the product below
         probs, plogp = self._kept[batch]
         tokens = self.tokens(batch).to(log_probs.device)
         loss, predicted = _loss(log_probs, tokens), log_probs.shape[0] * log_probs.shape[1]
@@ -146,19 +161,15 @@ def _predictions(
     batches = torch.split(windows, batch_size)
     if logits is not None:
         for tokens, predicted in zip(batches, logits, strict=True):
-            yield tokens.to(predicted.device), log_probabilities(predicted)
+            yield tokens.to(predicted.device), _log_probabilities(predicted)
         return
     for tokens in batches:
         tokens = tokens.to(device)
         with torch.inference_mode():
-            yield tokens, _log_probs(model, tokens)
+            yield tokens, _log_probabilities(model(input_ids=tokens, use_cache=False).logits)
 
 
-def _log_probs(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    return log_probabilities(model(input_ids=tokens, use_cache=False).logits)
-
-
-def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     """fp32 ``[B, T-1, V]``, of what follows each token but the last, from ``logits [B, T, V]``."""
     return functional.log_softmax(logits[:, :-1].float(), dim=-1)
 

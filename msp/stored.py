@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -25,7 +24,8 @@ from msp.model import (
     check_dtype,
     computing_dtype,
     find_structure,
-    read_config,
+    make_skeleton,
+    read_causal_config,
     read_tokenizer,
     stored_dtype,
 )
@@ -102,13 +102,11 @@ def load_stored(source: str | Path, *, dtype: str = "auto", device: torch.device
     """
     path = str(source)
     check_dtype(dtype)
-    config = read_config(path)
+    config = read_causal_config(path)
     if getattr(config, "quantization_config", None) is not None:
         raise MspError(f"{path} is packed or quantised already; start from the dense model")
     stored, computed = stored_dtype(config), computing_dtype(config, dtype, device)
-    factory: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        model = factory.from_config(config, dtype=computed).eval()
+    model = make_skeleton(config, computed).eval()
     in_fp32 = model._keep_in_fp32_modules_strict | (model._keep_in_fp32_modules if computed == torch.float16 else set())
     if in_fp32 and computed != torch.float32:
         raise MspError(f"{path}: {sorted(in_fp32)[0]} is computed in float32 beside {computed}: load this model whole")

@@ -5,18 +5,21 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Mapping, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from msp.errors import MspError, UsageError
-from msp.evaluate import DenseReference
+from msp.evaluate import DenseReference, Reference
 from msp.gates import GatedModel
-from msp.search.candidates import Ranks
+from msp.pruners import Pruner
+from msp.search.candidates import Candidates, Ranks
+from msp.search.database import PackedLevels
+from msp.search.distributed import Workers
 from msp.search.fitness import Runner
 from msp.search.streaming import StoredRanks, StreamingRunner
 from msp.streamed import streamed_fisher_traces, streamed_logits
@@ -56,6 +59,9 @@ class StreamedWorkbench(Workbench):
     def fisher_diagonals(self) -> Mapping[str, Tensor]:
         raise UsageError("Fisher diagonals are as large as the model in float32: one that is streamed has none")
 
+    def levels(self, pruner: Pruner, folder: Path, *, resume: bool = False) -> dict[str, PackedLevels]:
+        raise UsageError("a level database is made of a model in memory: one that is streamed has none")
+
     def _room_for_ranks(self) -> MutableMapping[str, Ranks]:
         """A folder for rank codes that goes with this workbench; ``MspError`` where they do not fit."""
         beside = self._streaming.folder
@@ -78,14 +84,16 @@ class StreamedWorkbench(Workbench):
         )
         return DenseReference(self.model, windows, batch_size=size, progress=self.progress, label=label, logits=logits)
 
-    @contextmanager
-    def runner(self, ranks: Mapping[str, Ranks]) -> Iterator[Runner]:
-        gates = GatedModel(self.model, self.structure, self._device)
-        yield StreamingRunner(
-            gates,
-            ranks,
+    def runner(
+        self, candidates: Candidates, reference: Reference, workers: Workers | None = None
+    ) -> AbstractContextManager[Runner]:
+        assert workers is None, "PruneOptions refuses them"
+        runner = StreamingRunner(
+            GatedModel(self.model, self.structure, self._device),
+            cast(Mapping[str, Ranks], candidates),
             self.plan.units,
-            self.reference(),
+            reference,
             hidden_bytes=self._streaming.hidden_bytes,
             progress=self.progress,
         )
+        return nullcontext(runner)

@@ -5,7 +5,7 @@ All of them measure candidates on the same fitness tokens and count the tokens t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -19,7 +19,7 @@ from msp.search.evolution import EvolutionOptions
 from msp.search.operators import swap
 
 # One stage on all tokens, no group moves: what the paper describes. Its constants are not public.
-PAPER = EvolutionOptions(token_shares=(1.0,), survivors=(), group_rate=0.0)
+PAPER = EvolutionOptions(token_shares=(1.0,), survivors=(), group_rate=0.0, emptied=0, screened=1)
 
 # 400 generations of 64 offspring of one parent; 8, then 2, then 1 of them go on, on 2,048, 16,384 and 65,536 tokens,
 # drawn anew every generation (arXiv 2410.14649, the setting for unstructured sparsity). The token counts are kept in
@@ -33,6 +33,8 @@ EVOPRESS = EvolutionOptions(
     survivors=(1 / 8, 1 / 4),
     crossover_rate=0.0,
     group_rate=0.0,
+    emptied=0,
+    screened=1,
     resample=True,
 )
 
@@ -94,4 +96,4 @@ class RampBest:
 
     def allocate(self, problem: Problem) -> Allocated:
         ramps = [Ramp(slope).allocate(problem).levels for slope in self.slopes]
-        return search(problem, ramps, EvolutionOptions(generations=0))
+        return search(problem, ramps, replace(PAPER, generations=0))

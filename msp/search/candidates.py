@@ -1,4 +1,4 @@
-"""Puts candidate allocations into a live model and runs them: each costs a forward and a compare per weight."""
+"""Puts candidate allocations into a live model and runs them: each costs a forward and one pass over what changed."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from torch.nn import functional
 
 from msp import ops
 from msp.allocators.levels import Levels
-from msp.evaluate import DenseReference, Sums
+from msp.evaluate import Reference, Sums
 from msp.model import Linear, device_of
 from msp.patterns import NMPattern, Unit
+from msp.search.database import PackedLevels
 from msp.search.fitness import Job
 
 Ranks = Mapping[int, Tensor]
 """Of one linear, for every M it may have: uint8 ``[R, K]`` from ``ops.nm_rank``."""
+Candidates = Mapping[str, Ranks] | Mapping[str, PackedLevels]
+"""By linear, what candidates are made from: ranks, or its weights at every level."""
 
 
 class RankedLinear(nn.Module):
-    """A linear that keeps what a pattern keeps by its ranks, and can change its pattern at any time.
+    """A linear that keeps what a pattern keeps, by ranks or from a database, and can change its pattern at any time.
 
     Args:
         linear: the dense linear, left untouched.
-        ranks: for every M of the patterns it will have.
+        ranks: for every M of the patterns it will have; or its packed weights at these patterns.
     """
 
-    def __init__(self, linear: Linear, ranks: Ranks) -> None:
+    def __init__(self, linear: Linear, ranks: Ranks | PackedLevels) -> None:
         super().__init__()
         self._dense = linear.weight.contiguous()
         self._bias = linear.bias
@@ -41,7 +44,12 @@ class RankedLinear(nn.Module):
     def keep(self, pattern: NMPattern) -> None:
         """Keep N of every M weights from now on."""
         if pattern != self._pattern and not pattern.is_dense and not pattern.is_empty:
-            self._kept = ops.nm_keep(self._dense, self._ranks[pattern.m], pattern.n, out=self._kept)
+            if self._kept is None:
+                self._kept = torch.empty_like(self._dense)
+            if isinstance(self._ranks, PackedLevels):
+                ops.nm_unpack(self._ranks[pattern], out=self._kept)
+            else:
+                ops.nm_keep(self._dense, self._ranks[pattern.m], pattern.n, out=self._kept)
         self._pattern = pattern
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,12 +65,16 @@ class RankedLinear(nn.Module):
 class CandidateModel(AbstractContextManager["CandidateModel"]):
     """Within the context the units' linears are ranked; ``apply`` sets the level of every unit.
 
-    Memory beyond the model: one byte a weight for the ranks of each M, and a second copy of the weights of the
-    linears that are at a level between empty and dense.
+    Memory beyond the model: one byte a weight for the ranks of each M (what comes from a database stays on disk),
+    and a second copy of the weights of the linears that are at a level between empty and dense.
     """
 
     def __init__(
-        self, model: nn.Module, linears: Sequence[Linear], ranks: Mapping[str, Ranks], units: Sequence[Unit]
+        self,
+        model: nn.Module,
+        linears: Sequence[Linear],
+        ranks: Candidates,
+        units: Sequence[Unit],
     ) -> None:
         self.model = model
         self._linears = {linear.name: linear for linear in linears if linear.name in ranks}
@@ -87,13 +99,13 @@ class CandidateModel(AbstractContextManager["CandidateModel"]):
 
 
 def forward_in_bf16(model: nn.Module) -> bool:
-    """Whether candidates' matrix products are computed in bf16: for an fp32 model on a CPU with AMX tiles.
+    """Whether candidates' matrix products are computed in bf16: for an fp32 model on a CPU that has such products.
 
-    That makes a forward 2.3 times as fast on wiki6m and moves its KL by less than 1e-4, where candidates differ
+    That makes a forward about twice as fast on wiki6m and moves its KL by less than 1e-4, where candidates differ
     by 1e-2. Only the search does so: what is reported is measured in the model's own dtype.
     """
     own = next(model.parameters()).dtype
-    return own == torch.float32 and device_of(model).type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return own == torch.float32 and device_of(model).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def precision(model: nn.Module) -> AbstractContextManager[Any]:
@@ -105,10 +117,10 @@ class LocalRunner:
 
     Args:
         candidates: the model with ranked linears, entered.
-        reference: the dense model's predictions on all fitness tokens.
+        reference: the dense model's predictions on all fitness tokens, or the user's loss on them.
     """
 
-    def __init__(self, candidates: CandidateModel, reference: DenseReference) -> None:
+    def __init__(self, candidates: CandidateModel, reference: Reference) -> None:
         self._candidates = candidates
         self._reference = reference
 

@@ -18,11 +18,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from msp.allocators.levels import Levels, repair
+from msp.allocators.levels import Levels, levels_from_densities, repair
 from msp.errors import MspError, UsageError
 from msp.patterns import Budget, Unit
 from msp.search.fitness import Key, key_of
 from msp.search.operators import MUTATIONS, crossover
+from msp.search.surrogate import Surrogate
+
+# A density so low that the common shift to the budget does not bring it back.
+EMPTY = 1e6
 
 # Generations that no search reaches: something else ends it.
 UNLIMITED = 1_000_000
@@ -58,6 +62,9 @@ class EvolutionOptions:
         survivors: share of the candidates of each stage but the last that goes on to the next one.
         crossover_rate: share of the offspring with two parents.
         group_rate: share of the mutations that move a block or a kind of linear together.
+        emptied: of so many seeds, the best ones, the first population has descendants with runs of blocks emptied.
+        screened: children bred for each one that is measured; which ones these are is predicted from what was measured
+            before (``Surrogate``). 1 measures all.
         resample: every generation races on other tokens of the same number, not always on the first ones.
         tokens: no generation begins once this many tokens have been forwarded.
     """
@@ -70,12 +77,14 @@ class EvolutionOptions:
     survivors: tuple[float, ...] = (0.3, 0.3)
     crossover_rate: float = 0.5
     group_rate: float = 0.3
+    emptied: int = 2
+    screened: int = 16
     resample: bool = False
     tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if min(self.population, self.parents, self.offspring) < 1 or self.generations < 0:
-            raise UsageError("population, parents and offspring must be at least 1, generations at least 0")
+        if min(self.population, self.parents, self.offspring, self.screened) < 1 or self.generations < 0:
+            raise UsageError("population, parents, offspring and screened must be at least 1, generations at least 0")
         shares = self.token_shares
         if not shares or shares[-1] != 1 or min(shares) <= 0 or list(shares) != sorted(shares):
             raise UsageError(f"token shares {shares} do not rise from above 0 to 1")
@@ -126,7 +135,7 @@ class Evolution:
     Args:
         units: in order of depth.
         budget: met by every individual.
-        seeds: level vectors of the first population (repaired if need be); at least one.
+        seeds: level vectors that the first population comes from (repaired if need be); at least one.
         fitness: the loss of a level vector at a stage; equal inputs must give equal results.
         options: the constants.
         seed: of every random choice.
@@ -176,7 +185,7 @@ class Evolution:
             offspring = self._offspring(rng)
             if not offspring:
                 break
-            self._race(offspring)
+            self._race(offspring, self._survivors(len(offspring)))
             self._end_generation()
         return np.array(self._state.population[0][1], dtype=np.int64), self._state.history
 
@@ -184,20 +193,54 @@ class Evolution:
         return self._options.tokens is not None and self._state.tokens >= self._options.tokens
 
     def _begin(self) -> None:
-        # Every seed is measured in full: they are few, and losing a good one early costs the most.
-        distinct = list(dict.fromkeys(key_of(levels) for levels in self._seeds))
-        losses = self._measure(distinct, self._fitness.stages - 1)
-        self._state.population = list(zip(losses, distinct, strict=True))
+        seeds = list(dict.fromkeys(key_of(levels) for levels in self._seeds))
+        # Few are left out here: losing a good one early costs the most.
+        self._race(
+            list(dict.fromkeys(seeds + self._without_blocks(seeds))), [self._options.population, self._options.parents]
+        )
         self._end_generation(count=False)
 
+    def _without_blocks(self, seeds: Sequence[Key]) -> list[Key]:
+        """The best ``seeds`` with every run of blocks emptied, up to a third of them, and the other blocks raised.
+
+        Which blocks a model can do without is what single moves find last: on the way there, a block that is half
+        empty is worse than either end.
+        """
+        bases = [key for _, key in self._ranked(seeds, 0)][: self._options.emptied]
+        blocks = sorted({unit.block for unit in self._units})
+        found = []
+        for length in _run_lengths(len(blocks) // 3):
+            for start in range(0, len(blocks) - length + 1, max(1, length // 4)):
+                found += [self._without(key, blocks[start : start + length]) for key in bases]
+        return list(dict.fromkeys(found))
+
+    def _without(self, key: Key, blocks: Sequence[int]) -> Key:
+        densities = [
+            -EMPTY if unit.block in blocks or not level else float(unit.patterns[level].density)
+            for unit, level in zip(self._units, key, strict=True)
+        ]
+        return key_of(levels_from_densities(densities, self._units, self._budget))
+
     def _offspring(self, rng: np.random.Generator) -> list[Key]:
+        """What this generation measures: of the children bred those of the lowest predicted loss, some at random."""
+        count = self._options.offspring
+        bred = self._breed(rng, count * self._options.screened)
+        surrogate = Surrogate(self._units)
+        if len(bred) <= count or not surrogate.fit(self._state.measured):
+            return bred[:count]
+        order = np.argsort(surrogate.predict(bred), kind="stable")
+        best = count - max(1, count // 8)
+        chosen = [*order[:best], *rng.permutation(order[best:])[: count - best]]
+        return [bred[index] for index in chosen]
+
+    def _breed(self, rng: np.random.Generator, count: int) -> list[Key]:
         options = self._options
         parents = [np.array(key) for _, key in self._state.population[: options.parents]]
         seen = {key for _, key in self._state.measured}
         found: list[Key] = []
         # Small spaces run dry: give up after a bounded number of duplicates.
-        for _ in range(options.offspring * 20):
-            if len(found) == options.offspring:
+        for _ in range(count * 20):
+            if len(found) == count:
                 break
             child = parents[int(rng.integers(len(parents)))]
             if len(parents) > 1 and rng.random() < options.crossover_rate:
@@ -211,14 +254,23 @@ class Evolution:
                 found.append(key)
         return found
 
-    def _race(self, candidates: list[Key]) -> None:
+    def _race(self, candidates: Sequence[Key], kept: Sequence[int]) -> None:
+        """Add to the population those that get through all stages; ``kept`` go on from each but the last."""
         last = self._fitness.stages - 1
-        for stage in range(last + 1):
-            ranked = sorted(zip(self._measure(candidates, stage), candidates, strict=True))
-            if stage == last:
-                self._state.population += ranked
-            else:
-                candidates = [key for _, key in ranked[: max(1, round(len(ranked) * self._options.survivors[stage]))]]
+        for stage in range(last):
+            candidates = [key for _, key in self._ranked(candidates, stage)][: kept[stage]]
+        self._state.population += self._ranked(candidates, last)
+
+    def _survivors(self, count: int) -> list[int]:
+        """How many of ``count`` candidates go on from each stage."""
+        kept = []
+        for share in self._options.survivors:
+            count = max(1, round(count * share))
+            kept.append(count)
+        return kept
+
+    def _ranked(self, keys: Sequence[Key], stage: int) -> list[tuple[float, Key]]:
+        return sorted(zip(self._measure(keys, stage), keys, strict=True))
 
     def _measure(self, keys: Sequence[Key], stage: int) -> list[float]:
         known = self._state.measured
@@ -280,3 +332,9 @@ class Evolution:
             if isinstance(error, MspError):
                 raise
             raise MspError(f"{path} is not a search checkpoint: {error}") from error
+
+
+def _run_lengths(longest: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12 ... up to ``longest``: as many steps to each octave."""
+    lengths = {2**octave * part // 2 for octave in range(longest.bit_length() + 1) for part in (2, 3)}
+    return sorted(length for length in lengths if length <= longest)

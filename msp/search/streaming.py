@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from msp.evaluate import DenseReference, Sums, log_probabilities
+from msp.evaluate import Reference, Sums
 from msp.gates import GatedModel
 from msp.hidden import HiddenStates
 from msp.model import Block
@@ -68,7 +68,7 @@ class StreamingRunner:
         gates: the model; not entered.
         ranks: of the linears that units hold.
         units: in order of depth.
-        reference: the dense model's predictions on all fitness tokens.
+        reference: what they are measured against on all fitness tokens.
         hidden_bytes: host memory for hidden states.
 
     Attributes:
@@ -81,7 +81,7 @@ class StreamingRunner:
         gates: GatedModel,
         ranks: Mapping[str, Ranks],
         units: Sequence[Unit],
-        reference: DenseReference,
+        reference: Reference,
         *,
         hidden_bytes: int,
         progress: Progress | None = None,
@@ -131,7 +131,7 @@ class StreamingRunner:
         with precision(self._gates.model):
             for batch, key in group:
                 logits = self._gates.logits(self._reference.tokens(batch), hidden.pop((len(blocks), batch, key)))
-                measured[batch, key] = self._reference.compare(batch, log_probabilities(logits))
+                measured[batch, key] = self._reference.compare(batch, logits)
         return measured
 
     def _pass(

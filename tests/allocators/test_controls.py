@@ -68,21 +68,35 @@ def test_a_search_comes_nearer_and_counts_what_it_spent(name: str) -> None:
 def test_evopress_starts_uniform_and_moves_by_a_few_swaps_of_one_parent() -> None:
     found, bowl = allocate("evopress", evaluations=64 * 5)
     uniform = get_allocator("uniform").allocate(Problem(UNITS, BUDGET, SimpleNamespace())).levels  # type: ignore[arg-type]
-    assert (bowl.seen[0][1] == uniform).all() and bowl.seen[0][0] == 2
-    stages = [stage for stage, _ in bowl.seen[1:]]
+    assert [(stage, *levels) for stage, levels in bowl.seen[:3]] == [(stage, *uniform) for stage in range(3)]
+    stages = [stage for stage, _ in bowl.seen[3:]]
     assert [stages.count(stage) for stage in range(3)] == [5 * 64, 5 * 8, 5 * 2]
-    first_generation = [levels for stage, levels in bowl.seen[1:] if stage == 0][:64]
+    first_generation = [levels for stage, levels in bowl.seen[3:] if stage == 0][:64]
     # At most three swaps of up to two levels, and what the repair of each takes.
     assert all(0 < np.count_nonzero(levels - uniform) <= 12 for levels in first_generation)
     assert found.options.resample and found.options.population == 1
 
 
 def test_the_paper_has_one_stage_and_fisher_seeds() -> None:
-    _, bowl = allocate("msp-paper", evaluations=32)
+    found, bowl = allocate("msp-paper", evaluations=32)
     assert {stage for stage, _ in bowl.seen} == {0}
-    ours = allocate("msp", evaluations=16)[1]
-    seeds = len(ours.seen) - sum(1 for stage, _ in ours.seen if stage < 2) - 2
-    assert [tuple(levels) for _, levels in bowl.seen[:seeds]] == [tuple(levels) for _, levels in ours.seen[:seeds]]
+    problem = Problem(UNITS, BUDGET, Evidence())  # type: ignore[arg-type]
+    seeds = [get_allocator("fisher-rank", spread=spread) for spread in (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)]
+    seeds += [get_allocator("fisher-rank-linear", spread=0.2), get_allocator("ramp"), get_allocator("uniform")]
+    wanted = list(dict.fromkeys(tuple(seed.allocate(problem).levels) for seed in seeds))
+    assert [tuple(levels) for _, levels in bowl.seen[: len(wanted)]] == wanted
+    assert len(bowl.seen) == found.evaluations == len(wanted) + 32
+
+
+def test_ours_empties_runs_of_blocks_and_races_what_comes_of_it() -> None:
+    found, bowl = allocate("msp", evaluations=16)
+    first = [levels for stage, levels in bowl.seen if stage == 0][:-16]
+    empty = [{unit.block for unit, level in zip(UNITS, levels, strict=True) if level} for levels in first]
+    runs = [set(range(6)) - blocks for blocks in empty if len(blocks) < 6]
+    assert {tuple(sorted(run)) for run in runs} >= {(b,) for b in range(6)} | {(b, b + 1) for b in range(5)}
+    assert all(BUDGET.is_met(kept_weights(levels, UNITS)) for levels in first)
+    assert sum(stage == 2 for stage, _ in bowl.seen) <= 6 + 2
+    assert found.history[0].evaluations == len({tuple(levels) for levels in first})
 
 
 @pytest.mark.parametrize("limits", [{}, {"tokens": 2000}, {"evaluations": 500}])

@@ -69,7 +69,7 @@ def model_of(candidate: CandidateModel, linears):
 @pytest.mark.parametrize("measure", ["kl", "perplexity"])
 @pytest.mark.parametrize("tiles", [False, True])
 def test_fitness_is_the_loss_on_all_tokens(setting, measure: str, tiles: bool, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: tiles)
     model, linears, ranks, units = setting
     assert forward_in_bf16(model) is tiles
     windows = tokens(12, 9, seed=2, vocabulary=model.config.vocab_size)
@@ -101,7 +101,7 @@ def test_a_later_stage_pays_for_the_rest_only(setting) -> None:
 
 
 def test_a_draw_takes_other_tokens_of_the_same_number(setting, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     model, linears, ranks, units = setting
     reference = DenseReference(model, tokens(16, 9, seed=5, vocabulary=model.config.vocab_size), batch_size=1)
     levels = drawn(units, 10)
@@ -120,7 +120,7 @@ def test_a_draw_takes_other_tokens_of_the_same_number(setting, monkeypatch) -> N
 
 
 def test_a_candidate_that_predicts_nan_loses(setting, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     model, linears, ranks, units = setting
     reference = DenseReference(model, tokens(2, 9, seed=4, vocabulary=model.config.vocab_size))
     with CandidateModel(model, linears, ranks, units) as candidate:

@@ -222,16 +222,28 @@ def test_a_streamed_search_finds_what_one_in_memory_does(allocator: str, tmp_pat
     options = {**SMALL, "sparsity": 0.7, "allocator": allocator, "calibration": text, "evaluations": 32}
     expected = pipeline.search(model, **options)
     found = pipeline.search(model, **options, stream=True, hidden_bytes="20kB", work_dir=work)
-    assert found.allocation == expected.allocation
+    assert (found.allocation, found.bytes) == (expected.allocation, expected.bytes)
     assert (found.history, found.sensitivities) == (expected.history, expected.sensitivities)
     assert not (work / "ranks").exists()
 
 
 def test_what_does_not_go_with_streaming_is_said_at_once(tmp_path: Path) -> None:
-    for wrong in ({"pruner": "fisher"}, {"allocator": "fisher-knapsack"}, {"hidden_bytes": "much"}):
-        with pytest.raises(UsageError):
-            pipeline.search(tmp_path / "absent", sparsity=0.5, stream=True, **wrong)
+    refusals = {
+        "float32 per weight": ({"pruner": "fisher"}, {"allocator": "fisher-knapsack"}),
+        "much": ({"hidden_bytes": "much"},),
+        "workers": ({"workers": 2}, {"ray_address": "auto"}),
+        "candidates ranks": ({"candidates": "database"}, {"pruner": "sparsegpt"}),
+    }
+    for message, requests in refusals.items():
+        for wrong in requests:
+            with pytest.raises(UsageError, match=message):
+                pipeline.search(tmp_path / "absent", sparsity=0.5, stream=True, **wrong)
     with pytest.raises(UsageError, match="in memory"):
         pipeline.search(build("llama"), sparsity=0.5, stream=True)
-    with pytest.raises(UsageError, match="stream"):
-        msp.prune(tmp_path / "absent", sparsity=0.5, stream=True)
+    for whole in (
+        lambda absent: msp.prune(absent, sparsity=0.5, stream=True),
+        lambda absent: msp.compare(absent, sparsity=0.5, allocators=["uniform"], stream=True),
+        lambda absent: msp.sensitivity(absent, stream=True),
+    ):
+        with pytest.raises(UsageError, match="only a search can stream"):
+            whole(tmp_path / "absent")
