@@ -130,8 +130,10 @@ class StreamingRunner:
         measured = {}
         with precision(self._gates.model):
             for batch, key in group:
-                logits = self._gates.logits(self._reference.tokens(batch), hidden.pop((len(blocks), batch, key)))
-                measured[batch, key] = self._reference.compare(batch, logits)
+                state = hidden.pop((len(blocks), batch, key))
+                measured[batch, key] = self._reference.compare(
+                    batch, self._gates.logits(self._reference.tokens(batch), state)
+                )
         return measured
 
     def _pass(
