@@ -174,6 +174,7 @@ class StreamingRunner:
             finally:
                 for linear in linears:
                     block.module.set_submodule(linear.kind, linear.module)
+                ranked.clear()  # whoever still has the dictionary must not keep a block beside the next one
 
 
 def _on(ranks: Ranks, weight: Tensor) -> Ranks:
