@@ -33,6 +33,8 @@ from msp.search.fitness import key_of
 from msp.sensitivity import fisher_traces
 from msp.settings import PruneOptions
 from msp.sparse_linear import SparseLinear, note_pattern
+from msp.stored import load_stored
+from msp.streamed_workbench import StreamedWorkbench, Streaming
 from msp.workbench import Workbench, batch_size
 
 
@@ -57,6 +59,7 @@ class _Opened:
     structure: Structure
     device: torch.device
     decode_table: DecodeTable | None = None
+    streaming: Streaming | None = None
 
     @property
     def model(self) -> Any:
@@ -118,16 +121,15 @@ class _Opened:
         return {"dense": dense, "packed": goal.other_bytes + linears}
 
     def bench(self, plan: Plan, tokens: TokenSets, progress: Progress) -> Workbench:
-        return Workbench(
-            self.model,
-            self.structure,
-            plan,
-            tokens,
-            name=self.loaded.source,
-            stored_dtype=self.loaded.stored_dtype,
-            device=self.device,
-            progress=progress,
-        )
+        about: dict[str, Any] = {
+            "name": self.loaded.source,
+            "stored_dtype": self.loaded.stored_dtype,
+            "device": self.device,
+            "progress": progress,
+        }
+        if self.streaming is not None:
+            return StreamedWorkbench(self.model, self.structure, plan, tokens, streaming=self.streaming, **about)
+        return Workbench(self.model, self.structure, plan, tokens, **about)
 
     def test_reference(self, tokens: TokenSets, progress: Progress) -> DenseReference:
         size = batch_size(self.device, tokens.window)
@@ -136,8 +138,19 @@ class _Opened:
         )
 
 
-def _open(model: Any, options: PruneOptions, tokenizer: Any, progress: Progress) -> _Opened:
+def _open(
+    model: Any, options: PruneOptions, tokenizer: Any, progress: Progress, *, may_stream: bool = False
+) -> _Opened:
     device = find_device(options.device)
+    if options.stream:
+        if not may_stream:
+            raise UsageError("only a search can stream a model: this needs it in memory")
+        if not isinstance(model, (str, Path)):
+            raise UsageError("a model that is in memory need not be streamed: stream takes a directory or a hub id")
+        with progress.stage("Loading all but the blocks"):
+            loaded, structure = load_stored(model, dtype=options.dtype, device=device)
+        streaming = Streaming(parse_bytes(options.hidden_bytes), options.work_dir)
+        return _Opened(loaded, structure, device, streaming=streaming)
     if isinstance(model, (str, Path)):
         with progress.stage("Loading the model"):
             loaded = load_model(model, dtype=options.dtype, device=device)
@@ -274,7 +287,7 @@ def search_all(
         raise UsageError("a search finds an allocation; one that is given leaves nothing to search for")
     listener, clock, first = progress or NoProgress(), _Stopwatch(), settings[0]
     with clock("load"):
-        opened = _open(model, first, tokenizer, listener)
+        opened = _open(model, first, tokenizer, listener, may_stream=True)
         plans = [opened.plan(each, listener) for each in settings]
         tokens = opened.tokens(first, first.seed)
     bench = opened.bench(plans[0], tokens, listener)
