@@ -14,7 +14,7 @@ from families import VOCABULARY, save, save_text
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-import msp.pipeline
+import msp.opened
 from msp.cli import app
 from msp.data import save_tokens
 from msp.decode_table import DecodeTable
@@ -187,7 +187,7 @@ def test_a_streamed_search(home: Path, llama: Path, text: Path, monkeypatch: pyt
     (home / "streamed_loss.py").write_text("def third(logits, tokens):\n    return -logits[:, :-1, 3].sum()\n")
     times = {"dense": 20.0, "0:8": 1.0, "2:8": 6.0, "4:8": 9.0}
     DecodeTable("float32", {}, dict.fromkeys(_shapes(llama).values(), times)).save(Path("streamed.json"))
-    load = msp.pipeline.load_model
+    load = msp.opened.load_model
     for budget in (
         ["--sparsity", "0.75,0.5", "--fitness", "streamed_loss:third"],
         ["--budget-bytes", "50kB"],
@@ -195,9 +195,9 @@ def test_a_streamed_search(home: Path, llama: Path, text: Path, monkeypatch: pyt
     ):
         search = ["search", llama, *budget, "--evaluations", 16, "--calibration", text, *SMALL, "--json"]
         expected = one_object(msp_run(*search, "-o", home / "whole"))
-        monkeypatch.setattr(msp.pipeline, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+        monkeypatch.setattr(msp.opened, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
         found = one_object(msp_run(*search, "-o", home / "streamed", "--stream", "--hidden-bytes", "100kB"))
-        monkeypatch.setattr(msp.pipeline, "load_model", load)
+        monkeypatch.setattr(msp.opened, "load_model", load)
         for timed in ("seconds", "peak_memory"):
             found.pop(timed, None), expected.pop(timed, None)
         assert found == expected
@@ -376,7 +376,8 @@ EARLY = [
 def test_wrong_requests_fail_before_the_model_is_loaded(
     arguments: Sequence[str], code: int, message: str, llama: Path, text: Path, tmp_path: Path, monkeypatch
 ):
-    monkeypatch.setattr("msp.pipeline.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    for module in ("msp.opened", "msp.pipeline"):
+        monkeypatch.setattr(f"{module}.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "precious.txt").write_text("x")
     (tmp_path / "empty.txt").touch()
