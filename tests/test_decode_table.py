@@ -12,7 +12,7 @@ from families import VOCABULARY, build, save
 from torch import nn
 
 import msp
-from msp import measure, pipeline
+from msp import measure, opened, pipeline
 from msp.allocators.levels import cost, levels_from_densities, repair
 from msp.data import save_tokens
 from msp.decode_table import DecodeTable
@@ -204,7 +204,7 @@ def test_a_resumed_search_keeps_the_times_it_began_with(
     llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tables = iter([made_up(4), made_up(5), made_up(6)])
-    monkeypatch.setattr(pipeline, "measure_decode", lambda *_, **__: next(tables))
+    monkeypatch.setattr(opened, "measure_decode", lambda *_, **__: next(tables))
     asked = {"budget_decode": f"{dense_time(made_up(4)) / 2000}us", "calibration": text, **SMALL}
     whole = pipeline.search(llama, evaluations=48, **asked)
     tables = iter([made_up(4), made_up(5)])

@@ -9,7 +9,7 @@ from families import VOCABULARY, build, save
 from PIL import Image
 
 import msp
-from msp import pipeline
+from msp import opened, pipeline
 from msp.allocators import uniform
 from msp.data import save_tokens
 from msp.errors import UsageError
@@ -38,8 +38,8 @@ def test_every_budget_is_searched_for_on_shared_evidence(
     llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, ranked = [], []
-    load, ranks = pipeline.load_model, Workbench.dense_ranks
-    monkeypatch.setattr(pipeline, "load_model", lambda *a, **k: loaded.append(1) or load(*a, **k))
+    load, ranks = opened.load_model, Workbench.dense_ranks
+    monkeypatch.setattr(opened, "load_model", lambda *a, **k: loaded.append(1) or load(*a, **k))
     monkeypatch.setattr(Workbench, "dense_ranks", lambda *a: ranked.append(1) or ranks(*a))
     options = {"calibration": text, "evaluations": 32, **SMALL}
     curve = msp.pareto(llama, sparsities=[0.75, "0.5", 0.6], output=tmp_path, work_dir=tmp_path / "work", **options)
@@ -120,6 +120,6 @@ def test_budgets_in_bytes_are_named_as_they_were_written(llama: Path, text: str,
     ],
 )
 def test_wrong_requests_are_refused_before_the_model_is_loaded(options: dict, message: str, monkeypatch) -> None:
-    monkeypatch.setattr(pipeline, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(opened, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(UsageError, match=message):
         msp.pareto("anything", **options)
