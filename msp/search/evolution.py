@@ -194,10 +194,9 @@ class Evolution:
 
     def _begin(self) -> None:
         seeds = list(dict.fromkeys(key_of(levels) for levels in self._seeds))
+        first = list(dict.fromkeys(seeds + self._without_blocks(seeds)))
         # Few are left out here: losing a good one early costs the most.
-        self._race(
-            list(dict.fromkeys(seeds + self._without_blocks(seeds))), [self._options.population, self._options.parents]
-        )
+        self._race(first, [self._options.population] + [self._options.parents] * self._fitness.stages)
         self._end_generation(count=False)
 
     def _without_blocks(self, seeds: Sequence[Key]) -> list[Key]:

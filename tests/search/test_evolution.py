@@ -79,6 +79,15 @@ def test_only_survivors_reach_the_last_stage() -> None:
     assert stages.count(1) == 1 + 40
 
 
+def test_a_race_may_have_more_stages() -> None:
+    fitness = Quadratic(stages=5)
+    options = EvolutionOptions(generations=4, token_shares=(0.1, 0.2, 0.4, 0.8, 1.0), survivors=(0.5, 0.5, 0.5, 0.5))
+    levels, history = Evolution(UNITS, BUDGET, start(), fitness, options=options).run()
+    assert history[-1].best < history[0].best
+    last = [key for stage, key in fitness.calls if stage == 4]
+    assert 4 < len(last) <= options.parents + 4 and tuple(levels) in last
+
+
 @pytest.mark.parametrize("limit", [1, 20, 100])
 def test_no_generation_begins_with_all_tokens_spent(limit: int) -> None:
     options = EvolutionOptions().limited(tokens=limit)
