@@ -78,8 +78,8 @@ bench: $(INSTALLED) ## the speed of the kernels and of decoding on this machine,
 	$(BIN)/python -m pytest benchmarks --benchmark-disable-gc --benchmark-json build/bench.json $(ARGS)
 	$(BIN)/python benchmarks/runner.py build/bench.json --save
 
-quality: $(INSTALLED) ## measure the quality table: hours on a CPU, resumes where it stopped
-	$(BIN)/python benchmarks/quality.py
+quality: $(INSTALLED) ## measure the quality tables: hours on a CPU, resumes where it stopped; ARGS="--only wanda-0.25" for less
+	$(BIN)/python benchmarks/quality.py $(ARGS)
 
 clean: ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info .coverage coverage.xml .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,10 +1,15 @@
-"""Quality at a given density: every allocator on the same model, budget, tokens and pruner, three seeds.
+"""Quality at a given density: every allocator with several pruners on the same models, budgets and tokens.
 
-    python benchmarks/quality.py            # measure what is missing, then rewrite the table in README.md
-    python benchmarks/quality.py --table    # only rewrite the table
+    python benchmarks/quality.py                      # measure what is missing, then write the tables and the picture
+    python benchmarks/quality.py --only wanda-0.25    # of that, the cells whose names match a regular expression
+    python benchmarks/quality.py --tables ablation    # one of quality, patterns and ablation
+    python benchmarks/quality.py --list               # what is there and what is missing
+    python benchmarks/quality.py --write              # only write the tables and the picture
 
-Needs the models and texts in ``../shared`` (or ``$MSP_SHARED``). Each setting and seed is a cell with a file
-of its own under ``benchmarks/results/quality``: an interrupted run goes on where it stopped.
+Needs the models and texts in ``../shared`` (or ``$MSP_SHARED``). A cell is one allocator with one pruner, density,
+pattern, unit and seed (``quality_cells.py``); it has a file of its own under ``benchmarks/results/quality``. An
+interrupted run goes on where it stopped, in the middle of a search too: checkpoints are under ``build/quality``, and a
+search that is allowed more tokens than before goes on from there.
 """
 
 from __future__ import annotations
@@ -12,190 +17,84 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
-import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from quality_cells import ROOT, TABLES, Cell, cells_of, measure, read
+from runner import commit
+
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
-SHARED = Path(os.environ.get("MSP_SHARED", ROOT.parent / "shared"))
-ALLOCATORS = ("uniform", "ramp", "owl", "fisher-rank", "fisher-rank-linear", "fisher-knapsack", "msp")
-SEEDS = (0, 1, 2)
+WORK = ROOT / "build" / "quality"
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One table. Tokens are counted, not windows; ``stories`` splits a text into its stories first."""
-
-    title: str
-    model: str
-    calibration: str
-    evaluate: str | None
-    sparsity: float
-    group_size: int
-    window: int
-    calibration_tokens: int
-    fitness_tokens: int
-    test_tokens: int
-    allocators: tuple[str, ...] = ALLOCATORS
+def missing(cells: Sequence[Cell], results: Path, search_tokens: int | None = None) -> list[Cell]:
+    """The cells, each once, that were not measured with their present setting."""
+    return [cell for cell in dict.fromkeys(cells) if read(cell, results, search_tokens) is None]
 
 
-WIKI: dict[str, Any] = {
-    "model": "models/wiki6m",
-    "calibration": "data/wikipedia-passages.jsonl:text",
-    "evaluate": "data/wikitext2-test.txt",
-    "window": 256,
-    "calibration_tokens": 32_768,
-    "fitness_tokens": 32_768,
-    "test_tokens": 51_200,
-}
-SETTINGS = {
-    "wiki6m-75": Setting("wiki6m, 75 %, groups of 8", sparsity=0.75, group_size=8, **WIKI),
-    "wiki6m-87.5": Setting("wiki6m, 87.5 %, groups of 16", sparsity=0.875, group_size=16, **WIKI),
-    "stories260k-50": Setting(
-        "stories260k, 50 %, groups of 4",
-        "models/stories260k",
-        "data/tinystories-sample.txt",
-        None,
-        sparsity=0.5,
-        group_size=4,
-        window=256,
-        calibration_tokens=16_384,
-        fitness_tokens=16_384,
-        test_tokens=16_384,
-        allocators=(*ALLOCATORS[:-1], "msp-random", "msp"),
-    ),
-}
+def measure_to_file(cell: Cell, made_by: str, results: Path, work: Path, search_tokens: int | None) -> dict[str, Any]:
+    row = {"commit": made_by, **measure(cell, work, search_tokens)}
+    path = results / f"{cell.name}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return row
 
 
-def measure(name: str, seed: int) -> None:
-    """Run one cell in this process and write its file."""
-    import torch
-
-    import msp
-    from msp.report import to_json
-
-    torch.set_num_threads(1)
-    setting = SETTINGS[name]
-    commit = _commit()  # of the code that runs, not of what is committed meanwhile
-    with tempfile.TemporaryDirectory() as folder:
-        result = msp.compare(
-            SHARED / setting.model,
-            sparsity=setting.sparsity,
-            allocators=setting.allocators,
-            pruners=["wanda"],
-            seeds=[seed],
-            group_size=setting.group_size,
-            calibration=_source(setting.calibration, Path(folder)),
-            evaluate=str(SHARED / setting.evaluate) if setting.evaluate else None,
-            window=setting.window,
-            calibration_tokens=setting.calibration_tokens,
-            fitness_tokens=setting.fitness_tokens,
-            test_tokens=setting.test_tokens,
-            device="cpu",
-        )
-    versions = {"msp": msp.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    content = {"commit": commit, "versions": versions, "setting": asdict(setting)}
-    content["dense_perplexity"] = result.dense_perplexity
-    content["rows"] = [row for row in result.to_json()["rows"] if row["seed"] != "mean"]
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    _path(name, seed).write_text(to_json(content) + "\n", encoding="utf-8")
-
-
-def _source(source: str, folder: Path) -> str:
-    """The stories one by one, as the model was trained: each a document, paragraphs on single lines."""
-    path = SHARED / source
-    if path.suffix != ".txt":
-        return str(path)
-    paragraphs = [part.strip() for part in path.read_text(encoding="utf-8").split("\n\n") if part.strip()]
-    stories: list[str] = []
-    for paragraph in paragraphs:
-        if not stories or re.match(r"Once upon a time|Once there|Once,|One day", paragraph):
-            stories.append(paragraph)
-        else:
-            stories[-1] += "\n" + paragraph
-    target = folder / "stories.jsonl"
-    target.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories), encoding="utf-8")
-    return f"{target}:text"
-
-
-def _commit() -> str:
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "unknown"
-
-
-def _path(name: str, seed: int) -> Path:
-    return RESULTS / f"{name}-seed{seed}.json"
-
-
-def table() -> str:
-    """Markdown of all cells that were measured: mean and standard deviation over the seeds."""
-    from msp.results import CompareRow, mean_rows
-
-    parts = []
-    for name, setting in SETTINGS.items():
-        cells = [json.loads(_path(name, seed).read_text()) for seed in SEEDS if _path(name, seed).exists()]
-        if not cells:
-            continue
-        means = mean_rows([CompareRow(**row) for cell in cells for row in cell["rows"]])
-        best_kl, best_perplexity = min(m.kl for m in means), min(m.perplexity for m in means)
-        dense = cells[0]["dense_perplexity"]
-        parts.append(f"**{setting.title}**, Wanda, {_seeds(len(cells))} (dense perplexity {dense:.1f}):\n")
-        parts.append("| allocator | density | KL | perplexity | candidates |\n|---|---|---|---|---|")
-        for mean in means:
-            assert mean.spread is not None
-            kl, perplexity = (
-                f"{value:.{digits}f}" + (f" ± {mean.spread[key]:.{digits}f}" if len(cells) > 1 else "")
-                for key, value, digits in (("kl", mean.kl, 3), ("perplexity", mean.perplexity, 1))
-            )
-            kl = f"**{kl}**" if mean.kl == best_kl else kl
-            perplexity = f"**{perplexity}**" if mean.perplexity == best_perplexity else perplexity
-            parts.append(f"| {mean.allocator} | {mean.density:.2%} | {kl} | {perplexity} | {mean.evaluations:,} |")
-        parts.append("")
-    return "\n".join(parts)
-
-
-def _seeds(count: int) -> str:
-    return "one seed" if count == 1 else f"{count} seeds"
-
-
-def write_readme() -> None:
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    start, end = "<!-- table:quality -->", "<!-- /table:quality -->"
-    before, rest = text.split(start, 1)
-    path.write_text(before + start + "\n" + table() + end + rest.split(end, 1)[1], encoding="utf-8")
+def run(cells: Sequence[Cell], jobs: int, results: Path, work: Path, search_tokens: int | None = None) -> int:
+    """Measure cells in order, ``jobs`` at a time, in processes of one thread; returns how many failed."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    results.mkdir(parents=True, exist_ok=True)
+    # the code that runs is today's, whatever is committed meanwhile
+    made_by, failed = commit(), 0
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        rows = {pool.submit(measure_to_file, cell, made_by, results, work, search_tokens): cell for cell in cells}
+        try:
+            for count, done in enumerate(as_completed(rows), start=1):
+                told = f"[{count}/{len(cells)}] {rows[done].name}:"
+                if error := done.exception():
+                    failed += 1
+                    print(told, f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                else:
+                    row = done.result()
+                    print(told, f"KL {row['kl']:.4f}, perplexity {row['perplexity']:.1f}", flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="only rewrite the README's table")
+    parser.add_argument("--tables", default=",".join(TABLES), help=f"of {', '.join(TABLES)}")
+    parser.add_argument("--only", default="", metavar="REGEX", help="cells whose names it matches somewhere")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells at a time, one thread each")
-    parser.add_argument("--settings", default=",".join(SETTINGS), help="which tables, by name")
-    parser.add_argument("--cell", nargs=2, metavar=("SETTING", "SEED"), help="measure one cell in this process")
+    parser.add_argument("--search-tokens", type=int, help="a trial: in the place of each model's own number")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the cells' files")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of the searches' checkpoints")
+    parser.add_argument("--list", action="store_true", help="list the cells and measure nothing")
+    parser.add_argument("--write", action="store_true", help="only write the tables and the picture")
     options = parser.parse_args()
-    if options.cell:
-        measure(options.cell[0], int(options.cell[1]))
+    cells = [cell for table in options.tables.split(",") for cell in cells_of(table)]
+    wanted = [cell for cell in cells if re.search(options.only, cell.name)]
+    left = missing(wanted, options.results, options.search_tokens)
+    if options.list:
+        for cell in dict.fromkeys(wanted):
+            print(f"{'missing ' if cell in left else 'measured'} {cell.name}")
         return
-    if not options.table:
-        cells = [(name, seed) for seed in SEEDS for name in options.settings.split(",")]
-        missing = [cell for cell in cells if not _path(*cell).exists()]
+    failed = 0
+    if not options.write:
+        failed = run(left, options.jobs, options.results, options.work, options.search_tokens)
+    if options.results == RESULTS:
+        import quality_tables
 
-        def run(cell: tuple[str, int]) -> None:
-            subprocess.run([sys.executable, __file__, "--cell", cell[0], str(cell[1])], check=True)
-            print(f"{cell[0]}, seed {cell[1]}: done", flush=True)
-
-        with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(run, missing))
-    write_readme()
+        quality_tables.write(RESULTS)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

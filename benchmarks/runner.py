@@ -5,8 +5,8 @@ A benchmark is a pytest-benchmark test that ends in ``measure``::
     pytest benchmarks/bench_nm_linear.py --benchmark-json out.json
 
 ``python benchmarks/runner.py out.json`` prints the rows of such a file; ``--save`` also writes them, with commit,
-versions and machine, to ``benchmarks/results/cpu-<machine>-<date>.json``, and the tables of docs/cpu.md from the newest
-of every machine. ``make bench`` does all of it.
+versions and machine, to ``benchmarks/results/cpu-<machine>-<date>.json`` (those of the search to ``search-...``),
+and the tables of docs/cpu.md and docs/search.md from the newest of every machine. ``make bench`` does all of it.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def measure(
     calls = {"ours": ours, **peers}
     for call in calls.values():
         call()
-    slowest = max(_time(call) for call in calls.values())
+    slowest = max(seconds_of(call) for call in calls.values())
     counted = TURN if slowest < seconds / TURN else 1
     turns = max(2, min(12, int(seconds / slowest / counted)))
-    samplers = {name: functools.partial(_time, call) for name, call in calls.items()}
+    samplers = {name: functools.partial(seconds_of, call) for name, call in calls.items()}
     times = take_turns(samplers, turns, counted=counted, uncounted=1)
     benchmark.pedantic(ours, rounds=counted, iterations=1)
     medians = {name: statistics.median(values) for name, values in times.items()}
@@ -92,7 +92,7 @@ def take_turns(
     return times
 
 
-def _time(call: Call) -> float:
+def seconds_of(call: Call) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -130,7 +130,7 @@ def read_bandwidth() -> float:
         pointer, count = ctypes.c_void_p(part.data_ptr()), ctypes.c_int64(part.numel())
         native_peers().read_words(pointer, count, torch.get_num_threads())
 
-    times = [_time(functools.partial(read, part)) for _ in range(4) for part in parts]
+    times = [seconds_of(functools.partial(read, part)) for _ in range(4) for part in parts]
     return parts[0].nbytes / statistics.median(times[len(parts) :]) / 1e9
 
 
@@ -149,6 +149,14 @@ def products_from_registers(count: int) -> Call | None:
     return call if library.multiply_add(ctypes.c_int64(0), 1) else None
 
 
+def commit() -> str:
+    """Names the code that is measured."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or "unknown"
+
+
 def machine() -> dict[str, Any]:
     """What a figure depends on: processor, instruction set, threads, versions, commit."""
     import torch
@@ -156,12 +164,9 @@ def machine() -> dict[str, Any]:
     import msp
     from msp import _cpu
 
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     return {
-        "commit": commit.stdout.strip() or "unknown",
-        "processor": _processor(),
+        "commit": commit(),
+        "processor": processor(),
         "isa": _cpu.isa(),
         "threads": torch.get_num_threads(),
         "read_gb_per_second": read_bandwidth(),
@@ -169,7 +174,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -196,6 +201,20 @@ def table(entries: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def search_table(entries: list[dict[str, Any]]) -> str:
+    """Markdown of the rows of ``bench_search.py``."""
+    shares = list(entries[0]["share"])
+    head = ["what", "candidates/s", "tokens/s", *entries[0]["ratio"], *(f"share of {name}" for name in shares), "error"]
+    lines = [head, ["---"] * len(head)]
+    for row in entries:
+        rates = [f"{row['candidates_per_second']:.2f}", f"{row['tokens_per_second']['ours']:,.0f}"]
+        peers = [f"{row['tokens_per_second'][name]:,.0f} (**{ratio:.2f}x**)" for name, ratio in row["ratio"].items()]
+        lines.append(
+            [row["name"], *rates, *peers, *(f"{row['share'][name]:.1%}" for name in shares), f"{row['error']:.1e}"]
+        )
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
 def machine_name(processor: str) -> str:
     """``Intel(R) Xeon(R) Processor`` -> ``intel-xeon``, for the name of a file."""
     words = re.findall(r"[a-z0-9]+", re.sub(r"\(\w+\)|@.*|\b(processor|cpu)\b", "", processor.lower()))
@@ -203,19 +222,27 @@ def machine_name(processor: str) -> str:
 
 
 def save(where: dict[str, Any], entries: list[dict[str, Any]]) -> None:
-    """Write the results file of this machine and day, and the page's tables from the newest of every machine."""
-    name = f"cpu-{machine_name(where['processor'])}-{datetime.date.today().isoformat()}.json"
-    (RESULTS / name).write_text(json.dumps({"machine": where, "rows": entries}, indent=1) + "\n", encoding="utf-8")
-    page = ROOT / "docs" / "cpu.md"
-    start, end = "<!-- table:cpu -->", "<!-- /table:cpu -->"
+    """Write the results files of this machine and day, and the pages' tables from the newest of every machine."""
+    for kind, wanted in (("cpu", False), ("search", True)):
+        mine = [row for row in entries if ("share" in row) == wanted]
+        if mine:
+            name = f"{kind}-{machine_name(where['processor'])}-{datetime.date.today().isoformat()}.json"
+            content = json.dumps({"machine": where, "rows": mine}, indent=1) + "\n"
+            (RESULTS / name).write_text(content, encoding="utf-8")
+            write_table(ROOT / "docs" / f"{kind}.md", kind, tables(kind))
+
+
+def write_table(page: Path, name: str, text: str) -> None:
+    """Put ``text`` between the comments of a Markdown page that name the table."""
+    start, end = f"<!-- table:{name} -->\n", f"<!-- /table:{name} -->"
     before, rest = page.read_text(encoding="utf-8").split(start, 1)
-    page.write_text(before + start + "\n" + tables() + end + rest.split(end, 1)[1], encoding="utf-8")
+    page.write_text(before + start + text + end + rest.split(end, 1)[1], encoding="utf-8")
 
 
-def tables() -> str:
-    """A headline and a table for every machine of which there are results."""
+def tables(kind: str) -> str:
+    """A headline and a table for every machine of which there are results of the ``cpu`` or the ``search``."""
     newest: dict[str, Path] = {}
-    for path in sorted(RESULTS.glob("cpu-*.json")):
+    for path in sorted(RESULTS.glob(f"{kind}-*-????-??-??.json")):
         newest[path.stem[: -len("-2026-01-01")]] = path
     parts = []
     for path in newest.values():
@@ -226,7 +253,7 @@ def tables() -> str:
             f"{where['read_gb_per_second']:.1f} GB/s, torch {where['versions']['torch']}, commit {where['commit']}, "
             f"`benchmarks/results/{path.name}`:\n\n"
         )
-        parts.append(told + table(result["rows"]))
+        parts.append(told + (search_table if kind == "search" else table)(result["rows"]))
     return "\n".join(parts)
 
 
