@@ -53,12 +53,12 @@ wheel: $(INSTALLED) ## the wheel that is released, repaired and checked, in dist
 # Preloaded, since the interpreter itself has no sanitizer; libstdc++ too, for its exceptions to be seen.
 # An interpreter never frees all it allocates, so leaks are not looked for.
 PRELOADED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib
+    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib:$(CURDIR)/tests
 sanitize: $(INSTALLED) ## the C++ kernels under the address, undefined-behaviour and thread sanitizers
 	PATH="$(CURDIR)/$(BIN):$$PATH" MSP_SANITIZE=1 MSP_CUDA=0 \
 	    $(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	cd $(SANITIZED) && $(PRELOADED) ../../$(BIN)/python -c 'import msp._cpu as m; assert "$(SANITIZED)" in m.__file__, m'
-	$(PRELOADED) $(BIN)/pytest --noconftest --import-mode=importlib -p no:cacheprovider tests/test_native.py
+	$(PRELOADED) $(BIN)/pytest --noconftest --import-mode=importlib -p no:cacheprovider -p isas tests/test_native*.py
 	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -pthread -Icsrc tests/native/parallel_stress.cpp csrc/cpu/parallel.cpp \
 	    -o $(SANITIZED)/parallel_stress
 	$(SANITIZED)/parallel_stress

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from msp.checkpoint import PackedInfo, read_info, replace_linears, save_packed, validate_packed
     from msp.errors import MspError, UsageError
     from msp.model import load_model
+    from msp.pareto_curve import pareto
     from msp.patterns import Allocation, Budget, NMPattern
     from msp.pipeline import compare, prune
-    from msp.results import CompareResult, PruneResult
+    from msp.results import CompareResult, ParetoResult, PruneResult, SearchResult
     from msp.sparse_linear import SparseLinear
 
 __version__ = "0.1.0"
@@ -28,11 +29,14 @@ _HOME = {
     "MspError": "msp.errors",
     "NMPattern": "msp.patterns",
     "PackedInfo": "msp.checkpoint",
+    "ParetoResult": "msp.results",
     "PruneResult": "msp.results",
+    "SearchResult": "msp.results",
     "SparseLinear": "msp.sparse_linear",
     "UsageError": "msp.errors",
     "compare": "msp.pipeline",
     "load_model": "msp.model",
+    "pareto": "msp.pareto_curve",
     "prune": "msp.pipeline",
     "read_info": "msp.checkpoint",
     "replace_linears": "msp.checkpoint",
@@ -47,12 +51,15 @@ __all__ = [
     "MspError",
     "NMPattern",
     "PackedInfo",
+    "ParetoResult",
     "PruneResult",
+    "SearchResult",
     "SparseLinear",
     "UsageError",
     "__version__",
     "compare",
     "load_model",
+    "pareto",
     "prune",
     "read_info",
     "replace_linears",

@@ -8,7 +8,7 @@ the hidden states kept for it in host memory; behind it the forward is cut short
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
@@ -185,6 +185,7 @@ def stream_statistics(
     needs: frozenset[str],
     *,
     sequential: bool = False,
+    only: Container[str] | None = None,
     batch_size: int = 8,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
@@ -193,8 +194,9 @@ def stream_statistics(
     """Yield each block, on ``device``, with the input statistics of its linears.
 
     With ``sequential`` the block runs again after the caller has changed it, so that later blocks see
-    what a pruned model gives them; without, one run serves both. Memory beyond the model: one block,
-    its statistics, and one hidden state per token of ``windows`` in host memory.
+    what a pruned model gives them; without, one run serves both. ``only`` names the linears to look at.
+    Memory beyond the model: one block, its statistics, and one hidden state per token of ``windows`` in
+    host memory.
     """
     home = device_of(model)
     target = torch.device(device) if device is not None else home
@@ -205,7 +207,8 @@ def stream_statistics(
         done = 0
         for block in structure.blocks:
             block.module.to(target)
-            with gather(block.linears, needs) as statistics:
+            wanted = [linear for linear in block.linears if only is None or linear.name in only]
+            with gather(wanted, needs) as statistics:
                 for _ in stream.run(block.index, advance=not sequential):
                     advance(done := done + 1)
             yield block, statistics

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.pytorch_utils import Conv1D
 
 from msp.errors import MspError, UsageError
+from msp.ops import check_environment
 
 
 @dataclass(frozen=True)
@@ -162,12 +163,7 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str | torch.d
     path = str(source)
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise MspError(f"{path} is not a model: it has no config.json")
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise MspError(f"{path} is not a model that transformers can read: {_first_line(error)}") from error
+    config = read_config(path)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not _names_causal_lm(config.architectures):
         raise MspError(f"{path} is a {config.model_type} model, which is not a causal language model")
     is_packed = getattr(config, "quantization_config", None) is not None
@@ -191,6 +187,26 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str | torch.d
     except (OSError, ValueError, KeyError):
         tokenizer = None
     return LoadedModel(model.to(device).eval(), tokenizer, path, stored)
+
+
+def read_config(source: str | Path) -> Any:
+    """The configuration of a model, from a directory or the hub; ``MspError`` if there is none that can be read."""
+    if Path(source).exists() and not (Path(source) / "config.json").is_file():
+        raise MspError(f"{source} is not a model: it has no config.json")
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise MspError(f"{source} is not a model that transformers can read: {_first_line(error)}") from error
+
+
+def make_skeleton(config: Any) -> nn.Module:
+    """A causal LM with the shapes of ``config`` and no weights."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise MspError(f"a {config.model_type} model is not a causal language model")
+    factory: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        skeleton: nn.Module = factory.from_config(config)
+    return skeleton
 
 
 def _names_causal_lm(architectures: list[str] | None) -> bool:
@@ -217,6 +233,25 @@ DTYPES: dict[str, torch.dtype | None] = {
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def find_device(name: str) -> torch.device:
+    """``cpu``, ``cuda:1`` or the like; ``auto`` is a GPU where there is one.
+
+    Raises:
+        UsageError: a device that torch does not know or see, or that the environment rules out.
+    """
+    if name == "auto":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    else:
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise UsageError(f"device {name!r} is not known to torch") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UsageError("device cuda was asked for, but torch sees no GPU")
+    check_environment(device.type)
+    return device
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -20,13 +20,14 @@ from msp.report import merge_experts, split_name
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from msp.results import CompareResult, CompareRow, PruneResult
+    from msp.results import CompareResult, CompareRow, ParetoResult, PruneResult
 
 # Okabe and Ito's colours, which readers with any colour vision tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 LEFT_DENSE = "#DDDDDD"
 DPI = 150
+FITNESS_LABELS = {"kl": "KL to dense, nats a token", "perplexity": "logarithm of the perplexity"}
 # Beyond these a heat map's cells are too small to write in.
 MOST_ANNOTATED_BLOCKS = 40
 MOST_KINDS = 24
@@ -133,9 +134,24 @@ def search_picture(history: Sequence[Mapping[str, Any]], path: str | Path, *, fi
     if shown and max(shown) > 20 * min(shown) > 0:
         axes.set_yscale("log")
     axes.set_xlabel("evaluations (candidates measured)")
-    axes.set_ylabel("KL to dense, nats a token" if fitness == "kl" else "perplexity")
+    axes.set_ylabel(FITNESS_LABELS.get(fitness, fitness))
     axes.set_title("Search on the fitness tokens (lower is better)", loc="left")
     axes.legend(frameon=False)
+    return _save(figure, path)
+
+
+def pareto_picture(result: ParetoResult, path: str | Path) -> Path:
+    """Fitness against density, a point for every budget, with its name."""
+    points = [point for point in result.to_json()["points"] if math.isfinite(point["loss"])]
+    figure, axes = _figure(7, 4)
+    axes.plot([100 * point["density"] for point in points], [point["loss"] for point in points], **_style(0))
+    for point in points:
+        place = (100 * point["density"], point["loss"])
+        axes.annotate(point["name"], place, textcoords="offset points", xytext=(6, 6), fontsize=9)
+    axes.grid(color="#E5E5E5", linewidth=0.8)
+    axes.set_xlabel("density of the linears, %")
+    axes.set_ylabel(FITNESS_LABELS.get(result.fitness, result.fitness))
+    axes.set_title("What a budget costs, on the fitness tokens (lower is better)", loc="left")
     return _save(figure, path)
 
 

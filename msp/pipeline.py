@@ -5,9 +5,9 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,18 @@ from msp import __version__
 from msp.allocators import Allocated, Problem, get_allocator
 from msp.checkpoint import check_output, replace_linears, save_packed
 from msp.data import DEFAULT_CALIBRATION, DEFAULT_EVALUATION, TokenSets, make_token_sets, read_windows
+from msp.decode_table import DecodeTable
 from msp.errors import MspError, UsageError
-from msp.evaluate import DenseReference, Quality, perplexity
-from msp.model import LoadedModel, Structure, check_finite, device_of, find_structure, load_model
-from msp.ops import check_environment
-from msp.patterns import parse_sparsity
-from msp.plan import Goal, Plan, make_plan, parse_bytes
+from msp.evaluate import DenseReference, Quality, Sums, perplexity
+from msp.measure import measure_decode
+from msp.model import LoadedModel, Structure, check_finite, device_of, find_device, find_structure, load_model
+from msp.patterns import Allocation, parse_sparsity
+from msp.plan import Goal, Plan, make_plan, parse_bytes, parse_time
 from msp.progress import NoProgress, Progress
-from msp.pruners import get_pruner
+from msp.pruners import Pruner, get_pruner
 from msp.recipe import write_allocation
 from msp.results import CompareResult, CompareRow, PruneResult, SearchResult, SensitivityResult, mean_rows
+from msp.search.fitness import key_of
 from msp.sensitivity import fisher_traces
 from msp.settings import PruneOptions
 from msp.sparse_linear import SparseLinear, note_pattern
@@ -54,6 +56,7 @@ class _Opened:
     loaded: LoadedModel
     structure: Structure
     device: torch.device
+    decode_table: DecodeTable | None = None
 
     @property
     def model(self) -> Any:
@@ -74,16 +77,45 @@ class _Opened:
             seed=seed,
         )
 
-    def plan(self, options: PruneOptions) -> Plan:
-        return make_plan(self.structure, self._goal(options), options.rules, unit=options.unit)
+    def plan(self, options: PruneOptions, progress: Progress) -> Plan:
+        return make_plan(self.structure, self._goal(options, progress), options.rules, unit=options.unit)
 
-    def _goal(self, options: PruneOptions) -> Goal:
+    def _goal(self, options: PruneOptions, progress: Progress) -> Goal:
+        if options.budget_decode is not None:
+            table = self._measured(options, progress)
+            return Goal(None, nanoseconds=parse_time(options.budget_decode), table=table)
         if options.budget_bytes is None:
             return Goal(None if options.sparsity is None else parse_sparsity(options.sparsity))
+        return Goal(None, parse_bytes(options.budget_bytes), self._other_bytes(), self.loaded.stored_dtype)
+
+    def _measured(self, options: PruneOptions, progress: Progress) -> DecodeTable:
+        """The table of ``options``, or one measured now; for a search that resumes, the one it began with."""
+        shapes, dtype = [linear.shape for linear in self.structure.linears], self.loaded.stored_dtype
+        kept = None if options.work_dir is None else options.work_dir / "decode-table.json"
+        file = options.decode_table or (kept if options.resume and kept is not None and kept.exists() else None)
+        if file is not None:
+            self.decode_table = DecodeTable.load(file)
+        if self.decode_table is None:
+            patterns = options.rules.patterns
+            self.decode_table = measure_decode(shapes, patterns, dtype=dtype, device=self.device, progress=progress)
+            if kept is not None:
+                self.decode_table.save(kept)
+        if self.decode_table.dtype != str(dtype).removeprefix("torch."):
+            raise UsageError(f"the decode table is of {self.decode_table.dtype}, but the model is stored in {dtype}")
+        return self.decode_table.rounded(shapes)
+
+    def _other_bytes(self) -> int:
+        """Of the tensors that are no weight of a linear, as stored."""
         dtype = self.loaded.stored_dtype
         in_linears = sum(linear.weight.numel() for linear in self.structure.linears) * dtype.itemsize
-        others = _tensor_bytes(self.model, dtype) - in_linears
-        return Goal(None, parse_bytes(options.budget_bytes), others, dtype)
+        return _tensor_bytes(self.model, dtype) - in_linears
+
+    def bytes_of(self, allocation: Allocation) -> dict[str, int]:
+        """Of all tensors as stored, of the dense model and of one packed to ``allocation``."""
+        goal = Goal(None, 0, self._other_bytes(), self.loaded.stored_dtype)
+        linears = sum(goal.cost(linear.shape, allocation.get(linear.name)) for linear in self.structure.linears)
+        dense = _tensor_bytes(self.model, self.loaded.stored_dtype)
+        return {"dense": dense, "packed": goal.other_bytes + linears}
 
     def bench(self, plan: Plan, tokens: TokenSets, progress: Progress) -> Workbench:
         return Workbench(
@@ -105,7 +137,7 @@ class _Opened:
 
 
 def _open(model: Any, options: PruneOptions, tokenizer: Any, progress: Progress) -> _Opened:
-    device = _device(options.device)
+    device = find_device(options.device)
     if isinstance(model, (str, Path)):
         with progress.stage("Loading the model"):
             loaded = load_model(model, dtype=options.dtype, device=device)
@@ -151,14 +183,14 @@ def prune(
     clock = _Stopwatch()
     with clock("load"):
         opened = _open(model, settings, tokenizer, listener)
-        plan = opened.plan(settings)
+        plan = opened.plan(settings, listener)
         tokens = opened.tokens(settings, settings.seed)
     pruner = get_pruner(settings.pruner)
     bench = opened.bench(plan, tokens, listener)
     with clock("evaluate"):
         reference = opened.test_reference(tokens, listener)
     with clock("allocate"):
-        problem = bench.problem(pruner, seed=settings.seed, fitness=settings.fitness, search=settings.search)
+        problem = _problem(bench, pruner, settings, settings.seed)
         found = _allocate(problem, settings)
         allocation = problem.allocation(found.levels)
     dense_bytes = _tensor_bytes(opened.model, opened.loaded.stored_dtype)
@@ -167,14 +199,16 @@ def prune(
             pruned = stack.enter_context(bench.pruned(allocation, pruner))
         with clock("evaluate"):
             quality = reference.measure(pruned, progress=listener)
+            searched = _search_fitness(bench, pruned, found, settings)
         packed = {name: module.packed for name, module in pruned.named_modules() if isinstance(module, SparseLinear)}
     for name, pattern in allocation.items():
         if pattern.is_dense:
             note_pattern(opened.model.get_submodule(name), pattern)
     replace_linears(opened.model, packed)
     bytes_ = {"dense": dense_bytes, "packed": _tensor_bytes(opened.model, opened.loaded.stored_dtype)}
-    recipe = _recipe(settings, opened, tokens, plan, found)
+    recipe = _recipe(settings, opened, bench, plan, found)
     recipe |= {"perplexity": _both(reference.quality, quality), "kl": quality.kl, "bytes": bytes_}
+    recipe |= {"search_fitness": searched}
     if output is not None:
         with clock("save"), _in_dtype(opened.model, opened.loaded.stored_dtype):
             save_packed(opened.model, opened.loaded.tokenizer, output, recipe=recipe, force=force)
@@ -192,6 +226,7 @@ def prune(
         recipe=recipe,
         model=opened.model,
         tokenizer=opened.loaded.tokenizer,
+        search_fitness=searched,
     )
 
 
@@ -212,32 +247,87 @@ def search(
     Args:
         output: directory to write ``allocation.json`` and ``recipe.yaml`` to.
     """
-    settings = _options(sparsity, options)
-    if settings.allocation is not None:
-        raise UsageError("a search finds an allocation; one that is given leaves nothing to search for")
-    listener, clock = progress or NoProgress(), _Stopwatch()
-    with clock("load"):
-        opened = _open(model, settings, tokenizer, listener)
-        plan = opened.plan(settings)
-        tokens = opened.tokens(settings, settings.seed)
-    bench = opened.bench(plan, tokens, listener)
-    with clock("allocate"):
-        pruner = get_pruner(settings.pruner)
-        problem = bench.problem(pruner, seed=settings.seed, fitness=settings.fitness, search=settings.search)
-        found = _allocate(problem, settings)
-    result = SearchResult(
-        **_spending(plan, problem, found),
-        allocation=problem.allocation(found.levels),
-        skipped=dict(plan.skipped),
-        seconds=clock.seconds,
-        peak_memory=_peak_memory(),
-        history=[asdict(step) for step in found.history],
-        sensitivities=bench.traces,
-        recipe=_recipe(settings, opened, tokens, plan, found),
-    )
+    (result,) = search_all(model, [{"sparsity": sparsity, **options}], tokenizer=tokenizer, progress=progress)
     if output is not None:
         write_allocation(Path(output), result.allocation, result.recipe)
     return result
+
+
+def search_all(
+    model: Any,
+    requests: Sequence[Mapping[str, Any]],
+    *,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+    measured: bool = False,
+) -> Iterator[SearchResult]:
+    """A search for each of ``requests``, options that differ in the budget and ``work_dir`` alone.
+
+    They share the model and all that is known of it. One that starts from seeds has another in the result before it,
+    its densities scaled to the new budget.
+
+    Args:
+        measured: have the ``loss`` of every result, also where the allocator measures none.
+    """
+    settings = [_options(request.get("sparsity"), {**request}) for request in requests]
+    if any(each.allocation is not None for each in settings):
+        raise UsageError("a search finds an allocation; one that is given leaves nothing to search for")
+    listener, clock, first = progress or NoProgress(), _Stopwatch(), settings[0]
+    with clock("load"):
+        opened = _open(model, first, tokenizer, listener)
+        plans = [opened.plan(each, listener) for each in settings]
+        tokens = opened.tokens(first, first.seed)
+    bench = opened.bench(plans[0], tokens, listener)
+    shared = _problem(bench, get_pruner(first.pruner), first, first.seed)
+    relative: list[float] | None = None
+    for each, plan in zip(settings, plans, strict=True):
+        problem = replace(shared, budget=plan.budget, search=each.search)
+        if relative is not None:
+            problem = replace(problem, hints=(problem.from_densities(relative).levels,))
+        with clock("allocate"):
+            found = _allocate(problem, each)
+            loss = _loss(problem, found) if measured or found.history else None
+        relative = [density / problem.density for density in problem.densities(found.levels)]
+        allocation = problem.allocation(found.levels)
+        yield SearchResult(
+            **_spending(plan, problem, found),
+            allocation=allocation,
+            skipped=dict(plan.skipped),
+            bytes=opened.bytes_of(allocation),
+            loss=loss,
+            seconds=dict(clock.seconds),
+            peak_memory=_peak_memory(),
+            history=[asdict(step) for step in found.history],
+            sensitivities=bench.traces,
+            recipe=_recipe(each, opened, bench, plan, found),
+        )
+
+
+def _loss(problem: Problem, found: Allocated) -> float:
+    """Of what was found, on all fitness tokens."""
+    if found.history:
+        return found.history[-1].best
+    with problem.evidence.fitness((1.0,)) as fitness:
+        return fitness([key_of(found.levels)], 0)[0]
+
+
+def _problem(bench: Workbench, pruner: Pruner, settings: PruneOptions, seed: int) -> Problem:
+    return bench.problem(
+        pruner, seed=seed, fitness=settings.measure, search=settings.search, database=settings.database(pruner)
+    )
+
+
+def _search_fitness(bench: Workbench, pruned: Any, found: Allocated, settings: PruneOptions) -> dict[str, float] | None:
+    """What the search measured of the candidate it found, and the same of the model pruned to its levels."""
+    if not found.history:
+        return None
+    reference, total = bench.reference(settings.measure), Sums()
+    with bench.progress.stage("Evaluating on fitness tokens", reference.batches) as advance:
+        for batch in range(reference.batches):
+            total += reference.sums(pruned, [batch])
+            advance(batch + 1)
+    loss = total.divergence if settings.measure == "kl" else total.loss
+    return {"candidate": found.history[-1].best, "pruned": loss / total.predicted}
 
 
 def _allocate(problem: Problem, settings: PruneOptions) -> Allocated:
@@ -254,6 +344,7 @@ def _spending(plan: Plan, problem: Problem, found: Allocated) -> dict[str, Any]:
         "budget": plan.limit,
         "objective": plan.objective,
         "spent": plan.fixed_cost + problem.cost(found.levels),
+        "dense_cost": plan.dense_cost,
     }
 
 
@@ -280,7 +371,7 @@ def compare(
         raise UsageError("compare needs at least one allocator, one pruner and one seed")
     listener = progress or NoProgress()
     opened = _open(model, settings, tokenizer, listener)
-    plan = opened.plan(settings)
+    plan = opened.plan(settings, listener)
     rows: list[CompareRow] = []
     reference: DenseReference | None = None
     with listener.stage("Rows", len(chosen) * len(methods) * len(seeds)) as advance:
@@ -289,7 +380,7 @@ def compare(
             reference = reference or opened.test_reference(tokens, listener)
             bench = opened.bench(plan, tokens, listener)
             for pruner_name, pruner in methods:
-                problem = bench.problem(pruner, seed=seed, fitness=settings.fitness, search=settings.search)
+                problem = _problem(bench, pruner, settings, seed)
                 for name, allocator in chosen:
                     start = time.perf_counter()
                     found = allocator.allocate(problem)
@@ -313,7 +404,7 @@ def compare(
                     advance(len(rows), allocator=name, pruner=pruner_name, seed=seed, kl=quality.kl)
     assert reference is not None
     described: dict[str, Any] = {"model": opened.loaded.source, **settings.budget}
-    described |= {"unit": settings.unit, "fitness": settings.fitness, **tokens.sources, "seed": list(seeds)}
+    described |= {"unit": settings.unit, "fitness": settings.fitness_name, **tokens.sources, "seed": list(seeds)}
     return CompareResult([*rows, *mean_rows(rows)], reference.quality.perplexity, described)
 
 
@@ -351,7 +442,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity of a dense or packed model on a text, and KL to a dense ``reference`` if one is given."""
     listener = progress or NoProgress()
-    place = _device(device)
+    place = find_device(device)
     loaded = load_model(model, dtype=dtype, device=place)
     length = _window(loaded.model, window)
     windows = read_windows(evaluate, loaded.tokenizer, _vocabulary(loaded.model), window=length, tokens=test_tokens)
@@ -373,25 +464,11 @@ def evaluate(
 
 def _options(sparsity: float | None, options: dict[str, Any]) -> PruneOptions:
     try:
-        settings = PruneOptions(sparsity, **options)
+        settings = PruneOptions(**{**options, "sparsity": sparsity})
     except TypeError as error:
         raise UsageError(str(error).replace("PruneOptions.__init__() ", "")) from error
     settings.check()
     return settings
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    else:
-        try:
-            device = torch.device(name)
-        except RuntimeError as error:
-            raise UsageError(f"device {name!r} is not known to torch") from error
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise UsageError("device cuda was asked for, but torch sees no GPU")
-    check_environment(device.type)
-    return device
 
 
 def _vocabulary(model: Any) -> int:
@@ -433,17 +510,23 @@ def _both(dense: Quality, pruned: Quality) -> dict[str, float]:
     return {"dense": dense.perplexity, "pruned": pruned.perplexity}
 
 
-def _recipe(options: PruneOptions, opened: _Opened, tokens: TokenSets, plan: Plan, found: Allocated) -> dict[str, Any]:
-    names = ["pruner", "seed"] if options.allocation else ["allocator", "pruner", "unit", "fitness", "seed"]
+def _recipe(options: PruneOptions, opened: _Opened, bench: Workbench, plan: Plan, found: Allocated) -> dict[str, Any]:
+    names = ["pruner", "seed"] if options.allocation else ["allocator", "pruner", "unit", "seed"]
     versions = {"msp": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
     return {
         "model": opened.loaded.source,
         **options.budget,
         **{name: getattr(options, name) for name in names},
-        "calibration": dict(tokens.sources),
+        **({} if options.allocation else {"fitness": options.fitness_name}),
+        "calibration": dict(bench.tokens.sources),
         "budget": plan.limit,
         "skipped": dict(plan.skipped),
-        "search": {"candidates": found.evaluations, "forwarded": found.tokens, **asdict(found.options)}
+        "search": {
+            "candidates": found.evaluations,
+            "forwarded": found.tokens,
+            "database_bytes": bench.database_bytes,
+            **asdict(found.options),
+        }
         if found.options
         else None,
         "versions": versions,

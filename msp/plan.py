@@ -10,12 +10,16 @@ from fractions import Fraction
 
 import torch
 
+from msp.decode_table import DecodeTable
 from msp.errors import UsageError
 from msp.model import Linear, Structure
 from msp.patterns import Budget, NMPattern, Unit, check_group_size
 
 UNITS = ("linear", "block")
 BYTE_UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+TIME_UNITS = {"us": 10**3, "ms": 10**6, "s": 10**9}
+# Measured times that differ by less than this share of the dense one do not differ.
+TIME_NOISE = Fraction(1, 100)
 
 
 Rule = tuple[re.Pattern[str], NMPattern | None]
@@ -26,8 +30,9 @@ class Plan:
     """Which linears are pruned in which units, what is left alone and why, and the budget.
 
     Attributes:
-        objective: what the budget counts, ``weights`` or ``bytes``.
+        objective: what the budget counts, ``weights``, ``bytes`` or ``nanoseconds``.
         fixed_cost: of that, what no level changes: linears left alone, and for bytes the rest of the model.
+        dense_cost: what the dense model takes.
         skipped_weights: in linears left alone.
         total_weights: in all linears.
     """
@@ -37,6 +42,7 @@ class Plan:
     budget: Budget
     objective: str
     fixed_cost: int
+    dense_cost: int
     skipped_weights: int
     total_weights: int
 
@@ -48,35 +54,56 @@ class Plan:
 
 @dataclass(frozen=True)
 class Goal:
-    """How much may stay: a share of the weights removed, or bytes of the whole model when packed.
+    """How much may stay: a share of the weights removed, bytes of the whole model when packed, or time to decode.
 
-    Without either, what the lowest patterns keep: for linears that are all pinned.
+    Without any, what the lowest patterns keep: for linears that are all pinned.
 
     Attributes:
         sparsity: of all linears.
         bytes: what all tensors of the model may take as stored.
         other_bytes: of the tensors that are no weight of a linear.
         dtype: what weights are stored in.
+        nanoseconds: what all linears may take together to decode a token, each called once, as ``table`` predicts it.
     """
 
     sparsity: Fraction | None
     bytes: int | None = None
     other_bytes: int = 0
     dtype: torch.dtype = torch.float32
+    nanoseconds: int | None = None
+    table: DecodeTable | None = None
+
+    @property
+    def objective(self) -> str:
+        if self.table is not None:
+            return "nanoseconds"
+        return "weights" if self.bytes is None else "bytes"
 
     def limit(self, total_weights: int) -> int | None:
         if self.sparsity is None:
-            return self.bytes
+            return self.bytes if self.table is None else self.nanoseconds
         return int((1 - self.sparsity) * total_weights)
 
     def describe(self, total_weights: int) -> str:
         limit = self.limit(total_weights)
         if self.sparsity is None:
-            return f"a budget of {limit:,} bytes"
+            return f"a budget of {limit:,} {self.objective}"
         return f"sparsity {float(self.sparsity):g}, {limit:,} of {total_weights:,} weights,"
 
+    def least_rise(self, shapes: Sequence[tuple[int, int]]) -> int:
+        """How much less than a denser pattern another must cost to be worth having, for linears of ``shapes``."""
+        if self.table is None:
+            return 1
+        return max(1, int(sum(self.cost(shape, None) for shape in shapes) * TIME_NOISE))
+
     def cost(self, shape: tuple[int, int], pattern: NMPattern | None) -> int:
-        """What a linear ``[out, in]`` takes with ``pattern``, None for dense: weights kept, or bytes stored."""
+        """What a linear ``[out, in]`` takes with ``pattern``, None for dense, of what the goal limits.
+
+        Raises:
+            UsageError: the table has no time for that.
+        """
+        if self.table is not None:
+            return self.table.nanoseconds(shape, pattern)
         rows, columns = shape
         dense = pattern is None or pattern.is_dense
         kept = rows * columns if pattern is None else pattern.kept(rows, columns)
@@ -101,11 +128,16 @@ class PatternRules:
     exact: Mapping[str, NMPattern | None] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, group_size: int, patterns: str | None = None, keep: str | None = None) -> PatternRules:
+    def parse(
+        cls, group_size: int, patterns: str | None = None, keep: str | None = None, *, compliant: bool = False
+    ) -> PatternRules:
         """``patterns`` is ``"1:8,2:8"``, or None for all of one ``group_size``; ``keep`` ``"REGEX=N:M,REGEX=dense"``.
 
+        ``compliant`` leaves of the patterns those that 2:4 sparse tensor cores run whatever is selected.
+
         Raises:
-            UsageError: what is no pattern or no regex, or a pattern named twice.
+            UsageError: what is no pattern or no regex, a pattern named twice, or, of those named, one pinned or all
+                listed that are not compliant where they must be.
         """
         if patterns is None:
             size = check_group_size(group_size)
@@ -115,7 +147,20 @@ class PatternRules:
         if len(set(allowed)) < len(allowed):
             raise UsageError(f"patterns {patterns} name one more than once")
         rules = [_parse_rule(text) for text in keep.split(",")] if keep is not None else []
+        if compliant:
+            for regex, pinned in rules:
+                if pinned is not None and not pinned.always_compliant:
+                    raise UsageError(f"{regex.pattern}={pinned} is not compliant: at most 2 of every M may stay")
+            allowed = [pattern for pattern in allowed if pattern.always_compliant]
+            if not allowed:
+                raise UsageError(f"none of {patterns} is compliant: at most 2 of every M may stay")
         return cls(tuple(sorted(allowed, key=lambda pattern: (pattern.density, pattern.m))), tuple(rules))
+
+    @property
+    def patterns(self) -> tuple[NMPattern, ...]:
+        """All that a linear may get, ``allowed`` or pinned."""
+        pinned = [pattern for _, pattern in self.keep] + list(self.exact.values())
+        return tuple(dict.fromkeys([*self.allowed, *filter(None, pinned)]))
 
     def rule_for(self, name: str) -> tuple[str, NMPattern | None] | None:
         """The rule, as it was written, that pins a linear, and its pattern."""
@@ -147,6 +192,14 @@ def parse_bytes(text: str | int) -> int:
     if match is None:
         raise UsageError(f"{text!r} is not a number of bytes, like 300MB or 1.5GB")
     return int(Fraction(match[1]) * BYTE_UNITS[match[2] or ""])
+
+
+def parse_time(text: str) -> int:
+    """``"12ms"``, ``"800 us"``, ``"1.5s"``: whole nanoseconds."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(us|ms|s)\s*", text)
+    if match is None:
+        raise UsageError(f"{text!r} is not a time, like 12ms or 800us")
+    return int(Fraction(match[1]) * TIME_UNITS[match[2]])
 
 
 def make_plan(structure: Structure, goal: Goal, rules: PatternRules, *, unit: str = "linear") -> Plan:
@@ -196,8 +249,8 @@ def make_plan(structure: Structure, goal: Goal, rules: PatternRules, *, unit: st
         budget = Budget.for_units(units, limit - fixed)
     except UsageError as error:
         raise UsageError(f"{goal.describe(total)} is more than the patterns keep, {most:,}") from error
-    objective = "weights" if goal.bytes is None else "bytes"
-    return Plan(tuple(units), skipped, budget, objective, fixed, skipped_weights, total)
+    dense = goal.other_bytes + sum(goal.cost(linear.shape, None) for linear in structure.linears)
+    return Plan(tuple(units), skipped, budget, goal.objective, fixed, dense, skipped_weights, total)
 
 
 def _patterns_for(linear: Linear, rules: PatternRules) -> tuple[list[NMPattern], str]:
@@ -225,9 +278,10 @@ def _unit(
 ) -> Unit:
     """A unit whose levels rise in density and in cost: a pattern that costs no less than a denser one is left out."""
     levels: list[tuple[NMPattern, int]] = []
+    least_rise = goal.least_rise([linear.shape for linear in linears])
     for pattern in reversed(patterns):
         cost = sum(goal.cost(linear.shape, pattern) for linear in linears)
-        if not levels or cost < levels[-1][1]:
+        if not levels or cost <= levels[-1][1] - least_rise:
             levels.append((pattern, cost))
     chosen, costs = zip(*reversed(levels), strict=True)
     weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)

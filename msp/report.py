@@ -22,7 +22,8 @@ from msp.progress import Advance
 
 if TYPE_CHECKING:
     from msp.checkpoint import PackedInfo
-    from msp.results import CompareResult, CompareRow, PruneResult, SearchResult, SensitivityResult
+    from msp.decode_table import DecodeTable
+    from msp.results import CompareResult, CompareRow, ParetoResult, PruneResult, SearchResult, SensitivityResult
 
 BAR_WIDTH = 24
 MOST_NAMES = 3
@@ -119,15 +120,25 @@ def prune_report(result: PruneResult, output: object = None) -> RenderableType:
     table.add_row("Bytes", size(dense), f"{size(packed)}  ({dense / max(packed, 1):.2f}x smaller)")
     parts: list[RenderableType] = [
         table,
-        Text(f"{result.spent:,} of a budget of {result.budget:,} {result.objective}", style="dim"),
+        Text(_spending(result), style="dim"),
         _levels(result.allocation.to_strings()),
     ]
+    if result.search_fitness is not None:
+        parts.insert(1, Text(_search_fitness(result.search_fitness, result.recipe), style="dim"))
     if result.skipped:
         parts.append(_skipped(result.skipped))
     parts.append(Text(_costs(result.seconds, result.peak_memory), style="dim"))
     if output is not None:
         parts.append(Text.assemble("Saved to ", (str(output), "bold")))
     return Group(*parts)
+
+
+def _search_fitness(found: Mapping[str, float], recipe: Mapping[str, Any]) -> str:
+    measure = "KL" if recipe["fitness"] == "kl" else "Log-perplexity"
+    bytes_ = recipe["search"]["database_bytes"]
+    source = "from rank codes" if bytes_ is None else f"from a database of {size(bytes_)}"
+    before, after = number(found["candidate"]), number(found["pruned"])
+    return f"{measure} on the fitness tokens: {before} as searched, {source}; {after} pruned block by block"
 
 
 def search_report(result: SearchResult, output: object) -> RenderableType:
@@ -141,9 +152,11 @@ def search_report(result: SearchResult, output: object) -> RenderableType:
         table.add_row("Best fitness found", f"[bold]{number(last['best'])}[/]")
         table.add_row("Candidates measured", f"{last['evaluations']:,}")
         table.add_row("Tokens forwarded", f"{last['tokens']:,}")
+        database = result.recipe["search"]["database_bytes"]
+        table.add_row("Candidates from", "rank codes" if database is None else f"a database of {size(database)}")
     parts: list[RenderableType] = [
         table,
-        Text(f"{result.spent:,} of a budget of {result.budget:,} {result.objective}", style="dim"),
+        Text(_spending(result), style="dim"),
         _levels(result.allocation.to_strings()),
     ]
     if result.skipped:
@@ -151,6 +164,42 @@ def search_report(result: SearchResult, output: object) -> RenderableType:
     parts.append(Text(_costs(result.seconds, result.peak_memory), style="dim"))
     parts.append(Text.assemble("Written to ", (str(output), "bold")))
     return Group(*parts)
+
+
+def _spending(result: PruneResult | SearchResult) -> str:
+    if result.objective != "nanoseconds":
+        return f"{result.spent:,} of a budget of {result.budget:,} {result.objective}"
+    spent, budget, dense = (f"{cost / 1e6:.4g}" for cost in (result.spent, result.budget, result.dense_cost))
+    return (
+        f"All linears decode a token in {spent} of a budget of {budget} ms, dense {dense} ms: predicted, not measured"
+    )
+
+
+def pareto_report(result: ParetoResult, output: object) -> RenderableType:
+    """A row for every budget: what it keeps, and the fitness reached."""
+    table = _table("Budget", right=("Density", "Bytes", "Smaller", f"Fitness ({result.fitness})", "Candidates"))
+    described = result.to_json()
+    for point in described["points"]:
+        smaller = f"{described['dense_bytes'] / point['bytes']:.2f}x"
+        cells = [f"{point['density']:.2%}", size(point["bytes"]), smaller, f"[bold]{number(point['loss'])}[/]"]
+        table.add_row(point["name"], *cells, f"{point['evaluations']:,}")
+    return Group(table, Text.assemble("Written to ", (str(output), "bold")))
+
+
+def decode_report(table: DecodeTable, output: object) -> RenderableType:
+    """Microseconds of a call by pattern, and how many times as fast as dense that is."""
+    shapes = list(table.times)
+    shown = _table("Pattern", right=[f"{rows} x {columns}" for rows, columns in shapes], title="Microseconds a token")
+    for pattern in dict.fromkeys(name for times in table.times.values() for name in times):
+        cells = []
+        for times in table.times.values():
+            time, dense = times.get(pattern), times["dense"]
+            cells.append("" if time is None else f"{number(time)}  ({dense / time:.2f}x)")
+        shown.add_row(pattern, *cells)
+    where = ", ".join(f"{key} {value}" for key, value in table.machine.items() if key != "versions")
+    return Group(
+        shown, Text(f"{table.dtype}, {where}", style="dim"), Text.assemble("Written to ", (str(output), "bold"))
+    )
 
 
 def _levels(allocation: Mapping[str, str]) -> Table:

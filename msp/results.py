@@ -16,8 +16,9 @@ class PruneResult:
 
     Attributes:
         density: kept share of all linears' weights, those that stay dense included; ``kept`` weights.
-        budget: the limit of what the ``objective`` counts, ``weights`` kept in all linears or ``bytes`` of the whole
-            packed model; ``spent`` of it.
+        budget: the limit of what the ``objective`` counts: ``weights`` kept in all linears, ``bytes`` of the whole
+            packed model, or the ``nanoseconds`` in which all linears are predicted to decode a token; ``spent`` of it.
+            The dense model takes ``dense_cost``.
         allocation: pattern per linear; ``skipped`` says why the others stay as they are.
         perplexity: of the ``dense`` and the ``pruned`` model on the test tokens; ``kl`` per token, in nats.
         bytes: all weights of the model as stored, ``dense`` and ``packed``.
@@ -26,6 +27,8 @@ class PruneResult:
         sensitivities: Fisher trace per linear where the allocator asked for them.
         recipe: everything needed to make it again, as written to the packed model.
         model: the packed model, ``tokenizer`` beside it.
+        search_fitness: on the fitness tokens, in nats a token, what the search measured of the ``candidate`` it found,
+            and the same of the model once it is ``pruned`` block by block; None for allocators that do not search.
     """
 
     density: float
@@ -33,6 +36,7 @@ class PruneResult:
     budget: int
     objective: str
     spent: int
+    dense_cost: int
     allocation: Allocation
     skipped: dict[str, str]
     perplexity: dict[str, float]
@@ -45,6 +49,7 @@ class PruneResult:
     recipe: dict[str, Any]
     model: Any
     tokenizer: Any
+    search_fitness: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The result as plain JSON values, without the model."""
@@ -54,15 +59,22 @@ class PruneResult:
 
 @dataclass
 class SearchResult:
-    """An allocation and how it was found; the fields are those of ``PruneResult``, where nothing was pruned."""
+    """An allocation and how it was found; the fields are those of ``PruneResult``, where nothing was pruned.
+
+    ``loss`` is what the search minimised, on all fitness tokens; None if nothing was measured. ``bytes`` are those that
+    packing will give.
+    """
 
     density: float
     kept: int
     budget: int
     objective: str
     spent: int
+    dense_cost: int
     allocation: Allocation
     skipped: dict[str, str]
+    bytes: dict[str, int]
+    loss: float | None
     seconds: dict[str, float]
     peak_memory: int
     history: list[dict[str, Any]]
@@ -71,6 +83,31 @@ class SearchResult:
 
     def to_json(self) -> dict[str, Any]:
         return vars(self) | {"allocation": self.allocation.to_strings()}
+
+
+@dataclass
+class ParetoResult:
+    """Searches to several budgets on the same model and tokens, by the names of the budgets, the loosest first."""
+
+    model: str
+    fitness: str
+    results: dict[str, SearchResult]
+
+    def to_json(self) -> dict[str, Any]:
+        """A point for every budget; ``loss`` is the fitness that was reached, lower is better."""
+        names = ("density", "kept", "objective", "budget", "spent", "loss")
+        points = [
+            {
+                "name": name,
+                **{key: getattr(result, key) for key in names},
+                "bytes": result.bytes["packed"],
+                "evaluations": result.history[-1]["evaluations"] if result.history else 0,
+                "tokens": result.history[-1]["tokens"] if result.history else 0,
+            }
+            for name, result in self.results.items()
+        ]
+        dense = next(iter(self.results.values()))
+        return {"model": self.model, "fitness": self.fitness, "dense_bytes": dense.bytes["dense"], "points": points}
 
 
 @dataclass

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from msp.allocators import SearchSettings, get_allocator
+from msp.decode_table import DecodeTable
 from msp.errors import UsageError
 from msp.patterns import parse_sparsity
-from msp.plan import PatternRules, parse_bytes
-from msp.pruners import get_pruner
+from msp.plan import PatternRules, parse_bytes, parse_time
+from msp.pruners import Pruner, get_pruner
 from msp.recipe import read_rules
+from msp.search.distributed import Workers
+from msp.task_loss import TaskLoss, fitness_name, load_task_loss
 
 FITNESS = ("kl", "perplexity")
+CANDIDATES = ("auto", "ranks", "database")
 
 
 @dataclass(frozen=True)
@@ -22,9 +26,12 @@ class PruneOptions:
 
     Attributes:
         sparsity: share of the linears' weights to remove, in (0, 1); or else
-        budget_bytes: what all tensors of the packed model may take: a number, or a text like ``"300MB"``.
+        budget_bytes: what all tensors of the packed model may take: a number, or a text like ``"300MB"``; or else
+        budget_decode: what all linears may take together to decode a token, each called once, like ``"12ms"``, by
+        decode_table: a file of ``msp measure``; without it the linears are measured first.
         group_size: M of N:M: 4, 8, 16 or 32.
         patterns: the patterns linears may have, like ``"1:8,2:8,4:8"``, in the place of all of one group size.
+        compliant: only those of them that 2:4 sparse tensor cores can run.
         allocation: a file of ``search``, or a recipe, that gives every linear its pattern; in the place of all of the
             above and of ``allocator``.
         keep: pinned linears, like ``"layers.0.*=4:8,.*down_proj=dense"``, see ``PatternRules``.
@@ -34,21 +41,29 @@ class PruneOptions:
         evaluate: source of the test tokens; without it they are held out of ``calibration``.
         window: tokens per sequence; the default is the model's context, at most 2048.
         calibration_tokens, fitness_tokens, test_tokens: sizes of the token sets, rounded down to windows.
-        fitness: ``kl`` (to the dense model) or ``perplexity``, what a search minimises.
+        fitness: what a search minimises: ``kl`` (to the dense model), ``perplexity``, or a loss of one's own, itself or
+            as ``"module:function"``; ``msp.task_loss.TaskLoss`` says what it is given and returns.
         fitness_noise: share of the fitness tokens replaced by random ones of theirs, in [0, 1), for ``kl``: a
             search on clean text alone fits that kind of text (docs/search.md).
+        candidates: what a search measures: ``ranks``, linears cut down to what the pruner ranks first; ``database``,
+            linears pruned to every level beforehand; ``auto``, the database for pruners that update weights.
         evaluations: candidates a search may measure; without it the allocator's own number, 970 for ``msp``.
         search_tokens: no generation of a search begins once it has forwarded this many tokens; without
             ``evaluations`` it is all that ends the search.
         seed: of the token draw and the search.
         dtype, device: as in ``load_model``; ``auto`` takes a GPU where there is one.
-        work_dir: where a search keeps its checkpoint; ``resume`` goes on from it.
+        workers: processes that a search runs candidates in, through Ray; without it, in this one.
+        ray_address: of a Ray cluster to run them on, ``auto`` or ``host:port``; without ``workers`` on all of it.
+        work_dir: where a search keeps its checkpoint and its database; ``resume`` goes on from them.
     """
 
     sparsity: float | None
     budget_bytes: int | str | None = None
+    budget_decode: str | None = None
+    decode_table: str | Path | None = None
     group_size: int = 8
     patterns: str | None = None
+    compliant: bool = False
     keep: str | None = None
     allocation: str | Path | None = None
     allocator: str = "msp"
@@ -60,31 +75,43 @@ class PruneOptions:
     calibration_tokens: int = 65_536
     fitness_tokens: int = 32_768
     test_tokens: int = 32_768
-    fitness: str = "kl"
+    fitness: str | TaskLoss = "kl"
     fitness_noise: float = 0.15
+    candidates: str = "auto"
     evaluations: int | None = None
     search_tokens: int | None = None
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
+    workers: int | None = None
+    ray_address: str | None = None
     work_dir: Path | None = None
     resume: bool = False
 
     def check(self) -> None:
         """Raise ``UsageError`` for anything wrong that can be known without the model."""
-        if sum(given is not None for given in (self.sparsity, self.budget_bytes, self.allocation)) != 1:
-            raise UsageError("how much may stay: a sparsity, budget_bytes or an allocation says it, one of them")
-        if self.allocation is not None and (self.patterns or self.keep):
-            raise UsageError("an allocation says every pattern: patterns and keep do not go with it")
+        ways = (self.sparsity, self.budget_bytes, self.budget_decode, self.allocation)
+        if sum(given is not None for given in ways) != 1:
+            raise UsageError(
+                "how much may stay: a sparsity, budget_bytes, budget_decode or an allocation says it, one of them"
+            )
+        if self.allocation is not None and (self.patterns or self.keep or self.compliant):
+            raise UsageError("an allocation says every pattern: patterns, keep and compliant do not go with it")
         if self.sparsity is not None:
             parse_sparsity(self.sparsity)
         if self.budget_bytes is not None:
             parse_bytes(self.budget_bytes)
-        _ = self.rules
+        if self.budget_decode is not None:
+            parse_time(self.budget_decode)
+        if self.decode_table is not None:
+            if self.budget_decode is None:
+                raise UsageError("a decode table goes with budget_decode, the time that it is to meet")
+            DecodeTable.load(self.decode_table)
+        _ = self.rules, self.measure, self.search
         get_allocator(self.allocator)
         get_pruner(self.pruner)
-        if self.fitness not in FITNESS:
-            raise UsageError(f"fitness {self.fitness!r} is not one of {', '.join(FITNESS)}")
+        if self.candidates not in CANDIDATES:
+            raise UsageError(f"candidates {self.candidates!r} is not one of {', '.join(CANDIDATES)}")
         if not 0 <= self.fitness_noise < 1:
             raise UsageError(f"fitness noise {self.fitness_noise:g} is outside [0, 1)")
         if self.evaluations is not None and self.evaluations < 1:
@@ -98,12 +125,31 @@ class PruneOptions:
     def rules(self) -> PatternRules:
         if self.allocation is not None:
             return read_rules(self.allocation)
-        return PatternRules.parse(self.group_size, self.patterns, self.keep)
+        return PatternRules.parse(self.group_size, self.patterns, self.keep, compliant=self.compliant)
+
+    @property
+    def measure(self) -> str | TaskLoss:
+        """``fitness`` as ``"kl"``, ``"perplexity"`` or a callable."""
+        if not isinstance(self.fitness, str) or self.fitness in FITNESS:
+            return self.fitness
+        if ":" not in self.fitness:
+            raise UsageError(f"fitness {self.fitness!r} is neither one of {', '.join(FITNESS)} nor module:function")
+        return load_task_loss(self.fitness)
+
+    @property
+    def fitness_name(self) -> str:
+        return fitness_name(self.measure)
+
+    def database(self, pruner: Pruner) -> bool:
+        """Whether a search with ``pruner`` takes its candidates from a database."""
+        return self.candidates == "database" or (self.candidates == "auto" and pruner.updates_weights)
 
     @property
     def search(self) -> SearchSettings:
         checkpoint = self.work_dir / "search.json" if self.work_dir is not None else None
-        return SearchSettings(self.evaluations, self.search_tokens, checkpoint, self.resume)
+        asked = self.workers is not None or self.ray_address is not None
+        workers = Workers(self.workers, self.ray_address) if asked else None
+        return SearchSettings(self.evaluations, self.search_tokens, checkpoint, self.resume, workers)
 
     @property
     def budget(self) -> dict[str, Any]:
@@ -112,5 +158,8 @@ class PruneOptions:
             return {"allocation": str(self.allocation)}
         asked: dict[str, Any] = {"sparsity": None if self.sparsity is None else float(parse_sparsity(self.sparsity))}
         asked["budget_bytes"] = None if self.budget_bytes is None else parse_bytes(self.budget_bytes)
+        asked["budget_decode"] = self.budget_decode
+        asked["decode_table"] = None if self.decode_table is None else str(self.decode_table)
         asked |= {"group_size": self.group_size} if self.patterns is None else {"patterns": self.patterns}
-        return {name: value for name, value in (asked | {"keep": self.keep}).items() if value is not None}
+        asked |= {"compliant": self.compliant or None, "keep": self.keep}
+        return {name: value for name, value in asked.items() if value is not None}

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +27,14 @@ from msp.patterns import Allocation
 from msp.plan import Plan
 from msp.progress import Progress
 from msp.pruners import LinearStatistics, Pruner
-from msp.search.candidates import CandidateModel, LocalRunner, Ranks, forward_in_bf16
+from msp.search.candidates import Ranks, forward_in_bf16
+from msp.search.database import LevelDatabase, PackedLevels
 from msp.search.evolution import Fitness
 from msp.search.fitness import TokenFitness
+from msp.search.runners import Setting, open_runner
 from msp.sensitivity import fisher_diagonals, fisher_traces
 from msp.sparse_linear import SparseLinear
+from msp.task_loss import TaskLoss, TaskReference, fitness_name
 
 # Tokens per forward: enough to fill a machine, few enough that activations stay small.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -69,13 +76,25 @@ class Workbench:
         self.unit_of = {name: unit for unit in plan.units for name in unit.linears}
         self.linears = [linear for linear in structure.linears if linear.name in self.unit_of]
         self.traces: dict[str, float] | None = None
+        self.database_bytes: int | None = None
         self._diagonals: dict[str, Tensor] | None = None
         self._norms: dict[str, Tensor] | None = None
         self._reference: DenseReference | None = None
 
-    def problem(self, pruner: Pruner, *, seed: int, fitness: str, search: SearchSettings) -> Problem:
-        """What an allocator is asked to solve when ``pruner`` decides which weights stay."""
-        evidence = WorkbenchEvidence(self, pruner, fitness)
+    def problem(
+        self,
+        pruner: Pruner,
+        *,
+        seed: int,
+        fitness: str | TaskLoss,
+        search: SearchSettings,
+        database: bool = False,
+    ) -> Problem:
+        """What an allocator is asked to solve when ``pruner`` decides which weights stay.
+
+        With ``database`` candidates have the weights that the pruner gives them, otherwise those that it ranks first.
+        """
+        evidence = WorkbenchEvidence(self, pruner, fitness, search, database)
         return Problem(self.plan.units, self.plan.budget, evidence, seed, search, self.progress)
 
     def fisher_traces(self) -> Mapping[str, float]:
@@ -120,11 +139,53 @@ class Workbench:
         self._norms = norms
         return ranks
 
-    def reference(self) -> DenseReference:
-        """The dense model's predictions on the fitness tokens."""
+    def levels(self, pruner: Pruner, folder: Path, *, resume: bool = False) -> dict[str, PackedLevels]:
+        """Every pruned linear at every level, with the dense model's statistics: from the database in ``folder``.
+
+        What the database lacks is computed; see ``LevelDatabase.open`` for ``resume``.
+        """
+        shapes = {linear.name: linear.shape for linear in self.linears}
+        patterns = {name: unit.patterns for name, unit in self.unit_of.items()}
+        with self.progress.stage("Planning the level database") as tell:
+            database = LevelDatabase(folder, shapes, patterns, self._stored_dtype, self._origin(pruner))
+            removed = database.open(resume=resume)
+            missing = database.missing()
+            tell(1, bytes=database.nbytes, linears=len(shapes), to_compute=len(missing))
+        self.database_bytes = database.nbytes
+        if removed:
+            _warn(removed)
+        if missing:
+            label = "Level database"
+            for block, statistics in self._stream(pruner.needs, sequential=False, only=missing, label=label):
+                for linear in block.linears:
+                    if linear.name in missing:
+                        entry = self._complete(linear.name, statistics[linear.name], pruner)
+                        weight, wanted = linear.weight.contiguous(), database.patterns[linear.name]
+                        found = pruner.prune_levels(weight, entry, wanted, name=linear.name, warn=_warn)
+                        database.write(linear.name, found)
+        return database.read()
+
+    def _origin(self, pruner: Pruner) -> dict[str, str]:
+        """What a database depends on beside its levels."""
+        weights, calibration = hashlib.sha256(), self.tokens.calibration
+        for name, tensor in self.model.state_dict().items():
+            weights.update(name.encode())
+            weights.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        digest = hashlib.sha256(calibration.numpy().tobytes()).hexdigest()
+        return {
+            "model": self.name,
+            "weights": weights.hexdigest(),
+            "calibration tokens": f"{list(calibration.shape)} {digest}",
+            "pruner": repr(pruner),
+        }
+
+    def reference(self, fitness: str | TaskLoss = "kl") -> DenseReference | TaskReference:
+        """The dense model's predictions on the fitness tokens; or what measures by a loss of the user's there."""
+        if not len(self.tokens.fitness):
+            raise UsageError("this allocator searches, and there are no fitness tokens to search on")
+        if not isinstance(fitness, str):
+            return TaskReference(self.tokens.fitness, fitness, batch_size=self._batch_size)
         if self._reference is None:
-            if not len(self.tokens.fitness):
-                raise UsageError("this allocator searches, and there are no fitness tokens to search on")
             self._reference = DenseReference(
                 self.model,
                 self.tokens.fitness,
@@ -162,7 +223,7 @@ class Workbench:
         return packed.to(dtype=self._stored_dtype).to(dtype=computed, device=device_of(self.model))
 
     def _stream(
-        self, needs: frozenset[str], *, sequential: bool
+        self, needs: frozenset[str], *, sequential: bool, only: Container[str] | None = None, label: str = ""
     ) -> Iterator[tuple[Any, Mapping[str, LinearStatistics]]]:
         if "fisher" in needs:
             self.fisher_diagonals()  # needs the whole model, which is not there while blocks stream
@@ -172,10 +233,11 @@ class Workbench:
             self.tokens.calibration,
             needs,
             sequential=sequential,
+            only=only,
             batch_size=self._batch_size,
             device=self._device,
             progress=self.progress,
-            label="Pruning" if sequential else "Calibrating",
+            label=label or ("Pruning" if sequential else "Calibrating"),
         )
 
     def _complete(self, name: str, statistics: LinearStatistics, pruner: Pruner) -> LinearStatistics:
@@ -186,12 +248,28 @@ class Workbench:
 
 
 class WorkbenchEvidence:
-    """Answers an allocator's questions about a workbench's model under one pruner."""
+    """Answers an allocator's questions about a workbench's model under one pruner.
 
-    def __init__(self, bench: Workbench, pruner: Pruner, fitness: str) -> None:
+    Args:
+        search: where its checkpoint is, and on which workers it runs.
+        database: whether candidates come from a level database, which then lies beside the checkpoint; without one,
+            in a temporary folder for as long as this object lives.
+    """
+
+    def __init__(
+        self,
+        bench: Workbench,
+        pruner: Pruner,
+        fitness: str | TaskLoss,
+        search: SearchSettings,
+        database: bool = False,
+    ) -> None:
         self._bench = bench
         self._pruner = pruner
         self._fitness = fitness
+        self._search = search
+        self._database = database
+        self._levels: dict[str, PackedLevels] | None = None
         self._ranks: dict[str, Ranks] | None = None
 
     @property
@@ -200,7 +278,9 @@ class WorkbenchEvidence:
         for windows in (self._bench.tokens.calibration, self._bench.tokens.fitness):
             digest.update(windows.numpy().tobytes())
         forward = "bf16" if forward_in_bf16(self._bench.model) else "own dtype"
-        return f"{self._bench.name}|{self._pruner!r}|{self._fitness}|{forward}|{digest.hexdigest()}"
+        fitness = fitness_name(self._fitness)
+        database = "|database" if self._database else ""
+        return f"{self._bench.name}|{self._pruner!r}|{fitness}|{forward}|{digest.hexdigest()}{database}"
 
     def fisher_traces(self) -> Mapping[str, float]:
         return self._bench.fisher_traces()
@@ -223,6 +303,19 @@ class WorkbenchEvidence:
             self._ranks = self._bench.dense_ranks(self._pruner)
         return self._ranks
 
+    def candidates(self) -> Mapping[str, Ranks] | Mapping[str, PackedLevels]:
+        """What candidates are made from: ranks, or every linear at every level."""
+        if not self._database:
+            return self.ranks()
+        if self._levels is None:
+            if self._search.checkpoint is not None:
+                folder = self._search.checkpoint.with_name("database")
+            else:
+                folder = Path(tempfile.mkdtemp(prefix="msp-database-"))
+                weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            self._levels = self._bench.levels(self._pruner, folder, resume=self._search.resume)
+        return self._levels
+
     def predicted_losses(self) -> Mapping[str, Sequence[float]]:
         ranks, diagonals = self.ranks(), self._bench.fisher_diagonals()
         losses = {}
@@ -241,10 +334,11 @@ class WorkbenchEvidence:
 
     @contextmanager
     def fitness(self, shares: Sequence[float]) -> Iterator[Fitness]:
-        reference = self._bench.reference()
-        ranks = self.ranks()
-        with CandidateModel(self._bench.model, self._bench.structure.linears, ranks, self._bench.plan.units) as model:
-            yield TokenFitness(LocalRunner(model, reference), measure=self._fitness, shares=shares)
+        bench = self._bench
+        reference = bench.reference(self._fitness)
+        setting = Setting(bench.model, bench.structure.linears, self.candidates(), bench.plan.units, reference)
+        with open_runner(setting, self._search.workers, bench.progress) as runner:
+            yield TokenFitness(runner, measure=fitness_name(self._fitness), shares=shares)
 
 
 def batch_size(device: torch.device, window: int) -> int:

@@ -3,6 +3,7 @@
 import os
 
 import torch
+from isas import isa as isa
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

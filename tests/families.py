@@ -116,6 +116,13 @@ def save(family: str, path: Path, seed: int = 0, dtype: torch.dtype = torch.floa
     return model
 
 
+def save_text(path: Path, seed: int) -> None:
+    """Write 4096 random words that the tokenizer knows to ``path``."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(3, VOCABULARY, (4096,), generator=generator).tolist()
+    path.write_text(" ".join(f"w{word}" for word in words))
+
+
 def tokens(batch: int, length: int, seed: int, vocabulary: int = VOCABULARY) -> torch.Tensor:
     """Random token ids ``[batch, length]``, special ones left out."""
     generator = torch.Generator().manual_seed(seed)

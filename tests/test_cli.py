@@ -1,21 +1,16 @@
-"""The command line, as a user meets it: streams, exit codes, help, errors, and every verb on a real model."""
+"""The command line, as a user meets it: help, errors, and every verb on a real model."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 import typer.main
-from families import VOCABULARY, save
+from families import VOCABULARY, save, save_text
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -24,7 +19,7 @@ from msp.cli import app
 from msp.data import save_tokens
 from msp.patterns import Allocation
 
-VERBS = ("prune", "search", "compare", "sensitivity", "evaluate", "generate", "info")
+VERBS = ("prune", "search", "measure", "compare", "sensitivity", "evaluate", "generate", "info")
 SMALL = [
     "--window",
     "16",
@@ -59,9 +54,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(home: Path) -> Path:
-    generator = torch.Generator().manual_seed(7)
-    words = torch.randint(3, VOCABULARY, (4096,), generator=generator).tolist()
-    (home / "text.txt").write_text(" ".join(f"w{word}" for word in words))
+    save_text(home / "text.txt", seed=7)
     return home / "text.txt"
 
 
@@ -150,6 +143,41 @@ def test_search_then_prune(home: Path, llama: Path, text: Path):
         )
         assert pruned["allocation"] == data["allocation"]
         assert pruned["bytes"]["packed"] == data["spent"]
+
+
+def test_several_budgets(home: Path, llama: Path, text: Path):
+    out = home / "curve"
+    search = ["search", llama, "-o", out, "--sparsity", "0.75, 0.5", "--compliant", "-m", "4", "--evaluations", 16]
+    data = one_object(msp_run(*search, "--calibration", text, *SMALL, "--json"))
+    assert [(point["name"], point["density"]) for point in data["points"]] == [("0.5", 0.5), ("0.75", 0.25)]
+    assert json.loads((out / "pareto.json").read_text()) == data
+    assert set(Allocation.load(out / "0.75" / "allocation.json").to_strings().values()) <= {"0:4", "1:4", "2:4"}
+    assert sorted(path.name for path in out.iterdir()) == ["0.5", "0.75", "pareto.json", "pareto.png"]
+    assert not (home / ".curve.search").exists()
+    assert "Fitness (kl)" in msp_run(*search, "--calibration", text, *SMALL).stdout
+
+
+def test_a_budget_in_time(home: Path, llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch):
+    """Measured by one verb, spent by another; and a loss from a module in the current directory."""
+    monkeypatch.setattr("msp.measure.SECONDS", 1e-4)
+    monkeypatch.chdir(home)
+    (home / "my_task_loss.py").write_text("def first(logits, tokens):\n    return -logits[:, :-1, 3].sum()\n")
+    table = home / "times.json"
+    measured = one_object(msp_run("measure", llama, "-o", table, "--patterns", "0:8,2:8,3:16", "--json"))
+    assert measured == json.loads(table.read_text())
+    assert {tuple(entry["shape"]) for entry in measured["linears"]} == set(_shapes(llama).values()) - {(VOCABULARY, 32)}
+    assert all(set(entry["microseconds"]) == {"dense", "0:8", "2:8", "3:16"} for entry in measured["linears"])
+    # Times of so small a model are all alike: these are not.
+    for entry in measured["linears"]:
+        entry["microseconds"] = {"dense": 20.0, "0:8": 1.0, "2:8": 6.0, "3:16": 5.0}
+    table.write_text(json.dumps(measured))
+    budget = ["--budget-decode", "100us", "--decode-table", table, "--patterns", "0:8,2:8,3:16,8:8"]
+    search = ["search", llama, "-o", home / "timed", *budget, "--fitness", "my_task_loss:first", "--evaluations", 16]
+    data = one_object(msp_run(*search, "--calibration", text, *SMALL, "--json"))
+    assert data["objective"] == "nanoseconds" and data["spent"] == data["budget"] == 100_000
+    assert data["dense_cost"] == 14 * 20_000 and data["recipe"]["fitness"] == "my_task_loss:first"
+    shown = msp_run(*search, "--calibration", text, *SMALL).stdout
+    assert "0.1 of a budget of 0.1 ms, dense 0.28 ms" in " ".join(shown.split())
 
 
 def test_prune_tells_a_reader_what_it_did(home: Path, llama: Path, text: Path):
@@ -288,6 +316,17 @@ EARLY = [
     (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--budget-bytes", "lots"], 2, "300MB or 1.5GB"),
     (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--budget-bytes", "9", "-s", "0.5"], 2, "one of them"),
     (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--patterns", "2:8,half"], 2, "not a pattern"),
+    (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--patterns", "3:8,8:8", "--compliant"], 2, "compliant"),
+    (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--budget-decode", "12"], 2, "12ms or 800us"),
+    (["prune", "M", "-o", "OUT", "--budget-decode", "12ms", "--decode-table", "GONE"], 1, "is not a decode table"),
+    (["prune", "M", "-o", "OUT", "--decode-table", "GONE"], 2, "goes with budget_decode"),
+    (["prune", "M", "-o", "OUT", "--fitness", "no_module:loss"], 2, "fitness no_module:loss: ModuleNotFoundError"),
+    (["compare", "M", "--fitness", "accuracy"], 2, "nor module:function"),
+    (["search", "M", "-o", "OUT", "--sparsity", "0.5,0.5"], 2, "more than once"),
+    (["search", "M", "-o", "OUT", "--sparsity", "0.5", "--budget-bytes", "1MB"], 2, "one of them"),
+    (["search", "M", "-o", "OUT", "--sparsity", "half"], 2, "is not a number"),
+    (["measure", "M", "-o", "OUT", "--patterns", "3:7"], 2, "4, 8, 16, 32"),
+    (["measure", "M", "-o", "OUT", "--device", "abacus"], 2, "abacus"),
     (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--keep", "q_proj"], 2, "REGEX=N:M"),
     (["prune", "M", "-o", "OUT", "--colour", "red"], 2, "--colour"),
     (["compare", "M", "--calibration", "TEXT", "--seeds", "0"], 2, "seeds"),
@@ -393,149 +432,3 @@ def test_force_replaces_a_model(llama: Path, text: Path, tmp_path: Path):
     assert msp_run(*arguments).exit_code == 1
     assert one_object(msp_run(*arguments, "--force", "--sparsity", 0.5))["density"] == 0.5
     assert one_object(msp_run("info", tmp_path / "out", "--json"))["recipe"]["sparsity"] == 0.5
-
-
-@pytest.fixture
-def faked(monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path):
-    """Runs `msp prune` with another pipeline.prune."""
-
-    def run(prune, *extra: str):
-        monkeypatch.setattr(msp.pipeline, "prune", prune)
-        return msp_run("prune", "anything", "-o", tmp_path / "out", "--calibration", text, "--no-pictures", *extra)
-
-    return run
-
-
-def test_an_unexpected_error_is_one_line_and_a_hint(faked):
-    def prune(*_, **__):
-        raise RuntimeError("boom\nwith details")
-
-    failed = faked(prune)
-    assert failed.exit_code == 1
-    assert failed.stderr.strip() == "msp: RuntimeError: boom (run again with --debug for the traceback)"
-    failed = faked(prune, "--debug")
-    assert failed.exit_code == 1
-    assert "Traceback" in failed.stderr and "with details" in failed.stderr
-
-
-def test_an_interrupt_says_how_to_go_on(faked):
-    def prune(*_, **__):
-        raise KeyboardInterrupt
-
-    failed = faked(prune)
-    assert failed.exit_code == 1
-    assert "interrupted" in failed.stderr and "--resume" in failed.stderr and not failed.stdout
-
-
-def _result(**changes) -> msp.PruneResult:
-    given = {
-        "density": 0.25,
-        "kept": 2,
-        "budget": 2,
-        "objective": "weights",
-        "spent": 2,
-        "allocation": Allocation.from_strings({"b.0.a": "2:8"}),
-        "skipped": {},
-        "perplexity": {"dense": 4.0, "pruned": float("inf")},
-        "kl": float("nan"),
-        "bytes": {"dense": 32, "packed": 9},
-        "seconds": {"load": 1.0},
-        "peak_memory": 5,
-        "history": [],
-        "sensitivities": None,
-        "recipe": {},
-        "model": None,
-        "tokenizer": None,
-    }
-    return msp.PruneResult(**given | changes)
-
-
-def test_standard_output_is_one_object_whatever_libraries_print(faked):
-    def prune(*_, progress, **__):
-        with progress.stage("Working", 2) as advance:
-            print("a library prints")
-            warnings.warn("a weight looks odd", UserWarning, stacklevel=1)
-            warnings.warn("renamed soon", FutureWarning, stacklevel=1)
-            advance(2, best=0.25)
-        return _result()
-
-    done = faked(prune, "--json")
-    data = one_object(done)
-    assert data["perplexity"] == {"dense": 4.0, "pruned": None} and data["kl"] is None
-    assert "a library prints" in done.stderr and "warning: a weight looks odd" in done.stderr
-    assert "Working" in done.stderr and "best 0.25" in done.stderr
-    assert "renamed soon" not in done.stderr
-    assert "∞" in faked(prune).stdout
-
-
-def test_no_result_is_lost_for_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def prune(*_, output, **__):
-        output.mkdir()
-        (output / "pictures").write_text("a file where a folder should be")
-        return _result()
-
-    monkeypatch.setattr(msp.pipeline, "prune", prune)
-    calibration = ["--calibration", tmp_path / "text.txt"]
-    calibration[1].write_text("w5 w6")
-    done = msp_run("prune", "anything", "-o", tmp_path / "new", *calibration, "--json")
-    assert one_object(done)["density"] == 0.25
-    assert "warning: no pictures" in done.stderr
-
-
-def test_options_left_out_keep_the_defaults_of_the_pipeline(faked):
-    seen = {}
-
-    def prune(model, **options):
-        seen.update(options)
-        return _result()
-
-    assert faked(prune).exit_code == 0
-    assert not {"window", "test_tokens", "fitness_tokens", "calibration_tokens", "evaluations", "evaluate"} & set(seen)
-    assert faked(prune, "--test-tokens", "12").exit_code == 0
-    assert seen["test_tokens"] == 12
-
-
-def test_ctrl_c_leaves_nothing_and_resumes(llama: Path, text: Path, tmp_path: Path):
-    """A real interrupt in the middle of a real search, and the same command again with --resume."""
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "msp", "prune", str(llama), "-o", str(out), "--calibration", str(text)]
-    command += [*SMALL, "--no-pictures", "--json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    checkpoint = tmp_path / ".out.search" / "search.json"
-    long = subprocess.Popen(
-        [*command, "--evaluations", "100000"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        # a shell's background jobs, and what they start, ignore it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and long.poll() is None and not _generations(checkpoint) > 2:
-        time.sleep(0.05)
-    long.send_signal(signal.SIGINT)
-    stdout, stderr = long.communicate(timeout=120)
-    assert long.returncode == 1, stderr
-    assert "interrupted" in stderr and "--resume" in stderr and "Traceback" not in stderr and not stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.search"]
-    kept = json.loads(checkpoint.read_text())["generation"]
-    assert kept > 2
-
-    other = subprocess.run(
-        [*command, "--evaluations", "16", "--resume", "--seed", "1"], capture_output=True, env=environment
-    )
-    assert other.returncode == 1 and b"another search" in other.stderr
-    resumed = [*command, "--evaluations", str(16 * (kept + 2)), "--resume"]
-    done = subprocess.run(resumed, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    history = json.loads(done.stdout)["history"]
-    assert [step["generation"] for step in history] == list(range(kept + 3))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-
-
-def _generations(checkpoint: Path) -> int:
-    try:
-        return int(json.loads(checkpoint.read_text())["generation"])
-    except (OSError, ValueError):
-        return 0

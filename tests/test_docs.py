@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 import typer.main
-from families import VOCABULARY, save
+from families import save, save_text
 
 import msp.pipeline
 from msp.allocators import base as allocators
@@ -53,9 +53,7 @@ def load(name: str, code: str, folder: Path) -> ModuleType:
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the model and the text that the documents speak of."""
     save("llama", tmp_path / "path" / "to" / "model")
-    generator = torch.Generator().manual_seed(11)
-    words = torch.randint(3, VOCABULARY, (4096,), generator=generator).tolist()
-    (tmp_path / "notes.txt").write_text(" ".join(f"w{word}" for word in words))
+    save_text(tmp_path / "notes.txt", seed=11)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

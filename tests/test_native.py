@@ -1,201 +1,24 @@
-"""The C++ kernels against a selection written in numpy, called by address as the dispatch calls them."""
+"""The C++ kernels against a selection written in numpy."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import threading
-from dataclasses import dataclass
-from pathlib import Path
-
 import numpy as np
 import pytest
-from numpy.typing import NDArray
-
-native = pytest.importorskip("msp._cpu", reason="the compiled module msp._cpu is not built")
-
-FLOAT32, FLOAT16, BFLOAT16 = range(3)
-MAGNITUDE, SCALED, RELATIVE, FISHER, GIVEN = range(5)
-DTYPES = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
-KINDS = {"magnitude": MAGNITUDE, "scaled": SCALED, "relative": RELATIVE, "fisher": FISHER, "given": GIVEN}
-ISAS = ("scalar", "avx2", "avx512")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("MSP_ISA", request.param)
-    try:
-        assert native.isa() == request.param
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    return str(request.param)
-
-
-@dataclass
-class Case:
-    """The arguments of one call, and what must come out."""
-
-    stored: NDArray[np.generic]
-    dtype: int
-    group_size: int
-    n: int
-    compliant: bool
-    kind: int
-    column_scale: NDArray[np.float32] | None = None
-    row_term: NDArray[np.float32] | None = None
-    column_term: NDArray[np.float32] | None = None
-    matrix: NDArray[np.float32] | None = None
-
-    @property
-    def weight(self) -> NDArray[np.float32]:
-        if self.dtype == BFLOAT16:
-            return (self.stored.astype(np.uint32) << 16).view(np.float32)
-        return self.stored.astype(np.float32)
-
-    def scores(self) -> NDArray[np.float32]:
-        w = self.weight
-        if self.kind == GIVEN:
-            assert self.matrix is not None
-            return self.matrix
-        if self.kind == FISHER:
-            assert self.matrix is not None
-            return (w * w) * self.matrix
-        score = np.abs(w)
-        if self.kind == RELATIVE:
-            assert self.row_term is not None and self.column_term is not None
-            score = score * (self.row_term[:, None] + self.column_term)
-        return score if self.column_scale is None else score * self.column_scale
-
-    def kept(self) -> NDArray[np.bool_]:
-        """The greedy walk in rank order, group by group, as DESIGN words it."""
-        rows, columns = self.stored.shape
-        scores = self.scores().reshape(-1, self.group_size)
-        kept = np.zeros(scores.shape, bool)
-        # stable: of equals, the lower column comes first
-        for group, order in enumerate(np.argsort(-scores, axis=1, kind="stable")):
-            quads = [0] * (self.group_size // 4)
-            taken = 0
-            for column in order:
-                if taken < self.n and (not self.compliant or quads[column // 4] < 2):
-                    kept[group, column] = True
-                    quads[column // 4] += 1
-                    taken += 1
-        return kept.reshape(rows, columns)
-
-    def run(self, threads: int = 1) -> tuple[NDArray[np.generic], NDArray[np.uint8], int]:
-        """Values, bitmask and the count returned; both outputs are poisoned, with a canary behind them."""
-        rows, columns = self.stored.shape
-        kept_per_row, mask_bytes = columns // self.group_size * self.n, (columns + 7) // 8
-        values = np.full(rows * kept_per_row + 64, 77, self.stored.dtype)
-        bitmask = np.full(rows * mask_bytes + 64, 0xA5, np.uint8)
-        terms = (self.column_scale, self.row_term, self.column_term, self.matrix)
-        wrong = native.nm_select(
-            self.stored.ctypes.data,
-            self.dtype,
-            rows,
-            columns,
-            self.group_size,
-            self.n,
-            self.compliant,
-            self.kind,
-            *(0 if term is None else term.ctypes.data for term in terms),
-            values.ctypes.data,
-            bitmask.ctypes.data,
-            threads,
-        )
-        assert (values[rows * kept_per_row :] == 77).all(), "wrote past the end of the values"
-        assert (bitmask[rows * mask_bytes :] == 0xA5).all(), "wrote past the end of the bitmask"
-        return (
-            values[: rows * kept_per_row].reshape(rows, kept_per_row),
-            bitmask[: rows * mask_bytes].reshape(rows, mask_bytes),
-            wrong,
-        )
-
-    def ranks(self) -> NDArray[np.uint8]:
-        """How many of its group come before each in a stable sort."""
-        scores = self.scores().reshape(-1, self.group_size)
-        order = np.argsort(-scores, axis=1, kind="stable")
-        return np.argsort(order, axis=1).astype(np.uint8).reshape(self.stored.shape)
-
-    def run_rank(self, threads: int = 1) -> tuple[NDArray[np.uint8], int]:
-        """Ranks, poisoned before and with a canary behind them, and the count returned."""
-        rows, columns = self.stored.shape
-        rank = np.full(rows * columns + 64, 0xA5, np.uint8)
-        terms = (self.column_scale, self.row_term, self.column_term, self.matrix)
-        wrong = native.nm_rank(
-            self.stored.ctypes.data,
-            self.dtype,
-            rows,
-            columns,
-            self.group_size,
-            self.kind,
-            *(0 if term is None else term.ctypes.data for term in terms),
-            rank.ctypes.data,
-            threads,
-        )
-        assert (rank[rows * columns :] == 0xA5).all(), "wrote past the end of the ranks"
-        return rank[: rows * columns].reshape(rows, columns), wrong
-
-    def check_rank(self, threads: int = 1) -> None:
-        rank, wrong = self.run_rank(threads)
-        np.testing.assert_array_equal(rank, self.ranks())
-        assert wrong == 0
-
-    def run_keep(self, rank: NDArray[np.uint8], n: int, threads: int = 1) -> NDArray[np.generic]:
-        out = np.full(self.stored.size + 64, 77, self.stored.dtype)
-        native.nm_keep(
-            self.stored.ctypes.data, rank.ctypes.data, out.ctypes.data, self.dtype, self.stored.size, n, threads
-        )
-        assert (out[self.stored.size :] == 77).all(), "wrote past the end of the output"
-        return out[: self.stored.size].reshape(self.stored.shape)
-
-    def check(self, threads: int = 1) -> None:
-        values, bitmask, wrong = self.run(threads)
-        kept = self.kept()
-        padded = np.pad(kept, ((0, 0), (0, -kept.shape[1] % 8)))
-        np.testing.assert_array_equal(bitmask, np.packbits(padded, axis=1, bitorder="little"))
-        bits = np.dtype(f"u{self.stored.itemsize}")
-        np.testing.assert_array_equal(values.view(bits).ravel(), self.stored[kept].view(bits))
-        assert wrong == 0
-
-
-def make_case(
-    rng: np.random.Generator,
-    rows: int,
-    columns: int,
-    group_size: int,
-    n: int,
-    dtype: int = BFLOAT16,
-    kind: int = MAGNITUDE,
-    *,
-    compliant: bool = False,
-    ties: bool = False,
-    scale: float = 1.0,
-) -> Case:
-    """Random weights over many magnitudes, with zeros of both signs; ``ties``: few distinct values."""
-
-    def draw(*shape: int) -> NDArray[np.float32]:
-        if ties:
-            return rng.integers(-2, 3, shape).astype(np.float32)
-        return (rng.standard_normal(shape) * np.exp2(rng.integers(-8, 3, shape))).astype(np.float32)
-
-    weight = draw(rows, columns) * np.float32(scale)
-    weight[rng.random(weight.shape) < 0.1] = 0.0
-    weight[rng.random(weight.shape) < 0.1] = -0.0
-    stored: NDArray[np.generic]
-    if dtype == BFLOAT16:
-        stored = (weight.view(np.uint32) >> 16).astype(np.uint16)
-    else:
-        stored = weight.astype(np.float16 if dtype == FLOAT16 else np.float32)
-    case = Case(stored, dtype, group_size, n, compliant, kind)
-    if kind in (SCALED, RELATIVE):
-        case.column_scale = draw(columns)
-    if kind == RELATIVE:
-        case.row_term, case.column_term = draw(rows), draw(columns)
-    if kind in (FISHER, GIVEN):
-        case.matrix = draw(rows, columns)
-    return case
+from native_cases import (
+    BFLOAT16,
+    DTYPES,
+    FLOAT16,
+    FLOAT32,
+    GIVEN,
+    KINDS,
+    MAGNITUDE,
+    RELATIVE,
+    SCALED,
+    make_case,
+    make_factor,
+    native,
+    prune,
+)
 
 
 @pytest.mark.parametrize("ties", [False, True], ids=["spread", "ties"])
@@ -280,21 +103,6 @@ def test_relative_without_a_column_scale(isa: str) -> None:
     case.check_rank()
 
 
-@pytest.mark.parametrize("threads", [2, 3, 8])
-def test_threads_share_the_rows(isa: str, threads: int) -> None:
-    rng = np.random.default_rng(threads)
-    for group_size in (4, 8, 32):
-        case = make_case(rng, 301, 32 * 31, group_size, 2, BFLOAT16, SCALED)
-        values, bitmask, _ = case.run(1)
-        for _ in range(3):
-            threaded = case.run(threads)
-            np.testing.assert_array_equal(values, threaded[0])
-            np.testing.assert_array_equal(bitmask, threaded[1])
-        rank, _ = case.run_rank()
-        np.testing.assert_array_equal(rank, case.run_rank(threads)[0])
-        np.testing.assert_array_equal(case.run_keep(rank, 2), case.run_keep(rank, 2, threads))
-
-
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 def test_counts_what_is_not_finite(isa: str, kind: int, bad: float) -> None:
@@ -367,13 +175,8 @@ def test_obs_prune(isa: str, group_size: int) -> None:
     rng = np.random.default_rng(group_size)
     for rows, columns in ((1, 1), (17, 5), (101, 9)):
         columns *= group_size
-        factor = np.triu(rng.standard_normal((columns, columns)) / columns, 1).astype(np.float32)
-        np.fill_diagonal(factor, rng.uniform(0.5, 1.5, columns))
-        factor[np.tril_indices(columns, -1)] = np.nan
-        weight = rng.standard_normal((rows, columns)).astype(np.float32)
-        updated, kept = np.full_like(weight, np.nan), np.full(weight.shape, 77, np.uint8)
-        pointers = (array.ctypes.data for array in (weight, factor, updated, kept))
-        native.obs_prune(*pointers, rows, columns, group_size, group_size // 2, 3)
+        weight, factor = rng.standard_normal((rows, columns)).astype(np.float32), make_factor(rng, columns)
+        updated, kept = prune(weight, factor, group_size, group_size // 2, threads=3)
         assert (kept.reshape(rows, -1, group_size).sum(-1) == group_size // 2).all() and kept.max() == 1
         want = weight.astype(np.float64)
         for i in range(columns):
@@ -402,111 +205,3 @@ def test_unknown_instruction_set_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("MSP_ISA", "mmx")
     with pytest.raises(RuntimeError, match=r"MSP_ISA=mmx .*available: .*scalar"):
         native.isa()
-
-
-def test_concurrent_callers() -> None:
-    cases = [make_case(np.random.default_rng(seed), 257, 1024, 8, 2, BFLOAT16, SCALED) for seed in range(4)]
-    expected = [case.run(1) for case in cases]
-    wrong: list[int] = []
-
-    def work(which: int) -> None:
-        for _ in range(20):
-            values, bitmask, _ = cases[which].run(3)
-            if not (np.array_equal(values, expected[which][0]) and np.array_equal(bitmask, expected[which][1])):
-                wrong.append(which)
-
-    threads = [threading.Thread(target=work, args=(which,)) for which in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
-def run_python(code: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A crash in there is a failure here. Not in the current folder, whose ``msp`` would come before the installed."""
-    code = code.format(tests=str(Path(__file__).parent))
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-
-
-FORKING = """
-import os, sys
-sys.path.insert(0, {tests!r})
-if "torch" in sys.argv:
-    import torch                            # brings the OpenMP runtime whose threads are used then
-import numpy as np
-from test_native import make_case
-case = make_case(np.random.default_rng(0), 257, 1024, 8, 2)
-expected = case.run(4)                      # the pool's threads exist in the parent
-child = os.fork()
-if child == 0:
-    values, bitmask, _ = case.run(4)        # and not in the child
-    os._exit(0 if np.array_equal(values, expected[0]) and np.array_equal(bitmask, expected[1]) else 3)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.parametrize("library", ["numpy", "torch"])
-def test_threads_after_fork(tmp_path: Path, library: str) -> None:
-    if library == "torch" and "build/sanitize" in native.__file__:
-        pytest.skip("torch is not built for the sanitizers")
-    done = run_python(FORKING, tmp_path, library)
-    assert done.returncode == 0, done.stderr
-
-
-# A page that faults lies right behind (or before) each buffer.
-GUARDED = """
-import ctypes, mmap, sys
-sys.path.insert(0, {tests!r})
-import numpy as np
-from test_native import DTYPES, KINDS, make_case, native
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-held = []
-
-def guarded(array, at_end):
-    size = array.nbytes
-    pages = -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(-1, pages + 2 * mmap.PAGESIZE)
-    held.append(memory)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    for fence in (base, base + mmap.PAGESIZE + pages):
-        assert libc.mprotect(fence, mmap.PAGESIZE, 0) == 0
-    start = base + mmap.PAGESIZE + (pages - size if at_end else 0)
-    ctypes.memmove(start, array.ctypes.data, size)
-    return start
-
-rng = np.random.default_rng(int(sys.argv[1]))
-for dtype in DTYPES.values():
-    for kind in KINDS.values():
-        for group_size in (4, 8, 16, 32):
-            for columns in {{group_size, group_size * 3, group_size * 7}}:
-                for at_end in (True, False):
-                    case = make_case(rng, 3, columns, group_size, group_size // 2, dtype, kind)
-                    expected = case.run()
-                    terms = (case.column_scale, case.row_term, case.column_term, case.matrix)
-                    values, bitmask = (guarded(np.zeros_like(out), at_end) for out in expected[:2])
-                    native.nm_select(
-                        guarded(case.stored, at_end), dtype, 3, columns, group_size, case.n, False, kind,
-                        *(0 if term is None else guarded(term, at_end) for term in terms), values, bitmask, 1)
-                    for address, out in zip((values, bitmask), expected):
-                        assert ctypes.string_at(address, out.nbytes) == out.tobytes()
-                    ranks = case.run_rank()[0]
-                    rank, kept = guarded(np.zeros_like(ranks), at_end), guarded(np.zeros_like(case.stored), at_end)
-                    weight = guarded(case.stored, at_end)
-                    native.nm_rank(
-                        weight, dtype, 3, columns, group_size, kind,
-                        *(0 if term is None else guarded(term, at_end) for term in terms), rank, 1)
-                    native.nm_keep(weight, rank, kept, dtype, case.stored.size, case.n, 1)
-                    expected = ranks, case.run_keep(ranks, case.n)
-                    for address, out in zip((rank, kept), expected):
-                        assert ctypes.string_at(address, out.nbytes) == out.tobytes()
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="protects pages the Linux way")
-def test_touches_nothing_outside_its_buffers(isa: str, tmp_path: Path) -> None:
-    done = run_python(GUARDED, tmp_path, "11")
-    assert done.returncode == 0, f"exit {done.returncode}\n{done.stderr}"

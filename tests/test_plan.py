@@ -129,6 +129,19 @@ def test_pinned_linears_have_one_level_or_stay_dense() -> None:
         assert [str(u.patterns[0]) for u in blocks.units if u.top == 0] == ["1:8", "1:8"]
 
 
+def test_compliant_patterns_keep_two_at_most() -> None:
+    rules = PatternRules.parse(8, "0:8,1:4,2:4,3:4,2:8,3:8,2:16,8:8", "layers.0.*=2:4,lm_head=dense", compliant=True)
+    assert {str(pattern) for pattern in rules.allowed} == {"0:8", "1:4", "2:4", "2:8", "2:16"}
+    assert all(
+        p.always_compliant for unit in make_plan(STRUCTURE, Goal(Fraction(3, 5)), rules).units for p in unit.patterns
+    )
+    assert PatternRules.parse(4, compliant=True).allowed == tuple(NMPattern(n, 4) for n in range(3))
+    with pytest.raises(UsageError, match=r"layers\.0\.\*=3:8 is not compliant"):
+        PatternRules.parse(8, keep="layers.0.*=3:8", compliant=True)
+    with pytest.raises(UsageError, match="none of 3:8,4:8 is compliant"):
+        PatternRules.parse(8, "3:8,4:8", compliant=True)
+
+
 @pytest.mark.parametrize(
     ("regex", "name", "found"),
     [

@@ -56,6 +56,7 @@ def a_result(**changes) -> PruneResult:
         "budget": 123_457,
         "objective": "weights",
         "spent": 123_456,
+        "dense_cost": 493_824,
         "allocation": allocation,
         "skipped": {
             f"model.layers.{i}.mlp.gate_proj": "172 input features [odd] are no multiple of 8" for i in range(5)
@@ -327,7 +328,7 @@ def test_the_search_picture(start: float, tmp_path: Path, drawn):
     history = [{"evaluations": 8 * i, "tokens": 1, "best": 2 - i / 9, "mean": start if i < 3 else 2} for i in range(9)]
     assert_png(pictures.search_picture(history, tmp_path / "s.png", fitness="perplexity"))
     axes = drawn[0].axes[0]
-    assert axes.get_ylabel() == "perplexity"
+    assert axes.get_ylabel() == "logarithm of the perplexity"
     assert list(axes.get_lines()[0].get_ydata()) == [step["best"] for step in history]
     assert axes.get_yscale() == ("log" if start == 1e6 else "linear")
 

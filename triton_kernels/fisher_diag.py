@@ -8,18 +8,16 @@ import torch
 import triton
 import triton.language as tl
 
+from . import gradients
 from .gradients import (
-    DTYPES,
     GROUP_ROWS,
     architecture,
-    constants_of,
     described,
     load_tile,
     load_transposed,
     locate_tile,
-    options_of,
+    product_blocks,
     source,
-    source_type,
     tile_sizes,
 )
 from .targets import CompileCase
@@ -73,12 +71,13 @@ def fisher_diag_(acc: torch.Tensor, x: torch.Tensor, g: torch.Tensor) -> None:
     x, g = x.contiguous(), g.contiguous()
     tma = described(x, g)
     tiles = tile_sizes("diag", x.dtype, architecture(x), rows, columns, tokens)
+    x_block, g_block = product_blocks(tiles)
     grid = (triton.cdiv(rows, tiles["BLOCK_R"]) * triton.cdiv(columns, tiles["BLOCK_K"]),)
     with torch.cuda.device_of(acc):
         fisher_diag_kernel[grid](
             acc,
-            source(x, tiles["BLOCK_T"], tiles["BLOCK_K"], tma),
-            source(g, tiles["BLOCK_T"], tiles["BLOCK_R"], tma),
+            source(x, x_block, tma),
+            source(g, g_block, tma),
             sequences,
             tokens,
             rows,
@@ -92,25 +91,13 @@ def fisher_diag_(acc: torch.Tensor, x: torch.Tensor, g: torch.Tensor) -> None:
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    for dtype, tma, arch, architectures in (
-        ("bf16", True, 90, (90, 100)),
-        ("bf16", False, 80, (80,)),
-        ("bf16", False, 90, (90, 100)),
-        ("fp32", False, 90, (80, 90, 100)),
-    ):
-        tiles = tile_sizes("diag", DTYPES[dtype], arch, 4096, 4096, 2048)
-        numbers = ("tokens", "rows", "columns", "acc_stride_row")
-        yield CompileCase(
-            name=f"{dtype}-{tiles['BLOCK_R']}x{tiles['BLOCK_K']}{'-tma' if tma else ''}",
-            kernel=fisher_diag_kernel,
-            types={
-                "acc_ptr": "*fp32",
-                "x_source": source_type(dtype, tiles["BLOCK_T"], tiles["BLOCK_K"], tma),
-                "g_source": source_type(dtype, tiles["BLOCK_T"], tiles["BLOCK_R"], tma),
-                **dict.fromkeys(("sequences", *numbers), "i32"),
-            },
-            constants={"acc_stride_column": 1, "GROUP_R": GROUP_ROWS, "TMA": tma} | constants_of(tiles),
-            aligned=numbers,
-            options=options_of(tiles),
-            architectures=architectures,
-        )
+    return gradients.compile_cases(
+        fisher_diag_kernel,
+        "acc_ptr",
+        lambda dtype, arch: tile_sizes("diag", dtype, arch, 4096, 4096, 2048),
+        product_blocks,
+        numbers=("sequences",),
+        aligned=("tokens", "rows", "columns", "acc_stride_row"),
+        acc_stride_column=1,
+        GROUP_R=GROUP_ROWS,
+    )

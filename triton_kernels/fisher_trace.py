@@ -12,19 +12,17 @@ import torch
 import triton
 import triton.language as tl
 
+from . import gradients
 from .gradients import (
-    DTYPES,
     ENOUGH_PROGRAMS,
     GROUP_ROWS,
     architecture,
-    constants_of,
     described,
     load_tile,
     load_transposed,
     locate_tile,
-    options_of,
+    product_blocks,
     source,
-    source_type,
     tile_sizes,
 )
 from .targets import CompileCase
@@ -112,6 +110,7 @@ def fisher_trace_direct(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     x, g = x.contiguous(), g.contiguous()
     tma = described(x, g)
     tiles = tile_sizes("direct", x.dtype, architecture(x), rows, columns, tokens, sequences)
+    x_block, g_block = product_blocks(tiles)
     count = triton.cdiv(rows, tiles["BLOCK_R"]) * triton.cdiv(columns, tiles["BLOCK_K"])
     # a program takes as many sequences as leave enough programs
     share = max(1, min(sequences, sequences * count // ENOUGH_PROGRAMS))
@@ -120,8 +119,8 @@ def fisher_trace_direct(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     with torch.cuda.device_of(x):
         fisher_trace_direct_kernel[grid](
             partial,
-            source(x, tiles["BLOCK_T"], tiles["BLOCK_K"], tma),
-            source(g, tiles["BLOCK_T"], tiles["BLOCK_R"], tma),
+            source(x, x_block, tma),
+            source(g, g_block, tma),
             sequences,
             share,
             tokens,
@@ -151,15 +150,15 @@ def fisher_trace_gram(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     x, g = x.contiguous(), g.contiguous()
     tma = described(x, g)
     tiles = gram_tile_sizes(x.dtype, architecture(x), tokens, max(rows, columns), sequences)
-    block, step = tiles["BLOCK_R"], tiles["BLOCK_T"]
-    side = triton.cdiv(tokens, block)
+    x_block, g_block = gram_blocks(tiles)
+    side = triton.cdiv(tokens, tiles["BLOCK_R"])
     grid = (side * (side + 1) // 2, sequences)
     partial = torch.empty(grid[::-1], dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         fisher_trace_gram_kernel[grid](
             partial,
-            source(x, block, step, tma),
-            source(g, block, step, tma),
+            source(x, x_block, tma),
+            source(g, g_block, tma),
             tokens,
             rows,
             columns,
@@ -169,39 +168,28 @@ def fisher_trace_gram(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     return partial.sum(dtype=torch.float64).float()
 
 
+def gram_blocks(tiles: dict[str, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What a step of the Gram matrices loads of x and of g."""
+    block = tiles["BLOCK_R"], tiles["BLOCK_T"]
+    return block, block
+
+
 def compile_cases() -> Iterator[CompileCase]:
     sizes = ("tokens", "rows", "columns")
-    for dtype, tma, arch, architectures in (
-        ("bf16", True, 90, (90, 100)),
-        ("bf16", False, 80, (80,)),
-        ("bf16", False, 90, (90, 100)),
-        ("fp32", False, 90, (80, 90, 100)),
-    ):
-        gram = gram_tile_sizes(DTYPES[dtype], arch, 2048, 4096, 4)
-        direct = tile_sizes("direct", DTYPES[dtype], arch, 4096, 4096, 2048)
-        block, step = gram["BLOCK_R"], gram["BLOCK_T"]
-        for kernel, tiles, numbers, constants, x_block, g_block in (
-            (fisher_trace_gram_kernel, gram, (), {}, (block, step), (block, step)),
-            (
-                fisher_trace_direct_kernel,
-                direct,
-                ("sequences", "share"),
-                {"GROUP_R": GROUP_ROWS},
-                (direct["BLOCK_T"], direct["BLOCK_K"]),
-                (direct["BLOCK_T"], direct["BLOCK_R"]),
-            ),
-        ):
-            yield CompileCase(
-                name=f"{dtype}-{tiles['BLOCK_R']}x{tiles['BLOCK_K']}{'-tma' if tma else ''}",
-                kernel=kernel,
-                types={
-                    "partial_ptr": "*fp32",
-                    "x_source": source_type(dtype, *x_block, tma),
-                    "g_source": source_type(dtype, *g_block, tma),
-                    **dict.fromkeys((*numbers, *sizes), "i32"),
-                },
-                constants={"TMA": tma, **constants, **constants_of(tiles)},
-                aligned=sizes,
-                options=options_of(tiles),
-                architectures=architectures,
-            )
+    yield from gradients.compile_cases(
+        fisher_trace_gram_kernel,
+        "partial_ptr",
+        lambda dtype, arch: gram_tile_sizes(dtype, arch, 2048, 4096, 4),
+        gram_blocks,
+        numbers=(),
+        aligned=sizes,
+    )
+    yield from gradients.compile_cases(
+        fisher_trace_direct_kernel,
+        "partial_ptr",
+        lambda dtype, arch: tile_sizes("direct", dtype, arch, 4096, 4096, 2048),
+        product_blocks,
+        numbers=("sequences", "share"),
+        aligned=sizes,
+        GROUP_R=GROUP_ROWS,
+    )

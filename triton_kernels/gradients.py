@@ -6,12 +6,15 @@ is laid out as it asks, a kernel gets descriptors and its threads compute no add
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .targets import CompileCase
 
 OPTIONS = ("num_warps", "num_stages")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -120,19 +123,52 @@ def described(x: torch.Tensor, g: torch.Tensor) -> bool:
     return all(tensor.data_ptr() % 16 == 0 and tensor.shape[2] * tensor.itemsize % 16 == 0 for tensor in (x, g))
 
 
-def source(tensor: torch.Tensor, block_t: int, block_d: int, tma: bool) -> Any:
-    """What ``load_tile`` takes of a contiguous ``[S, T, D]``."""
-    return TensorDescriptor.from_tensor(tensor, [1, block_t, block_d]) if tma else tensor
+def source(tensor: torch.Tensor, block: tuple[int, int], tma: bool) -> Any:
+    """What ``load_tile`` takes of a contiguous ``[S, T, D]``, to load a ``block`` of tokens and columns at a time."""
+    return TensorDescriptor.from_tensor(tensor, [1, *block]) if tma else tensor
 
 
-def source_type(dtype: str, block_t: int, block_d: int, tma: bool) -> str:
-    """Its type, for a compile case."""
-    return f"tensordesc<{dtype}[1,{block_t},{block_d}]>" if tma else f"*{dtype}"
+def product_blocks(tiles: dict[str, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What a step of ``g^T x`` loads of x and of g."""
+    return (tiles["BLOCK_T"], tiles["BLOCK_K"]), (tiles["BLOCK_T"], tiles["BLOCK_R"])
 
 
-def constants_of(tiles: dict[str, int]) -> dict[str, int]:
-    return {name: size for name, size in tiles.items() if name not in OPTIONS}
+def compile_cases(
+    kernel: Any,
+    result: str,
+    tiles_of: Callable[[torch.dtype, int], dict[str, int]],
+    blocks_of: Callable[[dict[str, int]], tuple[tuple[int, int], tuple[int, int]]],
+    numbers: tuple[str, ...],
+    aligned: tuple[str, ...],
+    **constants: Any,
+) -> Iterator[CompileCase]:
+    """A kernel that fills ``result``, on tensor cores with and without TMA and on plain ones.
 
-
-def options_of(tiles: dict[str, int]) -> dict[str, int]:
-    return {name: size for name, size in tiles.items() if name in OPTIONS}
+    ``tiles_of`` is given a dtype and a row of ``TILES``; ``numbers`` and ``aligned`` name the integer arguments.
+    """
+    for label, tma, arch, architectures in (
+        ("bf16", True, 90, (90, 100)),
+        ("bf16", False, 80, (80,)),
+        ("bf16", False, 90, (90, 100)),
+        ("fp32", False, 90, (80, 90, 100)),
+    ):
+        tiles = tiles_of(DTYPES[label], arch)
+        # a descriptor's type names its block
+        x_type, g_type = (
+            f"tensordesc<{label}[1,{block_t},{block_d}]>" if tma else f"*{label}"
+            for block_t, block_d in blocks_of(tiles)
+        )
+        yield CompileCase(
+            name=f"{label}-{tiles['BLOCK_R']}x{tiles['BLOCK_K']}{'-tma' if tma else ''}",
+            kernel=kernel,
+            types={
+                result: "*fp32",
+                "x_source": x_type,
+                "g_source": g_type,
+                **dict.fromkeys((*numbers, *aligned), "i32"),
+            },
+            constants={"TMA": tma, **constants, **{name: n for name, n in tiles.items() if name not in OPTIONS}},
+            aligned=aligned,
+            options={name: n for name, n in tiles.items() if name in OPTIONS},
+            architectures=architectures,
+        )

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from msp.errors import UsageError
 from msp.patterns import Allocation, Budget, Unit
 from msp.progress import NoProgress, Progress
 from msp.search.evolution import EvolutionOptions, Fitness, Step
+
+if TYPE_CHECKING:
+    from msp.search.distributed import Workers
 
 
 class Evidence(Protocol):
@@ -58,18 +61,22 @@ class Evidence(Protocol):
 class SearchSettings:
     """How long an allocator may search: candidates it measures, tokens it forwards; None leaves its own constants.
 
-    ``checkpoint`` is written once a generation.
+    ``checkpoint`` is written once a generation. Without ``workers`` candidates are run in this process.
     """
 
     evaluations: int | None = None
     tokens: int | None = None
     checkpoint: Path | None = None
     resume: bool = False
+    workers: Workers | None = None
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Units in order of depth, the budget they share, and what is known about the model."""
+    """Units in order of depth, the budget they share, and what is known about the model.
+
+    ``hints`` are levels that a search may start from besides its own, found for a budget near this one.
+    """
 
     units: tuple[Unit, ...]
     budget: Budget
@@ -77,6 +84,7 @@ class Problem:
     seed: int = 0
     search: SearchSettings = field(default_factory=SearchSettings)
     progress: Progress = field(default_factory=NoProgress)
+    hints: tuple[Levels, ...] = ()
 
     @property
     def blocks(self) -> int:
@@ -101,6 +109,10 @@ class Problem:
                 for name in unit.linears
             }
         )
+
+    def densities(self, levels: Levels) -> list[float]:
+        """The density of every unit."""
+        return [float(unit.patterns[level].density) for unit, level in zip(self.units, levels, strict=True)]
 
     def kept(self, levels: Levels) -> int:
         """Weights kept."""

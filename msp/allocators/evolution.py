@@ -60,4 +60,4 @@ class Msp:
     name: ClassVar[str] = "msp"
 
     def allocate(self, problem: Problem) -> Allocated:
-        return search(problem, fisher_seeds(problem), EvolutionOptions())
+        return search(problem, [*fisher_seeds(problem), *problem.hints], EvolutionOptions())

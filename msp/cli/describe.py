@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from msp.checkpoint import read_info
-from msp.data import first_line
 from msp.errors import MspError
 from msp.manifest import QUANT_METHOD
-from msp.model import find_structure
+from msp.model import find_structure, make_skeleton, read_config
 from msp.patterns import GROUP_SIZES
 from msp.report import figures_report, kinds_report, merge_experts, packed_report
 
@@ -26,12 +24,7 @@ def describe(model: str) -> tuple[dict[str, Any], RenderableType]:
     Raises:
         MspError: not a model, not causal, or a packed model whose files do not fit together.
     """
-    if Path(model).exists() and not (Path(model) / "config.json").is_file():
-        raise MspError(f"{model} is not a model: it has no config.json")
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        raise MspError(f"{model} is not a model that transformers can read: {first_line(error)}") from error
+    config = read_config(model)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and _method(quantization) == QUANT_METHOD:
         packed = read_info(_local(model))
@@ -54,9 +47,7 @@ def _local(model: str) -> Path:
 def _describe_dense(model: str, config: Any) -> tuple[dict[str, Any], RenderableType]:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise MspError(f"{model} is a {config.model_type} model, which is not a causal language model")
-    with torch.device("meta"):
-        factory: Any = AutoModelForCausalLM
-        skeleton = factory.from_config(config)
+    skeleton = make_skeleton(config)
     structure = find_structure(skeleton)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     dtype = getattr(config, "dtype", None) or torch.float32

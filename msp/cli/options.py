@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,6 +34,23 @@ BudgetBytes = Annotated[
         rich_help_panel=METHOD,
     ),
 ]
+BudgetDecode = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TIME",
+        help="Instead of --sparsity: how long all prunable layers together may take to decode a token, like 12ms or "
+        "800us, each called once, as predicted from measured times.",
+        rich_help_panel=METHOD,
+    ),
+]
+DecodeTable = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="The times for --budget-decode, from **msp measure**. Without it they are measured first, here.",
+        rich_help_panel=METHOD,
+    ),
+]
 GroupSize = Annotated[
     int,
     typer.Option("--group-size", "-m", metavar="M", help="M of N:M, one of 4, 8, 16, 32.", rich_help_panel=METHOD),
@@ -41,6 +61,14 @@ Patterns = Annotated[
         metavar="N:M,N:M",
         help="Patterns a layer may have, N of every M kept, instead of all of one M. A layer is given those whose M "
         "divides its input size.",
+        rich_help_panel=METHOD,
+    ),
+]
+Compliant = Annotated[
+    bool,
+    typer.Option(
+        "--compliant",
+        help="Only patterns that 2:4 sparse tensor cores can run: those that keep at most 2 of every M.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -77,7 +105,9 @@ Unit = Annotated[
 Fitness = Annotated[
     str,
     typer.Option(
-        help="What the search minimises: **kl** (divergence from the dense model) or **perplexity**.",
+        metavar="kl|perplexity|MODULE:FUNCTION",
+        help="What the search minimises: **kl** (divergence from the dense model), **perplexity**, or your own "
+        "function of logits and tokens, which returns their summed loss.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -87,6 +117,14 @@ FitnessNoise = Annotated[
         metavar="SHARE",
         help="Share of the fitness tokens replaced by random ones, for what is found to hold on other text "
         "(0.15; for kl only).",
+        rich_help_panel=METHOD,
+    ),
+]
+Candidates = Annotated[
+    str,
+    typer.Option(
+        help="What the search measures: **ranks**, layers cut down to what the pruner ranks first; **database**, "
+        "layers pruned to every level, kept on disk; **auto**, the database for pruners that update weights.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -143,6 +181,23 @@ Dtype = Annotated[
     str, typer.Option(help="auto, float32, bfloat16 or float16: what to compute in.", rich_help_panel=RUN)
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.", rich_help_panel=RUN)]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Run candidates in N processes, each with the model: one thread each on a CPU, a GPU each where there "
+        "are. Needs Ray; without it the search runs in this process.",
+        rich_help_panel=RUN,
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Run them on this Ray cluster (or auto): N of it, or one on every GPU or CPU core.",
+        rich_help_panel=RUN,
+    ),
+]
 Resume = Annotated[
     bool,
     typer.Option("--resume", help="Go on with the search that an earlier, interrupted run left.", rich_help_panel=RUN),
@@ -172,3 +227,85 @@ Picture = Annotated[
         rich_help_panel=RUN,
     ),
 ]
+
+
+class Budgets:
+    """How much may stay."""
+
+    sparsity: Sparsity = None
+    budget_bytes: BudgetBytes = None
+    budget_decode: BudgetDecode = None
+    decode_table: DecodeTable = None
+
+
+class Levels:
+    """What a layer can be given."""
+
+    group_size: GroupSize = 8
+    patterns: Patterns = None
+    compliant: Compliant = False
+    keep: Keep = None
+
+
+class Methods:
+    allocator: Allocator = "msp"
+    pruner: Pruner = "wanda"
+
+
+class Searching:
+    """How levels are found, and on which text."""
+
+    unit: Unit = "linear"
+    fitness: Fitness = "kl"
+    fitness_noise: FitnessNoise = None
+    candidates: Candidates = "auto"
+    calibration: Calibration = None
+    evaluate: Evaluate = None
+    window: Window = None
+    calibration_tokens: CalibrationTokens = None
+    fitness_tokens: FitnessTokens = None
+    test_tokens: TestTokens = None
+    evaluations: Evaluations = None
+    search_tokens: SearchTokens = None
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    workers: Workers = None
+    ray_address: RayAddress = None
+
+
+class OneSearch:
+    """What goes with a single search."""
+
+    seed: Seed = 0
+    resume: Resume = False
+    work_dir: WorkDir = None
+
+
+def takes(*groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a verb, ahead of its own optional parameters, the options of ``groups``; it gets them as ``**options``."""
+
+    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
+        own = [
+            parameter
+            for parameter in inspect.signature(verb, eval_str=True).parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        kind = inspect.Parameter.KEYWORD_ONLY
+        shared = [
+            inspect.Parameter(name, kind, default=getattr(group, name), annotation=annotation)
+            for group in groups
+            for name, annotation in inspect.get_annotations(group, eval_str=True).items()
+        ]
+        required = [parameter for parameter in own if parameter.default is parameter.empty]
+        optional = [parameter.replace(kind=kind) for parameter in own if parameter not in required]
+        parameters = [*required, *shared, *optional]
+
+        @functools.wraps(verb)
+        def run(**given: Any) -> None:
+            verb(**given)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate

@@ -18,33 +18,23 @@ from msp.cli.options import (
     METHOD,
     RUN,
     SOURCE_HELP,
-    Allocator,
     AsJson,
-    BudgetBytes,
+    Budgets,
     Calibration,
     CalibrationTokens,
     Debug,
     Device,
     Dtype,
-    Evaluate,
-    Evaluations,
-    Fitness,
-    FitnessNoise,
-    FitnessTokens,
-    GroupSize,
-    Keep,
+    Levels,
+    Methods,
     Model,
-    Patterns,
+    OneSearch,
     Picture,
-    Pruner,
-    Resume,
-    SearchTokens,
+    Searching,
     Seed,
-    Sparsity,
     TestTokens,
-    Unit,
     Window,
-    WorkDir,
+    takes,
 )
 from msp.cli.running import calm_libraries, running
 from msp.errors import MspError, UsageError
@@ -92,12 +82,17 @@ def check_sources(*sources: str | None) -> None:
             TokenSource.parse(source).check()
 
 
-def default_sparsity(sparsity: float | None, *others: object) -> float | None:
-    """0.75 where neither a sparsity nor anything in its place was asked for."""
-    return 0.75 if sparsity is None and all(other is None for other in others) else sparsity
+BUDGETS = {"sparsity", "budget_bytes", "budget_decode", "allocation"}
+
+
+def with_budget(**options: Any) -> dict[str, Any]:
+    """The options that were set, and a sparsity of 0.75 where nothing says how much may stay."""
+    found = given(**options)
+    return found if found.keys() & BUDGETS else {"sparsity": 0.75, **found}
 
 
 @app.command()
+@takes(Budgets, Levels, Methods, Searching, OneSearch)
 def prune(
     model: Model,
     output: Annotated[
@@ -106,11 +101,6 @@ def prune(
             "--output", "-o", metavar="OUT", help="Directory to write the packed model to.", rich_help_panel=RUN
         ),
     ],
-    sparsity: Sparsity = None,
-    budget_bytes: BudgetBytes = None,
-    group_size: GroupSize = 8,
-    patterns: Patterns = None,
-    keep: Keep = None,
     allocation: Annotated[
         Path | None,
         typer.Option(
@@ -120,30 +110,13 @@ def prune(
             rich_help_panel=METHOD,
         ),
     ] = None,
-    allocator: Allocator = "msp",
-    pruner: Pruner = "wanda",
-    unit: Unit = "linear",
-    fitness: Fitness = "kl",
-    fitness_noise: FitnessNoise = None,
-    calibration: Calibration = None,
-    evaluate: Evaluate = None,
-    window: Window = None,
-    calibration_tokens: CalibrationTokens = None,
-    fitness_tokens: FitnessTokens = None,
-    test_tokens: TestTokens = None,
-    evaluations: Evaluations = None,
-    search_tokens: SearchTokens = None,
-    seed: Seed = 0,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    resume: Resume = False,
-    work_dir: WorkDir = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the model at OUT.", rich_help_panel=RUN)] = False,
     pictures: Annotated[
         bool, typer.Option("--pictures/--no-pictures", help="Draw OUT/pictures/*.png.", rich_help_panel=RUN)
     ] = True,
     as_json: AsJson = False,
     debug: Debug = False,
+    **options: Any,
 ) -> None:
     """Prune a model to N:M sparsity and save it packed.
 
@@ -155,45 +128,16 @@ def prune(
     """
     interrupted = f"interrupted, {output} is not written; run the same command with --resume to go on"
     with running(as_json, debug, on_interrupt=interrupted) as session:
-        check_sources(calibration, evaluate)
+        check_sources(options["calibration"], options["evaluate"])
         from msp import pipeline
         from msp.report import prune_report
 
         calm_libraries()
-        result = pipeline.prune(
-            model,
-            sparsity=default_sparsity(sparsity, budget_bytes, allocation),
-            output=output,
-            force=force,
-            progress=session.progress,
-            group_size=group_size,
-            allocator=allocator,
-            pruner=pruner,
-            unit=unit,
-            fitness=fitness,
-            seed=seed,
-            dtype=dtype,
-            device=device,
-            resume=resume,
-            work_dir=work_dir if work_dir is not None else search_folder(output),
-            **given(
-                budget_bytes=budget_bytes,
-                patterns=patterns,
-                keep=keep,
-                allocation=allocation,
-                calibration=calibration,
-                evaluate=evaluate,
-                window=window,
-                calibration_tokens=calibration_tokens,
-                fitness_noise=fitness_noise,
-                fitness_tokens=fitness_tokens,
-                test_tokens=test_tokens,
-                evaluations=evaluations,
-                search_tokens=search_tokens,
-            ),
-        )
-        if work_dir is None:
-            shutil.rmtree(search_folder(output), ignore_errors=True)
+        work_dir = options["work_dir"] or search_folder(output)
+        chosen = with_budget(allocation=allocation, **{**options, "work_dir": work_dir})
+        result = pipeline.prune(model, output=output, force=force, progress=session.progress, **chosen)
+        if options["work_dir"] is None:
+            shutil.rmtree(work_dir, ignore_errors=True)
         drawn: list[Path] = []
         if pictures:
             from msp.pictures import prune_pictures
@@ -222,13 +166,9 @@ def _files(label: str, paths: list[Path]) -> list[Text]:
 
 
 @app.command()
+@takes(Budgets, Levels, Searching)
 def compare(
     model: Model,
-    sparsity: Sparsity = None,
-    budget_bytes: BudgetBytes = None,
-    group_size: GroupSize = 8,
-    patterns: Patterns = None,
-    keep: Keep = None,
     allocators: Annotated[
         str, typer.Option(metavar="NAME,NAME", help="Allocators to compare.", rich_help_panel=METHOD)
     ] = "uniform,ramp,owl,fisher-rank,fisher-knapsack,msp",
@@ -238,25 +178,13 @@ def compare(
     seeds: Annotated[
         int, typer.Option(min=1, metavar="COUNT", help="Repeat with this many seeds: 0, 1, 2 ...", rich_help_panel=RUN)
     ] = 3,
-    unit: Unit = "linear",
-    fitness: Fitness = "kl",
-    fitness_noise: FitnessNoise = None,
-    calibration: Calibration = None,
-    evaluate: Evaluate = None,
-    window: Window = None,
-    calibration_tokens: CalibrationTokens = None,
-    fitness_tokens: FitnessTokens = None,
-    test_tokens: TestTokens = None,
-    evaluations: Evaluations = None,
-    search_tokens: SearchTokens = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
     every_seed: Annotated[
         bool, typer.Option("--every-seed", help="Show a row per seed too, not only the means.", rich_help_panel=RUN)
     ] = False,
     output: Picture = None,
     as_json: AsJson = False,
     debug: Debug = False,
+    **options: Any,
 ) -> None:
     """Compare ways to spend the same budget of weights, in one table.
 
@@ -266,7 +194,7 @@ def compare(
     Example: msp compare ./my-model --sparsity 0.75 --allocators uniform,msp --pruners wanda,sparsegpt --seeds 3
     """
     with running(as_json, debug) as session:
-        check_sources(calibration, evaluate)
+        check_sources(options["calibration"], options["evaluate"])
         picture = _picture_path(output, model, "compare")
         from msp import pipeline
         from msp.pictures import compare_picture
@@ -275,30 +203,11 @@ def compare(
         calm_libraries()
         result = pipeline.compare(
             model,
-            sparsity=default_sparsity(sparsity, budget_bytes),
             allocators=_names("allocators", allocators),
             pruners=_names("pruners", pruners),
             seeds=list(range(seeds)),
             progress=session.progress,
-            group_size=group_size,
-            unit=unit,
-            fitness=fitness,
-            dtype=dtype,
-            device=device,
-            **given(
-                budget_bytes=budget_bytes,
-                patterns=patterns,
-                keep=keep,
-                calibration=calibration,
-                evaluate=evaluate,
-                window=window,
-                calibration_tokens=calibration_tokens,
-                fitness_noise=fitness_noise,
-                fitness_tokens=fitness_tokens,
-                test_tokens=test_tokens,
-                evaluations=evaluations,
-                search_tokens=search_tokens,
-            ),
+            **with_budget(**options),
         )
         drawn = _draw(lambda: [compare_picture(result, picture)])
         report = compare_report(result, every_seed=every_seed)

@@ -7,6 +7,7 @@ from msp.ops.nm_keep import nm_keep
 from msp.ops.nm_linear import nm_linear
 from msp.ops.nm_rank import nm_rank
 from msp.ops.nm_select import nm_select
+from msp.ops.nm_unpack import nm_unpack
 from msp.ops.obs_prune import obs_prune
 from msp.ops.packed import PackedWeight
 
@@ -22,5 +23,6 @@ __all__ = [
     "nm_linear",
     "nm_rank",
     "nm_select",
+    "nm_unpack",
     "obs_prune",
 ]

@@ -189,8 +189,8 @@ def nm_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Te
 
     Args:
         x: ``[..., K]``, in the dtype and on the device of ``packed``; any strides.
-        packed: a ``[R, K]`` weight. An empty one (N = 0) costs no product. Its bitmask is checked in the first
-            call, which a compiler does not see.
+        packed: a ``[R, K]`` weight. An empty one (N = 0) costs no product. Its bitmask is checked in the first call
+            outside a compiled function; one that only compiled functions use needs ``packed.check()`` before.
         bias: ``[R]``, same dtype and device.
 
     Returns:

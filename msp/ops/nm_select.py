@@ -19,7 +19,7 @@ def reference(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> 
         # that rank below 2 in their quad.
         scores = scores.masked_fill(rank_in_groups(scores, 4) >= 2, -torch.inf)
     kept = rank_in_groups(scores, m) < n
-    return weight[kept].view(len(weight), -1 if n else 0), pack_bits(kept)
+    return weight[kept].view(len(weight), weight.shape[1] // m * n), pack_bits(kept)
 
 
 op = Op("nm_select", reference)

@@ -18,7 +18,7 @@ def pack_bits(kept: Tensor) -> Tensor:
     """Bool ``[R, K]`` to uint8 ``[R, ceil(K/8)]``: column c is bit ``c % 8`` of byte ``c // 8``; bits past K are 0."""
     padded = F.pad(kept.to(torch.uint8), (0, -kept.shape[1] % 8))
     place = torch.arange(8, device=kept.device, dtype=torch.uint8)
-    return (padded.view(len(kept), -1, 8) << place).sum(-1, dtype=torch.uint8)
+    return (padded.view(len(kept), padded.shape[1] // 8, 8) << place).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(bitmask: Tensor, columns: int) -> Tensor:
@@ -44,7 +44,8 @@ def count_bits(bitmask: Tensor, group_size: int) -> Tensor:
     if group_size == 4:
         return torch.stack((counts & 15, counts >> 4), dim=-1).flatten(1)
     counts = (counts + (counts >> 4)) & 15
-    return counts.view(len(counts), -1, group_size // 8).sum(-1, dtype=torch.uint8)
+    groups = counts.shape[1] * 8 // group_size
+    return counts.view(len(counts), groups, group_size // 8).sum(-1, dtype=torch.uint8)
 
 
 def check_matrix(name: str, weight: Tensor, group_size: int) -> None:
@@ -89,7 +90,7 @@ class PackedWeight:
         if mask.shape != weight.shape:
             raise ValueError(f"mask has shape {list(mask.shape)}, but weight has {list(weight.shape)}")
         rows, columns = weight.shape
-        counts = mask.view(rows, -1, pattern.m).sum(-1)
+        counts = mask.view(rows, columns // pattern.m, pattern.m).sum(-1)
         wrong = int((counts != pattern.n).sum())
         if wrong:
             raise ValueError(f"mask keeps another number than {pattern.n} in {wrong} of {counts.numel()} groups")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -100,9 +100,21 @@ class Pruner(Protocol):
         """Prune ``weight [R, K]``; ``name`` is the linear's, for messages, which go to ``warn`` or to ``warnings``."""
         ...
 
+    def prune_levels(
+        self,
+        weight: Tensor,
+        statistics: LinearStatistics,
+        patterns: Sequence[NMPattern],
+        *,
+        name: str = "",
+        warn: Warn | None = None,
+    ) -> Iterator[PackedWeight]:
+        """What ``prune`` gives for each of ``patterns``; what they have in common is computed once."""
+        ...
+
 
 class BasePruner(ABC):
-    """A pruner's look-up of statistics and its way to warn; not required, but shared by ours."""
+    """A pruner's look-up of statistics and its levels one by one; not required, but shared by ours."""
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -111,6 +123,31 @@ class BasePruner(ABC):
     @abstractmethod
     def scoring(self, weight: Tensor, statistics: LinearStatistics) -> Scoring:
         """How the weights of a group are ranked."""
+
+    @abstractmethod
+    def prune(
+        self,
+        weight: Tensor,
+        statistics: LinearStatistics,
+        pattern: NMPattern,
+        *,
+        name: str = "",
+        warn: Warn | None = None,
+    ) -> PackedWeight:
+        """Prune ``weight``."""
+
+    def prune_levels(
+        self,
+        weight: Tensor,
+        statistics: LinearStatistics,
+        patterns: Sequence[NMPattern],
+        *,
+        name: str = "",
+        warn: Warn | None = None,
+    ) -> Iterator[PackedWeight]:
+        """``prune`` to each of ``patterns``."""
+        for pattern in patterns:
+            yield self.prune(weight, statistics, pattern, name=name, warn=warn)
 
     def require(self, statistics: LinearStatistics, field: str, shape: Sequence[int]) -> Tensor:
         """Field ``field`` of ``statistics``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -62,10 +63,24 @@ class SparseGPTPruner(BasePruner):
         name: str = "",
         warn: Warn | None = None,
     ) -> PackedWeight:
+        (packed,) = self.prune_levels(weight, statistics, [pattern], name=name, warn=warn)
+        return packed
+
+    def prune_levels(
+        self,
+        weight: Tensor,
+        statistics: LinearStatistics,
+        patterns: Sequence[NMPattern],
+        *,
+        name: str = "",
+        warn: Warn | None = None,
+    ) -> Iterator[PackedWeight]:
         with named(name):
+            # The factor knows nothing of patterns.
             factor, dead = self._factor(weight, statistics, name=name, warn=warn)
-            alive = weight.masked_fill(dead.to(weight.device), 0.0)
-            return ops.obs_prune(alive, factor.float().to(weight.device), pattern, block_size=self.block_size)
+            alive, single = weight.masked_fill(dead.to(weight.device), 0.0), factor.float().to(weight.device)
+            for pattern in patterns:
+                yield ops.obs_prune(alive, single, pattern, block_size=self.block_size)
 
     def _factor(
         self, weight: Tensor, statistics: LinearStatistics, *, name: str, warn: Warn | None

@@ -1,4 +1,4 @@
-"""Puts candidate allocations into a live model and runs them: each costs a forward and a compare per weight."""
+"""Puts candidate allocations into a live model and runs them: each costs a forward and one pass over what changed."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from msp.allocators.levels import Levels
 from msp.evaluate import DenseReference, Sums
 from msp.model import Linear, device_of
 from msp.patterns import NMPattern, Unit
+from msp.search.database import PackedLevels
 from msp.search.fitness import Job
+from msp.task_loss import TaskReference
 
 Ranks = Mapping[int, Tensor]
 """Of one linear, for every M it may have: uint8 ``[R, K]`` from ``ops.nm_rank``."""
 
 
 class RankedLinear(nn.Module):
-    """A linear that keeps what a pattern keeps by its ranks, and can change its pattern at any time.
+    """A linear that keeps what a pattern keeps, by ranks or from a database, and can change its pattern at any time.
 
     Args:
         linear: the dense linear, left untouched.
-        ranks: for every M of the patterns it will have.
+        ranks: for every M of the patterns it will have; or its packed weights at these patterns.
     """
 
-    def __init__(self, linear: Linear, ranks: Ranks) -> None:
+    def __init__(self, linear: Linear, ranks: Ranks | PackedLevels) -> None:
         super().__init__()
         self._dense = linear.weight.contiguous()
         self._bias = linear.bias
@@ -41,7 +43,12 @@ class RankedLinear(nn.Module):
     def keep(self, pattern: NMPattern) -> None:
         """Keep N of every M weights from now on."""
         if pattern != self._pattern and not pattern.is_dense and not pattern.is_empty:
-            self._kept = ops.nm_keep(self._dense, self._ranks[pattern.m], pattern.n, out=self._kept)
+            if self._kept is None:
+                self._kept = torch.empty_like(self._dense)
+            if isinstance(self._ranks, PackedLevels):
+                ops.nm_unpack(self._ranks[pattern], out=self._kept)
+            else:
+                ops.nm_keep(self._dense, self._ranks[pattern.m], pattern.n, out=self._kept)
         self._pattern = pattern
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,12 +64,16 @@ class RankedLinear(nn.Module):
 class CandidateModel(AbstractContextManager["CandidateModel"]):
     """Within the context the units' linears are ranked; ``apply`` sets the level of every unit.
 
-    Memory beyond the model: one byte a weight for the ranks of each M, and a second copy of the weights of the
-    linears that are at a level between empty and dense.
+    Memory beyond the model: one byte a weight for the ranks of each M (what comes from a database stays on disk),
+    and a second copy of the weights of the linears that are at a level between empty and dense.
     """
 
     def __init__(
-        self, model: nn.Module, linears: Sequence[Linear], ranks: Mapping[str, Ranks], units: Sequence[Unit]
+        self,
+        model: nn.Module,
+        linears: Sequence[Linear],
+        ranks: Mapping[str, Ranks] | Mapping[str, PackedLevels],
+        units: Sequence[Unit],
     ) -> None:
         self.model = model
         self._linears = {linear.name: linear for linear in linears if linear.name in ranks}
@@ -105,10 +116,10 @@ class LocalRunner:
 
     Args:
         candidates: the model with ranked linears, entered.
-        reference: the dense model's predictions on all fitness tokens.
+        reference: the dense model's predictions on all fitness tokens, or the user's loss on them.
     """
 
-    def __init__(self, candidates: CandidateModel, reference: DenseReference) -> None:
+    def __init__(self, candidates: CandidateModel, reference: DenseReference | TaskReference) -> None:
         self._candidates = candidates
         self._reference = reference
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from msp.allocators.levels import Levels
 from msp.evaluate import Sums
+
+if TYPE_CHECKING:  # the allocators import the search
+    from msp.allocators.levels import Levels
 
 Key = tuple[int, ...]
 """The level of every unit."""
@@ -44,8 +46,8 @@ class TokenFitness:
 
     Args:
         runner: measures candidates.
-        measure: ``"kl"`` (mean KL(dense || pruned), nats a token) or ``"perplexity"`` (its logarithm, so
-            that differences compare across scales; the order is the same).
+        measure: ``"kl"`` (mean KL(dense || pruned), nats a token); for any other the mean loss that the runner
+            sums: of ``"perplexity"`` its logarithm, so that differences compare across scales, or a task's own.
         shares: part of the batches that each stage measures on, ascending, the last one 1. Stages that come
             to the same number of batches are one.
     """

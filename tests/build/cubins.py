@@ -86,7 +86,7 @@ class Kernel:
         return bool(self.stack or self.local or self.count("LDL") or self.count("STL"))
 
     def count(self, opcode: str, *modifiers: str | int) -> int:
-        """Instructions of ``opcode`` that carry all of the modifiers: ``count("LDG", 128)``, ``count("HMMA", "SP")``."""
+        """Instructions of ``opcode`` with all of the modifiers: ``count("LDG", 128)``, ``count("HMMA", "SP")``."""
         wanted = {str(modifier) for modifier in modifiers}
         return sum(
             times

@@ -44,11 +44,11 @@ INSTRUCTIONS: dict[str, tuple[str | int, ...]] = {
 HEAD = """\
 # What the GPU kernels take
 
-Made by `make kernel-table`, which reads the compiled kernels; no GPU was needed, and nothing here is a speed. A kernel that
-is a template stands for all its variants: a range where they differ, instructions that only some have in brackets. Blocks
-is how many of its blocks one multiprocessor holds at a time by registers, threads and shared memory (static, and as much
-dynamic as a launch asks for at most), beside it in brackets how many it was written for, and occupancy the share of the
-multiprocessor's warps that they are.
+Made by `make kernel-table`, which reads the compiled kernels; no GPU was needed, and nothing here is a speed. A
+kernel that is a template stands for all its variants: a range where they differ, instructions that only some have in
+brackets. Blocks is how many of its blocks one multiprocessor holds at a time by registers, threads and shared memory
+(static, and as much dynamic as a launch asks for at most), beside it in brackets how many it was written for, and
+occupancy the share of the multiprocessor's warps that they are.
 """
 COLUMNS = (
     "kernel",

@@ -6,15 +6,13 @@ import ctypes
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from native_cases import BFLOAT16, DTYPES, FLOAT32, KINDS, SCALED, make_case
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS))
-from test_native import BFLOAT16, DTYPES, FLOAT32, KINDS, SCALED, make_case  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +44,7 @@ def run(emulated: ctypes.CDLL, case, *, offset: int = 0) -> tuple[int, np.ndarra
 
     rows, columns = case.stored.shape
     weight = aligned(case.stored, offset)
-    terms = [
-        None if t is None else aligned(t) for t in (case.column_scale, case.row_term, case.column_term, case.matrix)
-    ]
+    terms = [None if t is None else aligned(t) for t in case.terms]
     values = aligned(np.zeros(rows * (columns // case.group_size) * case.n + 16, case.stored.dtype), offset)
     bitmask = aligned(np.zeros(rows * -(-columns // 8) + 16, np.uint8))
     values[...], bitmask[...] = 77, 0xA5

@@ -17,7 +17,17 @@ from test_nm_linear import assert_product
 from test_obs_prune import FINE, published
 from torch import Tensor
 
-from msp.ops import fisher_diag_, fisher_trace, nm_keep, nm_linear, nm_rank, nm_select, obs_prune
+from msp.ops import (
+    PackedWeight,
+    fisher_diag_,
+    fisher_trace,
+    nm_keep,
+    nm_linear,
+    nm_rank,
+    nm_select,
+    nm_unpack,
+    obs_prune,
+)
 from msp.ops.layouts import to_tiles
 from msp.ops.nm_linear_tiles import nm_linear_tiles
 from msp.ops.nm_spmm import nm_spmm
@@ -100,6 +110,19 @@ def keep(generator, dtype, device, rows, columns, m, n):
         assert torch.equal(outputs[0].cpu(), wanted)
 
     return Prepared(lambda: (nm_keep(weight, ranks, n),), check)
+
+
+def unpacked(generator, dtype, device, rows, columns, pattern):
+    pattern = NMPattern.parse(pattern)
+    weight = by_hand.weights(rows, columns, dtype, generator)
+    kept = by_hand.kept(weight.abs().double().numpy(), pattern.n, pattern.m)
+    packed = PackedWeight(*by_hand.packed(weight, kept), pattern, (rows, columns)).to(device)
+    wanted = weight.masked_fill(~torch.from_numpy(kept), 0.0)
+
+    def check(outputs):
+        assert torch.equal(outputs[0].cpu(), wanted)
+
+    return Prepared(lambda: (nm_unpack(packed, out=torch.full_like(wanted, torch.nan, device=device)),), check)
 
 
 def gradients(generator, dtype, device, sequences, tokens, rows, columns):
@@ -208,6 +231,11 @@ PREPARED = {
     ),
     "nm_keep": Shaped(
         keep, [(1, 4, 4, 2), (17, 132, 4, 1), (5, 40, 8, 0), (33, 16, 16, 15)], [(67, 1032, 8, 2), (130, 4100, 4, 2)]
+    ),
+    "nm_unpack": Shaped(
+        unpacked,
+        [(1, 4, "2:4"), (17, 132, "1:4"), (5, 40, "3:8"), (33, 16, "15:16"), (2, 64, "7:32"), (3, 16, "8:8")],
+        [(67, 1032, "2:8"), (130, 4100, "2:4")],
     ),
     "fisher_diag_": Shaped(
         fisher_diagonal,

@@ -172,7 +172,8 @@ def test_unknown_names_are_usage_errors(make_op):
 
 
 @pytest.mark.parametrize(
-    "op", ["nm_select", "nm_rank", "nm_keep", "nm_linear", "fisher_diag_", "fisher_trace", "obs_prune"]
+    "op",
+    ["nm_select", "nm_rank", "nm_keep", "nm_unpack", "nm_linear", "fisher_diag_", "fisher_trace", "obs_prune"],
 )
 def test_every_op_has_a_reference(op):
     assert available_backends(op)[-1] == "reference"

@@ -42,6 +42,17 @@ def test_packs_bit_by_bit_as_the_format_says(text, dtype):
         assert packed.device == weight.device
 
 
+@pytest.mark.parametrize("text", PATTERNS)
+def test_a_weight_without_rows_or_columns_is_packed_too(text):
+    pattern = NMPattern.parse(text)
+    for rows, columns in ((0, 3 * pattern.m), (2, 0)):
+        weight = torch.empty(rows, columns)
+        packed = PackedWeight.from_mask(weight, weight.bool(), pattern)
+        packed.check()
+        assert packed.values.shape == (rows, columns // pattern.m * pattern.n)
+        assert packed.bitmask.shape == (rows, -(-columns // 8)) and packed.unpack().shape == (rows, columns)
+
+
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_bits_go_there_and_back(data):

@@ -1,0 +1,91 @@
+"""How long linears take to decode a token, as measured: what a budget in time counts in.
+
+As JSON: ``{"tokens": 1, "dtype": "bfloat16", "machine": {...}, "linears": [{"shape": [out, in], "microseconds":
+{"dense": 100.1, "2:8": 40.2, ...}}, ...]}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from msp.errors import MspError, UsageError
+from msp.patterns import NMPattern
+
+Shape = tuple[int, int]
+DENSE = "dense"
+# Rounding every time to this part of the dense model's moves a prediction by less than measuring again does, and sums
+# of so few different ones are quickly brought to meet a budget.
+RESOLUTION = 1_000_000
+
+
+@dataclass(frozen=True)
+class DecodeTable:
+    """Microseconds of a call of a linear on one token.
+
+    Attributes:
+        dtype: of weights and activations, like ``bfloat16``.
+        machine: what was measured on.
+        times: by ``(out, in)`` and pattern; ``dense`` is one of them.
+    """
+
+    dtype: str
+    machine: Mapping[str, Any]
+    times: Mapping[Shape, Mapping[str, float]]
+
+    def nanoseconds(self, shape: Shape, pattern: NMPattern | None) -> int:
+        """Of a linear with ``pattern``, None for dense.
+
+        Raises:
+            UsageError: that was not measured.
+        """
+        name = DENSE if pattern is None or pattern.is_dense else str(pattern)
+        try:
+            return round(1000 * self.times[shape][name])
+        except KeyError:
+            raise UsageError(
+                f"the decode table has no time for {name} at {shape[0]} x {shape[1]}: measure this model with these "
+                "patterns"
+            ) from None
+
+    def rounded(self, shapes: Iterable[Shape]) -> DecodeTable:
+        """Every time as a multiple of what ``RESOLUTION`` is of a model with linears of ``shapes``."""
+        grid = max(1, sum(self.nanoseconds(shape, None) for shape in shapes) // RESOLUTION) / 1000
+        rounded = {
+            shape: {name: round(time / grid) * grid for name, time in times.items()}
+            for shape, times in self.times.items()
+        }
+        return replace(self, times=rounded)
+
+    def to_json(self) -> dict[str, Any]:
+        linears = [{"shape": list(shape), "microseconds": dict(times)} for shape, times in self.times.items()]
+        return {"tokens": 1, "dtype": self.dtype, "machine": dict(self.machine), "linears": linears}
+
+    def save(self, path: Path) -> None:
+        """Write ``path`` in one step, and its folder if need be."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> DecodeTable:
+        """Read what ``save`` wrote; ``MspError`` names the file when it is no decode table."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            times = {
+                (int(entry["shape"][0]), int(entry["shape"][1])): {
+                    str(name): float(time) for name, time in entry["microseconds"].items()
+                }
+                for entry in content["linears"]
+            }
+            table = cls(str(content["dtype"]), dict(content["machine"]), times)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise MspError(f"{path} is not a decode table of msp measure: {error}") from error
+        if not all(0 < time < float("inf") for patterns in times.values() for time in patterns.values()):
+            raise MspError(f"{path}: a time is not a positive number of microseconds")
+        return table

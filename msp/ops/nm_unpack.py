@@ -1,0 +1,77 @@
+"""The dense form of a packed weight, written into memory that is used again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from msp.ops._dispatch import Op, compiled_module
+from msp.ops.packed import VALUE_DTYPES, PackedWeight, unpack
+
+
+def reference(values: Tensor, bitmask: Tensor, n: int, m: int, out: Tensor) -> None:
+    out.copy_(unpack(values, bitmask, out.shape[1]))
+
+
+op = Op("nm_unpack", reference)
+
+
+def _in_one_piece(values: Tensor, bitmask: Tensor, n: int, m: int, out: Tensor) -> bool:
+    """The kernels write ``out`` as it lies in memory."""
+    return out.is_contiguous()
+
+
+@op.backend("triton", supports=_in_one_piece)
+def triton(values: Tensor, bitmask: Tensor, n: int, m: int, out: Tensor) -> None:
+    from msp.triton_kernels import nm_linear as kernels
+
+    kernels.unpack(values.contiguous(), bitmask.contiguous(), out, n=n, group_size=m)
+
+
+@op.backend("cpu", supports=_in_one_piece)
+def cpu(values: Tensor, bitmask: Tensor, n: int, m: int, out: Tensor) -> None:
+    compiled = compiled_module("msp._cpu")
+    assert compiled is not None
+    values, bitmask = values.contiguous(), bitmask.contiguous()
+    pointers = (tensor.data_ptr() for tensor in (values, bitmask, out))
+    compiled.nm_unpack(*pointers, VALUE_DTYPES.index(out.dtype), *out.shape, m, n, torch.get_num_threads())
+
+
+@torch.library.custom_op("msp::nm_unpack_", mutates_args=("out",))
+def nm_unpack_op(values: Tensor, bitmask: Tensor, n: int, m: int, out: Tensor) -> None:
+    op(values, bitmask, n, m, out)
+
+
+@nm_unpack_op.register_fake
+def _(values: Tensor, bitmask: Tensor, n: int, m: int, out: Tensor) -> None:
+    pass
+
+
+def nm_unpack(packed: PackedWeight, *, out: Tensor | None = None) -> Tensor:
+    """The dense ``[R, K]`` weight, zeros where nothing is kept.
+
+    Args:
+        packed: its bitmask is checked once, with the first call.
+        out: where to write, ``[R, K]`` with memory of its own (any strides). What is packed in another dtype or on
+            another device is brought to its; it may be a parameter, whose data is then overwritten.
+
+    Returns:
+        ``out``, or a new contiguous tensor like the values.
+
+    Raises:
+        TypeError: an ``out`` of a dtype that values cannot have.
+        ValueError: an ``out`` of another shape, or a packed weight whose parts do not fit together.
+    """
+    packed.check_once()
+    if out is None:
+        out = packed.values.new_empty(packed.shape)
+    if out.dtype not in VALUE_DTYPES:
+        raise TypeError(f"out is {out.dtype}, but must be float32, float16 or bfloat16")
+    if out.shape != torch.Size(packed.shape):
+        raise ValueError(f"out has shape {list(out.shape)}, but the packed weight has {list(packed.shape)}")
+    if packed.pattern.is_empty or not out.numel():
+        out.detach().zero_()
+        return out
+    values, bitmask = packed.values.detach().to(out.device, out.dtype), packed.bitmask.to(out.device)
+    nm_unpack_op(values, bitmask, packed.pattern.n, packed.pattern.m, out.detach())
+    return out

@@ -1,0 +1,44 @@
+"""Where candidates are run: one place decides it for the search, and for each of its workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from msp.evaluate import DenseReference
+from msp.model import Linear
+from msp.patterns import Unit
+from msp.progress import NoProgress, Progress
+from msp.search.candidates import CandidateModel, LocalRunner, Ranks
+from msp.search.database import PackedLevels
+from msp.search.fitness import Runner
+from msp.task_loss import TaskReference
+
+if TYPE_CHECKING:
+    from msp.search.distributed import Workers
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What candidates are made of and measured on: the dense model, rank codes or a database, units, the reference."""
+
+    model: Any
+    linears: Sequence[Linear]
+    ranks: Mapping[str, Ranks] | Mapping[str, PackedLevels]
+    units: Sequence[Unit]
+    reference: DenseReference | TaskReference
+
+
+@contextmanager
+def open_runner(setting: Setting, workers: Workers | None = None, progress: Progress | None = None) -> Iterator[Runner]:
+    """A runner in this process, or one that hands jobs to ``workers``; the model is dense again afterwards."""
+    if workers is not None:
+        from msp.search.distributed import ray_runner
+
+        with ray_runner(setting, workers, progress or NoProgress()) as runner:
+            yield runner
+    else:
+        with CandidateModel(setting.model, setting.linears, setting.ranks, setting.units) as candidates:
+            yield LocalRunner(candidates, setting.reference)
