@@ -15,9 +15,11 @@ search that is allowed more tokens than before goes on from there.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -30,6 +32,7 @@ from runner import commit
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 WORK = ROOT / "build" / "quality"
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def missing(cells: Sequence[Cell], results: Path, search_tokens: int | None = None) -> list[Cell]:
@@ -46,13 +49,19 @@ def measure_to_file(cell: Cell, made_by: str, results: Path, work: Path, search_
     return row
 
 
+def die_with_parent() -> None:
+    """A worker whose parent was killed would search on beside the next run's, on the same checkpoint."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def run(cells: Sequence[Cell], jobs: int, results: Path, work: Path, search_tokens: int | None = None) -> int:
     """Measure cells in order, ``jobs`` at a time, in processes of one thread; returns how many failed."""
     os.environ["OMP_NUM_THREADS"] = "1"
     results.mkdir(parents=True, exist_ok=True)
     # the code that runs is today's, whatever is committed meanwhile
     made_by, failed = commit(), 0
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), die_with_parent) as pool:
         rows = {pool.submit(measure_to_file, cell, made_by, results, work, search_tokens): cell for cell in cells}
         try:
             for count, done in enumerate(as_completed(rows), start=1):

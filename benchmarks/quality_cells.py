@@ -132,6 +132,11 @@ def pattern_groups() -> list[Cell]:
     return [Cell(group_size=m, unit=unit, compliant=compliant) for m in (8, 4, 16) for unit, compliant in kinds]
 
 
+def compliant_sizes(largest: int) -> list[int]:
+    """Group sizes that a compliant cell mixes: at most two of each stay, so that of 16 alone no quarter could."""
+    return [size for size in (4, 8, 16) if size <= largest]
+
+
 PATTERN_ALLOCATORS = ("uniform", "fisher-rank", OURS)
 
 
@@ -194,6 +199,9 @@ def _pruned(cell: Cell, setting: dict[str, Any], work: Path) -> dict[str, Any]:
     clock = CpuClock(folder / "seconds.txt")
     asked = ("pruner", "group_size", "unit", "seed", "patterns", "window", "search_tokens")
     tokens = ("calibration_tokens", "fitness_tokens", "test_tokens")
+    if cell.compliant:
+        sizes = compliant_sizes(cell.group_size)
+        setting = setting | {"patterns": ",".join(f"{n}:{m}" for m in sizes for n in range(3) if n or m == 4)}
     result = msp.prune(
         SHARED / setting["path"],
         sparsity=1 - cell.density,
@@ -205,7 +213,6 @@ def _pruned(cell: Cell, setting: dict[str, Any], work: Path) -> dict[str, Any]:
         resume=True,
         progress=clock,
         **{name: setting[name] for name in (*asked, *tokens)},
-        **({"compliant": True} if cell.compliant else {}),
     )
     return {
         "kl": result.kl,

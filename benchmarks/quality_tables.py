@@ -22,6 +22,7 @@ from quality_cells import (
     VARIANTS,
     Cell,
     cells_of,
+    compliant_sizes,
     pattern_groups,
     quality_groups,
     read,
@@ -103,7 +104,7 @@ def readme_table(results: Results) -> str:
     body = [[name, sizes[name], *(column[name] for column in columns)] for name in ALLOCATORS]
     for name in REFERENCES:
         row = results.row(Cell(allocator=name))
-        figures = [f"{row['kl']:.4f}", f"{row['perplexity']:.1f}"] if row else [NOTHING, NOTHING]
+        figures = [f"{row['kl']:.3g}", f"{row['perplexity']:.1f}"] if row else [NOTHING, NOTHING]
         body.append([f"*{name}*", f"{row['bytes'] / 1e6:.2f}" if row else "", *figures, "", ""])
     head = ["allocator", "MB"] + [
         f"{PRUNERS[pruner]}: {what}" for pruner in MAIN_PRUNERS for what in ("KL", "perplexity")
@@ -149,7 +150,7 @@ def reference_table(results: Results, model: str) -> str:
     body = []
     for name in REFERENCES:
         row = results.row(Cell(model=model, allocator=name))
-        figures = [f"{row['kl']:.4f}", f"{row['perplexity']:.1f}", megabytes(row["bytes"])] if row else [NOTHING] * 3
+        figures = [f"{row['kl']:.3g}", f"{row['perplexity']:.1f}", megabytes(row["bytes"])] if row else [NOTHING] * 3
         body.append([name, *figures])
     return markdown(["not pruned", "KL", "perplexity", "all weights"], body)
 
@@ -210,7 +211,8 @@ def pattern_table(results: Results) -> str:
         sizes = [row["bytes"] for row in rows[-1].values()]
         unit = group.unit + (", compliant" if group.compliant else "")
         size = megabytes(statistics.fmean(sizes)) if sizes else ""
-        body.append([unit, str(group.group_size), size, *(told(by_seed, "kl", 3) for by_seed in rows)])
+        mixed = compliant_sizes(group.group_size) if group.compliant else [group.group_size]
+        body.append([unit, ", ".join(map(str, mixed)), size, *(told(by_seed, "kl", 3) for by_seed in rows)])
     return markdown(["unit", "M", "packed", *(f"KL: {name}" for name in PATTERN_ALLOCATORS)], body)
 
 
