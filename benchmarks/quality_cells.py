@@ -81,6 +81,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no group moves": {"group_rate": 0.0},
     "no emptied blocks": {"emptied": 0},
     "no screening": {"screened": 1},
+    "neither": {"emptied": 0, "screened": 1},
     "no racing": {"token_shares": (1.0,), "survivors": ()},
 }
 
