@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -45,13 +46,43 @@ class Sums:
         return self
 
 
-class DenseReference:
+class Reference(ABC):
+    """What models are measured against on ``windows``, int64 ``[S, T]``, ``batch_size`` sequences at a time."""
+
+    def __init__(self, windows: torch.Tensor, batch_size: int) -> None:
+        self.windows = windows
+        self.batch_size = batch_size
+
+    @property
+    def batches(self) -> int:
+        return -(-len(self.windows) // self.batch_size)
+
+    def tokens(self, batch: int) -> torch.Tensor:
+        """int64 ``[B, T]``: the windows of a batch."""
+        return self.windows[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    @torch.inference_mode()
+    def sums(self, model: Any, batches: Iterable[int]) -> Sums:
+        """What ``compare`` says of ``model`` on ``batches``, by their numbers, summed."""
+        sums = Sums()
+        for batch in batches:
+            tokens = self.tokens(batch).to(device_of(model))
+            sums += self.compare(batch, model(input_ids=tokens, use_cache=False).logits)
+        return sums
+
+    @abstractmethod
+    def compare(self, batch: int, logits: torch.Tensor) -> Sums:
+        """Of a model that has ``logits [B, T, V]`` for a batch."""
+
+
+class DenseReference(Reference):
     """What the dense model predicts on a token set, kept on the host to measure candidates against.
 
     Args:
         model: the dense causal LM.
         windows: int64 ``[S, T]``; each window predicts its tokens 1 ... T-1.
         batch_size: sequences per forward.
+        logits: ``[B, T, V]`` of the dense model for every batch, where they come from somewhere else.
 
     Attributes:
         quality: the dense model's own perplexity (its KL is 0).
@@ -66,16 +97,16 @@ class DenseReference:
         batch_size: int = 8,
         progress: Progress | None = None,
         label: str = "Dense predictions",
+        logits: Iterable[torch.Tensor] | None = None,
     ) -> None:
-        self.windows = windows
-        self.batch_size = batch_size
+        super().__init__(windows, batch_size)
         # Per batch: probabilities p times a scale, and the sum of p log p.
         self._kept: list[tuple[torch.Tensor, float]] = []
         self._scale = 1.0
         loss, predicted, dtype = 0.0, 0, torch.float32
         batches = torch.split(windows, batch_size)
         with (progress or NoProgress()).stage(label, len(batches)) as advance:
-            for index, (tokens, log_probs) in enumerate(_predictions(model, windows, batch_size)):
+            for index, (tokens, log_probs) in enumerate(_predictions(model, windows, batch_size, logits)):
                 if index == 0:
                     total = windows.shape[0] * (windows.shape[1] - 1) * log_probs.shape[-1] * 4
                     if total > FULL_PRECISION_BYTES:
@@ -87,23 +118,14 @@ class DenseReference:
                 advance(index + 1)
         self.quality = Quality(_perplexity(loss, predicted), 0.0, predicted)
 
-    @property
-    def batches(self) -> int:
-        return len(self._kept)
-
-    @torch.inference_mode()
-    def sums(self, model: Any, batches: Iterable[int]) -> Sums:
-        """Summed loss and KL divergence of ``model`` on ``batches``, by their numbers."""
-        sums = Sums()
-        for batch in batches:
-            probs, plogp = self._kept[batch]
-            tokens = self.windows[batch * self.batch_size : (batch + 1) * self.batch_size].to(device_of(model))
-            log_probs = _log_probs(model, tokens)
-            sums.loss += _loss(log_probs, tokens)
-            sums.divergence += plogp - self._expected(probs, log_probs)
-            sums.predicted += log_probs.shape[0] * log_probs.shape[1]
-            sums.tokens += tokens.numel()
-        return sums
+    def compare(self, batch: int, logits: torch.Tensor) -> Sums:
+        """Summed loss and KL divergence of a model that has ``logits [B, T, V]`` for a batch."""
+        log_probs = _log_probabilities(logits)
+        del logits  # as large; where nobody else holds them, their memory is free for the product below
+        probs, plogp = self._kept[batch]
+        tokens = self.tokens(batch).to(log_probs.device)
+        loss, predicted = _loss(log_probs, tokens), log_probs.shape[0] * log_probs.shape[1]
+        return Sums(loss, plogp - self._expected(probs, log_probs), predicted, tokens.numel())
 
     def _expected(self, probs: torch.Tensor, log_probs: torch.Tensor) -> float:
         """Sum of p times ``log_probs``, which is overwritten."""
@@ -131,18 +153,25 @@ def perplexity(model: Any, windows: torch.Tensor, *, batch_size: int = 8, progre
     return Quality(_perplexity(loss, predicted), math.nan, predicted)
 
 
-def _predictions(model: Any, windows: torch.Tensor, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _predictions(
+    model: Any, windows: torch.Tensor, batch_size: int, logits: Iterable[torch.Tensor] | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield ``(tokens [B, T], fp32 log-probabilities [B, T-1, V])`` batch by batch."""
     device = device_of(model)
-    for tokens in torch.split(windows, batch_size):
+    batches = torch.split(windows, batch_size)
+    if logits is not None:
+        for tokens, predicted in zip(batches, logits, strict=True):
+            yield tokens.to(predicted.device), _log_probabilities(predicted)
+        return
+    for tokens in batches:
         tokens = tokens.to(device)
         with torch.inference_mode():
-            yield tokens, _log_probs(model, tokens)
+            yield tokens, _log_probabilities(model(input_ids=tokens, use_cache=False).logits)
 
 
-def _log_probs(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    return functional.log_softmax(logits.float(), dim=-1)
+def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """fp32 ``[B, T-1, V]``, of what follows each token but the last, from ``logits [B, T, V]``."""
+    return functional.log_softmax(logits[:, :-1].float(), dim=-1)
 
 
 def _loss(log_probs: torch.Tensor, tokens: torch.Tensor) -> float:

@@ -16,8 +16,8 @@ from torch import nn
 
 from msp import __version__
 from msp.decode_table import DENSE, DecodeTable, Shape
-from msp.errors import MspError, UsageError
-from msp.model import DTYPES, find_device, find_structure, make_skeleton, read_config
+from msp.errors import MspError
+from msp.model import DTYPES, check_dtype, find_device, find_structure, make_skeleton, read_config, stored_dtype
 from msp.ops import nm_select
 from msp.ops._dispatch import compiled_module
 from msp.patterns import NMPattern
@@ -93,12 +93,11 @@ def measure(
     """
     rules = PatternRules.parse(group_size, patterns, keep, compliant=compliant)
     place = find_device(device)
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     config = read_config(model)
     if getattr(config, "quantization_config", None) is not None:
         raise MspError(f"{model} is packed or quantised; measure with the dense model")
-    stored = DTYPES[dtype] or getattr(config, "dtype", None) or torch.float32
+    stored = DTYPES[dtype] or stored_dtype(config)
     shapes = [linear.shape for linear in find_structure(make_skeleton(config)).linears]
     table = measure_decode(shapes, rules.patterns, dtype=stored, device=place, progress=progress)
     if output is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,16 @@ class Block:
     name: str
     module: nn.Module
     linears: tuple[Linear, ...]
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Within the context the block's weights are on ``device``."""
+        home = device_of(self.module)
+        self.module.to(device)
+        try:
+            yield
+        finally:
+            self.module.to(home)
 
 
 @dataclass(frozen=True)
@@ -121,8 +132,13 @@ def _is_linear(module: nn.Module) -> bool:
     """
     if type(module) in (nn.Linear, Conv1D):
         return True
-    if not isinstance(module, nn.Linear) or module.weight.is_meta:
+    if not isinstance(module, nn.Linear):
         return False
+    if module.weight.is_meta:
+        try:  # one of the class that has weights to be asked
+            module = type(module)(8, 8, bias=module.bias is not None)
+        except TypeError:
+            return False
     probe = torch.linspace(-1, 1, module.in_features, device=module.weight.device, dtype=module.weight.dtype)
     with torch.no_grad():
         try:
@@ -161,14 +177,9 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str | torch.d
         UsageError: an unknown dtype.
     """
     path = str(source)
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    config = read_config(path)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not _names_causal_lm(config.architectures):
-        raise MspError(f"{path} is a {config.model_type} model, which is not a causal language model")
-    is_packed = getattr(config, "quantization_config", None) is not None
-    stored = getattr(config, "dtype", None) or torch.float32
-    wanted = DTYPES[dtype] or (torch.float32 if torch.device(device).type == "cpu" and not is_packed else stored)
+    check_dtype(dtype)
+    config = read_causal_config(path)
+    wanted = computing_dtype(config, dtype, device)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=wanted, use_safetensors=True, output_loading_info=True
@@ -182,11 +193,34 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str | torch.d
         first, *others = sorted(report["missing_keys"])
         more = f" and {len(others)} more" if others else ""
         raise MspError(f"{path}: weights are missing and would be random: {first}{more}")
+    return LoadedModel(model.to(device).eval(), read_tokenizer(path), path, stored_dtype(config))
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ``UsageError`` for a name that ``load_model`` does not take."""
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+
+
+def stored_dtype(config: Any) -> torch.dtype:
+    """What the weights are on disk, as ``config`` says."""
+    dtype: torch.dtype = getattr(config, "dtype", None) or torch.float32
+    return dtype
+
+
+def computing_dtype(config: Any, dtype: str, device: str | torch.device) -> torch.dtype:
+    """What ``dtype``, as ``load_model`` takes it, comes to."""
+    is_packed = getattr(config, "quantization_config", None) is not None
+    in_fp32 = torch.device(device).type == "cpu" and not is_packed
+    return DTYPES[dtype] or (torch.float32 if in_fp32 else stored_dtype(config))
+
+
+def read_tokenizer(path: str) -> Any:
+    """The tokenizer beside a model, None where there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError):
-        tokenizer = None
-    return LoadedModel(model.to(device).eval(), tokenizer, path, stored)
+        return None
 
 
 def read_config(source: str | Path) -> Any:
@@ -199,14 +233,21 @@ def read_config(source: str | Path) -> Any:
         raise MspError(f"{source} is not a model that transformers can read: {_first_line(error)}") from error
 
 
-def make_skeleton(config: Any) -> nn.Module:
-    """A causal LM with the shapes of ``config`` and no weights."""
+def read_causal_config(source: str | Path) -> Any:
+    """``read_config`` of what must be a causal LM; ``MspError`` for anything else."""
+    config = read_config(source)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not _names_causal_lm(config.architectures):
+        raise MspError(f"{source} is a {config.model_type} model, which is not a causal language model")
+    return config
+
+
+def make_skeleton(config: Any, dtype: torch.dtype | None = None) -> Any:
+    """A causal LM with the shapes of ``config`` and no weights; their dtype is that of ``config`` or another."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise MspError(f"a {config.model_type} model is not a causal language model")
     factory: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        skeleton: nn.Module = factory.from_config(config)
-    return skeleton
+        return factory.from_config(config, **({} if dtype is None else {"dtype": dtype}))
 
 
 def _names_causal_lm(architectures: list[str] | None) -> bool:

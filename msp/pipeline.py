@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,12 @@ import torch
 from msp import __version__
 from msp.allocators import Allocated, Problem, get_allocator
 from msp.checkpoint import check_output, replace_linears, save_packed
-from msp.data import DEFAULT_CALIBRATION, DEFAULT_EVALUATION, TokenSets, make_token_sets, read_windows
-from msp.decode_table import DecodeTable
+from msp.data import DEFAULT_EVALUATION, read_windows
 from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference, Quality, Sums, perplexity
-from msp.measure import measure_decode
-from msp.model import LoadedModel, Structure, check_finite, device_of, find_device, find_structure, load_model
-from msp.patterns import Allocation, parse_sparsity
-from msp.plan import Goal, Plan, make_plan, parse_bytes, parse_time
+from msp.model import find_device, load_model
+from msp.opened import Opened, open_model, tensor_bytes, vocabulary_size, window_of
+from msp.plan import Plan
 from msp.progress import NoProgress, Progress
 from msp.pruners import Pruner, get_pruner
 from msp.recipe import write_allocation
@@ -47,109 +45,6 @@ class _Stopwatch:
             yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-@dataclass
-class _Opened:
-    """A dense model with its structure and where it runs."""
-
-    loaded: LoadedModel
-    structure: Structure
-    device: torch.device
-    decode_table: DecodeTable | None = None
-
-    @property
-    def model(self) -> Any:
-        return self.loaded.model
-
-    def tokens(self, options: PruneOptions, seed: int) -> TokenSets:
-        return make_token_sets(
-            options.calibration or DEFAULT_CALIBRATION,
-            self.loaded.tokenizer,
-            _vocabulary(self.model),
-            evaluate=options.evaluate,
-            window=_window(self.model, options.window),
-            calibration_tokens=options.calibration_tokens,
-            fitness_tokens=options.fitness_tokens,
-            # The perplexity of random tokens says nothing; the divergence from the dense model does.
-            fitness_noise=options.fitness_noise if options.fitness == "kl" else 0.0,
-            test_tokens=options.test_tokens,
-            seed=seed,
-        )
-
-    def plan(self, options: PruneOptions, progress: Progress) -> Plan:
-        return make_plan(self.structure, self._goal(options, progress), options.rules, unit=options.unit)
-
-    def _goal(self, options: PruneOptions, progress: Progress) -> Goal:
-        if options.budget_decode is not None:
-            table = self._measured(options, progress)
-            return Goal(None, nanoseconds=parse_time(options.budget_decode), table=table)
-        if options.budget_bytes is None:
-            return Goal(None if options.sparsity is None else parse_sparsity(options.sparsity))
-        return Goal(None, parse_bytes(options.budget_bytes), self._other_bytes(), self.loaded.stored_dtype)
-
-    def _measured(self, options: PruneOptions, progress: Progress) -> DecodeTable:
-        """The table of ``options``, or one measured now; for a search that resumes, the one it began with."""
-        shapes, dtype = [linear.shape for linear in self.structure.linears], self.loaded.stored_dtype
-        kept = None if options.work_dir is None else options.work_dir / "decode-table.json"
-        file = options.decode_table or (kept if options.resume and kept is not None and kept.exists() else None)
-        if file is not None:
-            self.decode_table = DecodeTable.load(file)
-        if self.decode_table is None:
-            patterns = options.rules.patterns
-            self.decode_table = measure_decode(shapes, patterns, dtype=dtype, device=self.device, progress=progress)
-            if kept is not None:
-                self.decode_table.save(kept)
-        if self.decode_table.dtype != str(dtype).removeprefix("torch."):
-            raise UsageError(f"the decode table is of {self.decode_table.dtype}, but the model is stored in {dtype}")
-        return self.decode_table.rounded(shapes)
-
-    def _other_bytes(self) -> int:
-        """Of the tensors that are no weight of a linear, as stored."""
-        dtype = self.loaded.stored_dtype
-        in_linears = sum(linear.weight.numel() for linear in self.structure.linears) * dtype.itemsize
-        return _tensor_bytes(self.model, dtype) - in_linears
-
-    def bytes_of(self, allocation: Allocation) -> dict[str, int]:
-        """Of all tensors as stored, of the dense model and of one packed to ``allocation``."""
-        goal = Goal(None, 0, self._other_bytes(), self.loaded.stored_dtype)
-        linears = sum(goal.cost(linear.shape, allocation.get(linear.name)) for linear in self.structure.linears)
-        dense = _tensor_bytes(self.model, self.loaded.stored_dtype)
-        return {"dense": dense, "packed": goal.other_bytes + linears}
-
-    def bench(self, plan: Plan, tokens: TokenSets, progress: Progress) -> Workbench:
-        return Workbench(
-            self.model,
-            self.structure,
-            plan,
-            tokens,
-            name=self.loaded.source,
-            stored_dtype=self.loaded.stored_dtype,
-            device=self.device,
-            progress=progress,
-        )
-
-    def test_reference(self, tokens: TokenSets, progress: Progress) -> DenseReference:
-        size = batch_size(self.device, tokens.window)
-        return DenseReference(
-            self.model, tokens.test, batch_size=size, progress=progress, label="Dense test predictions"
-        )
-
-
-def _open(model: Any, options: PruneOptions, tokenizer: Any, progress: Progress) -> _Opened:
-    device = find_device(options.device)
-    if isinstance(model, (str, Path)):
-        with progress.stage("Loading the model"):
-            loaded = load_model(model, dtype=options.dtype, device=device)
-    else:
-        name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-        loaded = LoadedModel(model.eval(), tokenizer, name, next(model.parameters()).dtype)
-        device = device_of(model)
-    if any(isinstance(module, SparseLinear) for module in loaded.model.modules()):
-        raise MspError(f"{loaded.source} is packed already; start from the dense model")
-    structure = find_structure(loaded.model)
-    check_finite(structure.linears)
-    return _Opened(loaded, structure, device)
 
 
 def prune(
@@ -182,7 +77,7 @@ def prune(
     listener = progress or NoProgress()
     clock = _Stopwatch()
     with clock("load"):
-        opened = _open(model, settings, tokenizer, listener)
+        opened = open_model(model, settings, tokenizer, listener)
         plan = opened.plan(settings, listener)
         tokens = opened.tokens(settings, settings.seed)
     pruner = get_pruner(settings.pruner)
@@ -193,7 +88,7 @@ def prune(
         problem = _problem(bench, pruner, settings, settings.seed)
         found = _allocate(problem, settings)
         allocation = problem.allocation(found.levels)
-    dense_bytes = _tensor_bytes(opened.model, opened.loaded.stored_dtype)
+    dense_bytes = tensor_bytes(opened.model, opened.loaded.stored_dtype)
     with ExitStack() as stack:
         with clock("prune"):
             pruned = stack.enter_context(bench.pruned(allocation, pruner))
@@ -205,7 +100,7 @@ def prune(
         if pattern.is_dense:
             note_pattern(opened.model.get_submodule(name), pattern)
     replace_linears(opened.model, packed)
-    bytes_ = {"dense": dense_bytes, "packed": _tensor_bytes(opened.model, opened.loaded.stored_dtype)}
+    bytes_ = {"dense": dense_bytes, "packed": tensor_bytes(opened.model, opened.loaded.stored_dtype)}
     recipe = _recipe(settings, opened, bench, plan, found)
     recipe |= {"perplexity": _both(reference.quality, quality), "kl": quality.kl, "bytes": bytes_}
     recipe |= {"search_fitness": searched}
@@ -274,7 +169,7 @@ def search_all(
         raise UsageError("a search finds an allocation; one that is given leaves nothing to search for")
     listener, clock, first = progress or NoProgress(), _Stopwatch(), settings[0]
     with clock("load"):
-        opened = _open(model, first, tokenizer, listener)
+        opened = open_model(model, first, tokenizer, listener, may_stream=True)
         plans = [opened.plan(each, listener) for each in settings]
         tokens = opened.tokens(first, first.seed)
     bench = opened.bench(plans[0], tokens, listener)
@@ -370,7 +265,7 @@ def compare(
     if not chosen or not methods or not seeds:
         raise UsageError("compare needs at least one allocator, one pruner and one seed")
     listener = progress or NoProgress()
-    opened = _open(model, settings, tokenizer, listener)
+    opened = open_model(model, settings, tokenizer, listener)
     plan = opened.plan(settings, listener)
     rows: list[CompareRow] = []
     reference: DenseReference | None = None
@@ -414,7 +309,7 @@ def sensitivity(
     """The Fisher trace of every linear, on the calibration tokens."""
     settings = _options(0.5, {"fitness_tokens": 0, "test_tokens": 0, **options})
     listener = progress or NoProgress()
-    opened = _open(model, settings, tokenizer, listener)
+    opened = open_model(model, settings, tokenizer, listener)
     tokens = opened.tokens(settings, settings.seed)
     linears = opened.structure.linears
     with listener.stage("Fisher traces", len(tokens.calibration)) as advance:
@@ -444,14 +339,14 @@ def evaluate(
     listener = progress or NoProgress()
     place = find_device(device)
     loaded = load_model(model, dtype=dtype, device=place)
-    length = _window(loaded.model, window)
-    windows = read_windows(evaluate, loaded.tokenizer, _vocabulary(loaded.model), window=length, tokens=test_tokens)
+    length = window_of(loaded.model, window)
+    windows = read_windows(evaluate, loaded.tokenizer, vocabulary_size(loaded.model), window=length, tokens=test_tokens)
     size = batch_size(place, length)
     if reference is None:
         quality = perplexity(loaded.model, windows, batch_size=size, progress=listener)
     else:
         dense = load_model(reference, dtype=dtype, device=place).model
-        if _vocabulary(dense) != _vocabulary(loaded.model):
+        if vocabulary_size(dense) != vocabulary_size(loaded.model):
             raise MspError(f"{reference} has another vocabulary than {model}: their predictions do not compare")
         quality = DenseReference(dense, windows, batch_size=size, progress=listener).measure(
             loaded.model, progress=listener
@@ -469,26 +364,6 @@ def _options(sparsity: float | None, options: dict[str, Any]) -> PruneOptions:
         raise UsageError(str(error).replace("PruneOptions.__init__() ", "")) from error
     settings.check()
     return settings
-
-
-def _vocabulary(model: Any) -> int:
-    return int(model.get_input_embeddings().num_embeddings)
-
-
-def _window(model: Any, window: int | None) -> int:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if window is None:
-        return min(2048, int(context)) if context else 2048
-    if context and window > context:
-        raise UsageError(f"a window of {window} tokens is longer than the model's context of {context}")
-    return window
-
-
-def _tensor_bytes(model: Any, stored: torch.dtype) -> int:
-    """Bytes of all weights and buffers that a checkpoint holds, floats counted in the stored dtype."""
-    tensors = {tensor.data_ptr() or id(tensor): tensor for tensor in model.state_dict().values()}
-    size = torch.empty(0, dtype=stored).element_size()
-    return sum(t.numel() * (size if t.is_floating_point() else t.element_size()) for t in tensors.values())
 
 
 @contextmanager
@@ -510,7 +385,7 @@ def _both(dense: Quality, pruned: Quality) -> dict[str, float]:
     return {"dense": dense.perplexity, "pruned": pruned.perplexity}
 
 
-def _recipe(options: PruneOptions, opened: _Opened, bench: Workbench, plan: Plan, found: Allocated) -> dict[str, Any]:
+def _recipe(options: PruneOptions, opened: Opened, bench: Workbench, plan: Plan, found: Allocated) -> dict[str, Any]:
     names = ["pruner", "seed"] if options.allocation else ["allocator", "pruner", "unit", "seed"]
     versions = {"msp": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
     return {

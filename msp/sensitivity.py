@@ -116,28 +116,36 @@ def _each_sequence(
     The backward starts from the *sum* over tokens of the cross-entropy: the mean's gradients are T
     times smaller and underflow in float16. The factor returned makes up for it.
     """
+    check_windows(windows)
+    sequences, tokens = windows.shape
+    embeddings = _input_embeddings(model)
+    device = next(embeddings.parameters()).device
+    # The caller may be in inference mode, whose tensors no backward accepts.
+    with torch.inference_mode(False), torch.enable_grad(), frozen(model), Tap(embeddings, linears, consume) as tap:
+        for index in range(sequences):
+            window = windows[index : index + 1].clone().to(device)
+            tap.backward(sequence_loss(model(input_ids=window, use_cache=False).logits, window, index))
+            if progress is not None:
+                progress(index + 1, sequences)
+    return 1.0 / (sequences * (tokens - 1) ** 2)
+
+
+def check_windows(windows: Tensor) -> None:
+    """Raise ``UsageError`` for what is no ``[S, T]`` of token ids to predict."""
     if windows.ndim != 2 or windows.is_floating_point() or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise UsageError(
             f"windows must be integer token ids [S, T] with S >= 1 and T >= 2; "
             f"got {windows.dtype} of shape {list(windows.shape)}"
         )
-    sequences, tokens = windows.shape
-    embeddings = _input_embeddings(model)
-    device = next(embeddings.parameters()).device
-    # The caller may be in inference mode, whose tensors no backward accepts.
-    with torch.inference_mode(False), torch.enable_grad(), _frozen(model), _Tap(embeddings, linears, consume) as tap:
-        for index in range(sequences):
-            window = windows[index : index + 1].clone().to(device)
-            logits = model(input_ids=window, use_cache=False).logits
-            targets = window[0, 1:].to(logits.device)
-            loss = functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum")
-            del logits
-            if not torch.isfinite(loss):
-                raise MspError(f"sequence {index}: the loss is {loss.item()}")
-            tap.backward(loss)
-            if progress is not None:
-                progress(index + 1, sequences)
-    return 1.0 / (sequences * (tokens - 1) ** 2)
+
+
+def sequence_loss(logits: Tensor, window: Tensor, index: int) -> Tensor:
+    """The sum over ``window [1, T]`` of the next-token cross-entropy; ``MspError`` names sequence ``index``."""
+    targets = window[0, 1:].to(logits.device)
+    loss = functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum")
+    if not torch.isfinite(loss):
+        raise MspError(f"sequence {index}: the loss is {loss.item()}")
+    return loss
 
 
 def _input_embeddings(model: nn.Module) -> nn.Module:
@@ -149,7 +157,7 @@ def _input_embeddings(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no parameter asking for a gradient; both as before afterwards."""
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
@@ -165,14 +173,16 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-class _Tap:
+class Tap:
     """Sees (x, g) of each linear during a forward and a backward, and passes them on.
+
+    Gradients flow back to the output of ``embeddings``; without them, to what is made ``with_gradient``.
 
     A linear called several times in one forward gets its calls joined along T: its gradient is the
     sum over calls. x and g are let go as soon as the last call's g is there.
     """
 
-    def __init__(self, embeddings: nn.Module, linears: Sequence[Linear], consume: Consume) -> None:
+    def __init__(self, embeddings: nn.Module | None, linears: Sequence[Linear], consume: Consume) -> None:
         self._embeddings = embeddings
         self._linears = linears
         self._consume = consume
@@ -180,9 +190,10 @@ class _Tap:
         self._sources: list[Tensor] = []
         self._calls: dict[str, list[_Call]] = {}
 
-    def __enter__(self) -> _Tap:
-        hook = self._embeddings.register_forward_hook(lambda module, inputs, output: self._with_gradient(output))
-        self._handles.append(hook)
+    def __enter__(self) -> Tap:
+        if self._embeddings is not None:
+            hook = self._embeddings.register_forward_hook(lambda module, inputs, output: self.with_gradient(output))
+            self._handles.append(hook)
         for linear in self._linears:
             self._handles.append(linear.module.register_forward_hook(self._watch(linear)))
         return self
@@ -193,16 +204,21 @@ class _Tap:
         self._calls.clear()
         self._sources.clear()
 
-    def backward(self, loss: Tensor) -> None:
-        """Run the backward from ``loss`` to the embeddings; every linear is consumed when it returns."""
-        torch.autograd.grad(loss, self._sources, allow_unused=True)
+    def backward(self, output: Tensor, gradient: Tensor | None = None) -> Tensor | None:
+        """Run the backward from ``output``, a loss or what has a ``gradient``; all linears are consumed then.
+
+        Returns:
+            The gradient of the first thing that was made ``with_gradient``, the embeddings as a rule.
+        """
+        first, *_ = torch.autograd.grad(output, self._sources, gradient, allow_unused=True)
         # Left over: linears of which one call's output did not reach the loss.
         for linear in self._linears:
             self._finish(linear)
         self._calls.clear()
         self._sources.clear()
+        return first
 
-    def _with_gradient(self, output: Tensor) -> Tensor:
+    def with_gradient(self, output: Tensor) -> Tensor:
         """``output`` as something gradients flow to: a leaf, behind a copy that may be changed in place."""
         source = output.detach().requires_grad_()
         self._sources.append(source)
@@ -212,7 +228,7 @@ class _Tap:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
             if not output.requires_grad:
                 # Its input does not depend on the embeddings (a relative position, say); its loss may.
-                output = self._with_gradient(output)
+                output = self.with_gradient(output)
             elif output._is_view():
                 # Changing a view in place rewrites the graph behind it and would drop the hook below.
                 output = output.clone()

@@ -55,6 +55,8 @@ class PruneOptions:
         workers: processes that a search runs candidates in, through Ray; without it, in this one.
         ray_address: of a Ray cluster to run them on, ``auto`` or ``host:port``; without ``workers`` on all of it.
         work_dir: where a search keeps its checkpoint and its database; ``resume`` goes on from them.
+        stream: the model does not fit in memory: hold one block at a time (``search`` alone, docs/search.md).
+        hidden_bytes: with ``stream``, host memory for hidden states: a number, or a text like ``"4GB"``.
     """
 
     sparsity: float | None
@@ -87,6 +89,8 @@ class PruneOptions:
     ray_address: str | None = None
     work_dir: Path | None = None
     resume: bool = False
+    stream: bool = False
+    hidden_bytes: int | str = "4GB"
 
     def check(self) -> None:
         """Raise ``UsageError`` for anything wrong that can be known without the model."""
@@ -107,11 +111,14 @@ class PruneOptions:
             if self.budget_decode is None:
                 raise UsageError("a decode table goes with budget_decode, the time that it is to meet")
             DecodeTable.load(self.decode_table)
-        _ = self.rules, self.measure, self.search
         get_allocator(self.allocator)
-        get_pruner(self.pruner)
+        pruner = get_pruner(self.pruner)
         if self.candidates not in CANDIDATES:
             raise UsageError(f"candidates {self.candidates!r} is not one of {', '.join(CANDIDATES)}")
+        parse_bytes(self.hidden_bytes)
+        if self.stream:
+            self._check_stream(pruner)
+        _ = self.rules, self.measure, self.search
         if not 0 <= self.fitness_noise < 1:
             raise UsageError(f"fitness noise {self.fitness_noise:g} is outside [0, 1)")
         if self.evaluations is not None and self.evaluations < 1:
@@ -120,6 +127,17 @@ class PruneOptions:
             raise UsageError(f"{self.search_tokens} search tokens: a search needs at least one")
         if self.resume and self.work_dir is None:
             raise UsageError("resume needs work_dir, the folder with the checkpoint of the search")
+
+    def _check_stream(self, pruner: Pruner) -> None:
+        if "fisher" in pruner.needs or self.allocator == "fisher-knapsack":
+            raise UsageError("fisher and fisher-knapsack keep a float32 per weight: they do not go with stream")
+        if self.workers is not None or self.ray_address is not None:
+            raise UsageError("each of the workers holds the whole model: they do not go with stream")
+        if self.database(pruner):
+            raise UsageError(
+                f"stream makes no level database, which candidates of {self.pruner} come from here: "
+                "ask for candidates ranks"
+            )
 
     @property
     def rules(self) -> PatternRules:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from msp.errors import MspError, UsageError
-from msp.evaluate import Sums
-from msp.model import device_of
+from msp.evaluate import Reference, Sums
 
 TaskLoss = Callable[[Tensor, Tensor], Tensor | float]
 """``loss(logits, tokens)``: fp32 ``[B, T, V]`` and int64 ``[B, T]``, on one device, to one number.
@@ -52,30 +50,18 @@ def fitness_name(fitness: str | TaskLoss) -> str:
     return f"{named.__module__}:{named.__qualname__}"
 
 
-class TaskReference:
+class TaskReference(Reference):
     """Measures models by ``loss``, in the place of ``DenseReference``, on ``windows`` int64 ``[S, T]``."""
 
     def __init__(self, windows: Tensor, loss: TaskLoss, *, batch_size: int) -> None:
-        self.windows = windows
+        super().__init__(windows, batch_size)
         self.loss = loss
-        self.batch_size = batch_size
-        self._parts = torch.split(windows, batch_size)
 
-    @property
-    def batches(self) -> int:
-        return len(self._parts)
-
-    @torch.inference_mode()
-    def sums(self, model: Any, batches: Iterable[int]) -> Sums:
-        """Summed loss of ``model`` on ``batches``, by their numbers."""
-        sums = Sums()
-        for batch in batches:
-            tokens = self._parts[batch].to(device_of(model))
-            logits = model(input_ids=tokens, use_cache=False).logits.float()
-            try:
-                sums.loss += float(self.loss(logits, tokens))
-            except Exception as error:
-                raise MspError(f"fitness {fitness_name(self.loss)}: {type(error).__name__}: {error}") from error
-            sums.predicted += tokens[:, 1:].numel()
-            sums.tokens += tokens.numel()
-        return sums
+    def compare(self, batch: int, logits: Tensor) -> Sums:
+        """Summed loss of a model that has ``logits [B, T, V]`` for a batch."""
+        tokens, logits = self.tokens(batch).to(logits.device), logits.float()
+        try:
+            loss = float(self.loss(logits, tokens))
+        except Exception as error:
+            raise MspError(f"fitness {fitness_name(self.loss)}: {type(error).__name__}: {error}") from error
+        return Sums(loss, predicted=tokens[:, 1:].numel(), tokens=tokens.numel())

@@ -7,8 +7,8 @@ import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,18 @@ from msp.allocators import Problem, SearchSettings
 from msp.calibration import stream_statistics
 from msp.data import TokenSets
 from msp.errors import UsageError
-from msp.evaluate import DenseReference
-from msp.model import Structure, device_of
+from msp.evaluate import DenseReference, Reference
+from msp.model import Structure, check_finite, device_of
 from msp.ops import PackedWeight
 from msp.patterns import Allocation
 from msp.plan import Plan
 from msp.progress import Progress
 from msp.pruners import LinearStatistics, Pruner
-from msp.search.candidates import Ranks, forward_in_bf16
+from msp.search.candidates import Candidates, Ranks, forward_in_bf16
 from msp.search.database import LevelDatabase, PackedLevels
+from msp.search.distributed import Workers
 from msp.search.evolution import Fitness
-from msp.search.fitness import TokenFitness
+from msp.search.fitness import Runner, TokenFitness
 from msp.search.runners import Setting, open_runner
 from msp.sensitivity import fisher_diagonals, fisher_traces
 from msp.sparse_linear import SparseLinear
@@ -100,11 +101,12 @@ class Workbench:
     def fisher_traces(self) -> Mapping[str, float]:
         """Fisher trace of every linear; ``traces`` holds them once they were asked for."""
         if self.traces is None:
-            with self.progress.stage("Fisher traces", len(self.tokens.calibration)) as advance:
-                self.traces = fisher_traces(
-                    self.model, self.structure.linears, self.tokens.calibration, progress=advance
-                )
+            self.traces = self._measure_traces()
         return self.traces
+
+    def _measure_traces(self) -> dict[str, float]:
+        with self.progress.stage("Fisher traces", len(self.tokens.calibration)) as advance:
+            return fisher_traces(self.model, self.structure.linears, self.tokens.calibration, progress=advance)
 
     def fisher_diagonals(self) -> Mapping[str, Tensor]:
         if self._diagonals is None:
@@ -119,12 +121,13 @@ class Workbench:
         assert self._norms is not None
         return self._norms
 
-    def dense_ranks(self, pruner: Pruner | None) -> dict[str, Ranks]:
+    def dense_ranks(self, pruner: Pruner | None) -> Mapping[str, Ranks]:
         """Rank codes of every pruned linear, for every M it may have, with the dense model's statistics."""
-        ranks: dict[str, Ranks] = {}
+        ranks: MutableMapping[str, Ranks] = {} if pruner is None else self._room_for_ranks()
         needs = (pruner.needs if pruner else frozenset()) | {"input_sum_squares"}
         norms: dict[str, Tensor] = {}
         for block, statistics in self._stream(needs, sequential=False):
+            check_finite(block.linears)
             for linear in block.linears:
                 entry = statistics[linear.name]
                 assert entry.input_sum_squares is not None
@@ -134,10 +137,17 @@ class Workbench:
                     weight = linear.weight.contiguous()
                     ranks[linear.name] = {
                         size: ops.nm_rank(weight, size, **scoring.kwargs()).to(device_of(self.model))
-                        for size in {pattern.m for pattern in self.unit_of[linear.name].patterns}
+                        for size in self.group_sizes(linear.name)
                     }
         self._norms = norms
         return ranks
+
+    def group_sizes(self, name: str) -> set[int]:
+        """Every M that the linear ``name`` may have."""
+        return {pattern.m for pattern in self.unit_of[name].patterns}
+
+    def _room_for_ranks(self) -> MutableMapping[str, Ranks]:
+        return {}
 
     def levels(self, pruner: Pruner, folder: Path, *, resume: bool = False) -> dict[str, PackedLevels]:
         """Every pruned linear at every level, with the dense model's statistics: from the database in ``folder``.
@@ -179,21 +189,26 @@ class Workbench:
             "pruner": repr(pruner),
         }
 
-    def reference(self, fitness: str | TaskLoss = "kl") -> DenseReference | TaskReference:
+    def reference(self, fitness: str | TaskLoss = "kl") -> Reference:
         """The dense model's predictions on the fitness tokens; or what measures by a loss of the user's there."""
         if not len(self.tokens.fitness):
             raise UsageError("this allocator searches, and there are no fitness tokens to search on")
         if not isinstance(fitness, str):
             return TaskReference(self.tokens.fitness, fitness, batch_size=self._batch_size)
         if self._reference is None:
-            self._reference = DenseReference(
-                self.model,
-                self.tokens.fitness,
-                batch_size=self._batch_size,
-                progress=self.progress,
-                label="Dense predictions",
-            )
+            self._reference = self.predictions(self.tokens.fitness, "Dense predictions")
         return self._reference
+
+    def predictions(self, windows: Tensor, label: str) -> DenseReference:
+        """The dense model's predictions on ``windows [S, T]``."""
+        return DenseReference(self.model, windows, batch_size=self._batch_size, progress=self.progress, label=label)
+
+    def runner(
+        self, candidates: Candidates, reference: Reference, workers: Workers | None = None
+    ) -> AbstractContextManager[Runner]:
+        """Runs candidates on the fitness tokens, here or on ``workers``."""
+        setting = Setting(self.model, self.structure.linears, candidates, self.plan.units, reference)
+        return open_runner(setting, workers, self.progress)
 
     @contextmanager
     def pruned(self, allocation: Allocation, pruner: Pruner) -> Iterator[Any]:
@@ -270,7 +285,7 @@ class WorkbenchEvidence:
         self._search = search
         self._database = database
         self._levels: dict[str, PackedLevels] | None = None
-        self._ranks: dict[str, Ranks] | None = None
+        self._ranks: Mapping[str, Ranks] | None = None
 
     @property
     def identity(self) -> str:
@@ -289,9 +304,11 @@ class WorkbenchEvidence:
         norms = self._bench.input_norms()
         ratios = []
         for block in self._bench.structure.blocks:
-            scores = [
-                linear.weight.float().abs() * norms[linear.name].sqrt().to(linear.weight) for linear in block.linears
-            ]
+            with block.on(device_of(self._bench.model)):
+                scores = [
+                    linear.weight.float().abs() * norms[linear.name].sqrt().to(linear.weight)
+                    for linear in block.linears
+                ]
             count = sum(score.numel() for score in scores)
             mean = sum(float(score.double().sum()) for score in scores) / max(count, 1)
             above = sum(int((score > threshold * mean).sum()) for score in scores)
@@ -303,7 +320,7 @@ class WorkbenchEvidence:
             self._ranks = self._bench.dense_ranks(self._pruner)
         return self._ranks
 
-    def candidates(self) -> Mapping[str, Ranks] | Mapping[str, PackedLevels]:
+    def candidates(self) -> Candidates:
         """What candidates are made from: ranks, or every linear at every level."""
         if not self._database:
             return self.ranks()
@@ -334,10 +351,8 @@ class WorkbenchEvidence:
 
     @contextmanager
     def fitness(self, shares: Sequence[float]) -> Iterator[Fitness]:
-        bench = self._bench
-        reference = bench.reference(self._fitness)
-        setting = Setting(bench.model, bench.structure.linears, self.candidates(), bench.plan.units, reference)
-        with open_runner(setting, self._search.workers, bench.progress) as runner:
+        reference = self._bench.reference(self._fitness)
+        with self._bench.runner(self.candidates(), reference, self._search.workers) as runner:
             yield TokenFitness(runner, measure=fitness_name(self._fitness), shares=shares)
 
 

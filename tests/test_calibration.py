@@ -8,6 +8,7 @@ from families import FAMILIES, build
 from torch import nn
 
 from msp.calibration import BlockStream, gather, stream_statistics
+from msp.gates import GatedModel
 from msp.model import Structure, find_structure
 
 NEEDS = frozenset({"input_sum_squares", "hessian"})
@@ -86,7 +87,8 @@ def drain(iterator: Iterator[None]) -> None:
 def test_blocks_run_in_order_only() -> None:
     model = build("llama").eval()
     structure = find_structure(model)
-    with BlockStream(model, structure, random_windows(model)) as stream:
+    with GatedModel(model, structure) as gates:
+        stream = BlockStream(gates, random_windows(model))
         drain(stream.run(0, advance=False))
         with pytest.raises(AssertionError, match="runs before"):
             drain(stream.run(1, advance=False))

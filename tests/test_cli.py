@@ -14,9 +14,10 @@ from families import VOCABULARY, save, save_text
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-import msp.pipeline
+import msp.opened
 from msp.cli import app
 from msp.data import save_tokens
+from msp.decode_table import DecodeTable
 from msp.patterns import Allocation
 
 VERBS = ("prune", "search", "measure", "compare", "sensitivity", "evaluate", "generate", "info")
@@ -180,6 +181,29 @@ def test_a_budget_in_time(home: Path, llama: Path, text: Path, monkeypatch: pyte
     assert "0.1 of a budget of 0.1 ms, dense 0.28 ms" in " ".join(shown.split())
 
 
+def test_a_streamed_search(home: Path, llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch):
+    """To budgets of every kind, and by a loss of one's own: it finds what a search in memory does."""
+    monkeypatch.chdir(home)
+    (home / "streamed_loss.py").write_text("def third(logits, tokens):\n    return -logits[:, :-1, 3].sum()\n")
+    times = {"dense": 20.0, "0:8": 1.0, "2:8": 6.0, "4:8": 9.0}
+    DecodeTable("float32", {}, dict.fromkeys(_shapes(llama).values(), times)).save(Path("streamed.json"))
+    load = msp.opened.load_model
+    for budget in (
+        ["--sparsity", "0.75,0.5", "--fitness", "streamed_loss:third"],
+        ["--budget-bytes", "50kB"],
+        ["--budget-decode", "100us", "--decode-table", "streamed.json", "--patterns", "0:8,2:8,4:8"],
+    ):
+        search = ["search", llama, *budget, "--evaluations", 16, "--calibration", text, *SMALL, "--json"]
+        expected = one_object(msp_run(*search, "-o", home / "whole"))
+        monkeypatch.setattr(msp.opened, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+        found = one_object(msp_run(*search, "-o", home / "streamed", "--stream", "--hidden-bytes", "100kB"))
+        monkeypatch.setattr(msp.opened, "load_model", load)
+        for timed in ("seconds", "peak_memory"):
+            found.pop(timed, None), expected.pop(timed, None)
+        assert found == expected
+    assert not (home / ".streamed.search").exists()
+
+
 def test_prune_tells_a_reader_what_it_did(home: Path, llama: Path, text: Path):
     out = home / "by-hand"
     shown = msp_run(
@@ -324,6 +348,9 @@ EARLY = [
     (["compare", "M", "--fitness", "accuracy"], 2, "nor module:function"),
     (["search", "M", "-o", "OUT", "--sparsity", "0.5,0.5"], 2, "more than once"),
     (["search", "M", "-o", "OUT", "--sparsity", "0.5", "--budget-bytes", "1MB"], 2, "one of them"),
+    (["search", "M", "-o", "OUT", "--stream", "--pruner", "sparsegpt"], 2, "ask for candidates ranks"),
+    (["search", "M", "-o", "OUT", "--stream", "-s", "0.5,0.6", "--workers", "2"], 2, "do not go with stream"),
+    (["prune", "M", "-o", "OUT", "--stream"], 2, "--stream"),
     (["search", "M", "-o", "OUT", "--sparsity", "half"], 2, "is not a number"),
     (["measure", "M", "-o", "OUT", "--patterns", "3:7"], 2, "4, 8, 16, 32"),
     (["measure", "M", "-o", "OUT", "--device", "abacus"], 2, "abacus"),
@@ -349,7 +376,8 @@ EARLY = [
 def test_wrong_requests_fail_before_the_model_is_loaded(
     arguments: Sequence[str], code: int, message: str, llama: Path, text: Path, tmp_path: Path, monkeypatch
 ):
-    monkeypatch.setattr("msp.pipeline.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    for module in ("msp.opened", "msp.pipeline"):
+        monkeypatch.setattr(f"{module}.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "precious.txt").write_text("x")
     (tmp_path / "empty.txt").touch()

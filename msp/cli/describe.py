@@ -6,14 +6,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Group, RenderableType
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from msp.checkpoint import read_info
 from msp.errors import MspError
 from msp.manifest import QUANT_METHOD
-from msp.model import find_structure, make_skeleton, read_config
+from msp.model import find_structure, make_skeleton, read_config, stored_dtype
 from msp.patterns import GROUP_SIZES
 from msp.report import figures_report, kinds_report, merge_experts, packed_report
 
@@ -50,7 +49,7 @@ def _describe_dense(model: str, config: Any) -> tuple[dict[str, Any], Renderable
     skeleton = make_skeleton(config)
     structure = find_structure(skeleton)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    dtype = getattr(config, "dtype", None) or torch.float32
+    dtype = stored_dtype(config)
     kinds: dict[tuple[str, tuple[int, int]], int] = defaultdict(int)
     for linear in structure.linears:
         kinds[merge_experts(linear.kind), linear.shape] += 1

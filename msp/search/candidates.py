@@ -13,15 +13,16 @@ from torch.nn import functional
 
 from msp import ops
 from msp.allocators.levels import Levels
-from msp.evaluate import DenseReference, Sums
+from msp.evaluate import Reference, Sums
 from msp.model import Linear, device_of
 from msp.patterns import NMPattern, Unit
 from msp.search.database import PackedLevels
 from msp.search.fitness import Job
-from msp.task_loss import TaskReference
 
 Ranks = Mapping[int, Tensor]
 """Of one linear, for every M it may have: uint8 ``[R, K]`` from ``ops.nm_rank``."""
+Candidates = Mapping[str, Ranks] | Mapping[str, PackedLevels]
+"""By linear, what candidates are made from: ranks, or its weights at every level."""
 
 
 class RankedLinear(nn.Module):
@@ -72,7 +73,7 @@ class CandidateModel(AbstractContextManager["CandidateModel"]):
         self,
         model: nn.Module,
         linears: Sequence[Linear],
-        ranks: Mapping[str, Ranks] | Mapping[str, PackedLevels],
+        ranks: Candidates,
         units: Sequence[Unit],
     ) -> None:
         self.model = model
@@ -107,7 +108,7 @@ def forward_in_bf16(model: nn.Module) -> bool:
     return own == torch.float32 and device_of(model).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-def _precision(model: nn.Module) -> AbstractContextManager[Any]:
+def precision(model: nn.Module) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16) if forward_in_bf16(model) else nullcontext()
 
 
@@ -119,7 +120,7 @@ class LocalRunner:
         reference: the dense model's predictions on all fitness tokens, or the user's loss on them.
     """
 
-    def __init__(self, candidates: CandidateModel, reference: DenseReference | TaskReference) -> None:
+    def __init__(self, candidates: CandidateModel, reference: Reference) -> None:
         self._candidates = candidates
         self._reference = reference
 
@@ -132,5 +133,5 @@ class LocalRunner:
 
     def _run(self, job: Job) -> Sums:
         self._candidates.apply(job.levels)
-        with _precision(self._candidates.model):
+        with precision(self._candidates.model):
             return self._reference.sums(self._candidates.model, job.batches)

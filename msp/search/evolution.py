@@ -201,7 +201,7 @@ class Evolution:
         self._end_generation(count=False)
 
     def _without_blocks(self, seeds: Sequence[Key]) -> list[Key]:
-        """The best ``seeds`` with every run of blocks emptied, up to a third of them, and the other blocks raised.
+        """The best ``seeds`` with every run of blocks emptied, up to a quarter of them, and the other blocks raised.
 
         Which blocks a model can do without is what single moves find last: on the way there, a block that is half
         empty is worse than either end.
@@ -209,7 +209,7 @@ class Evolution:
         bases = [key for _, key in self._ranked(seeds, 0)][: self._options.emptied]
         blocks = sorted({unit.block for unit in self._units})
         found = []
-        for length in _run_lengths(len(blocks) // 3):
+        for length in _run_lengths(len(blocks) // 4):
             for start in range(0, len(blocks) - length + 1, max(1, length // 4)):
                 found += [self._without(key, blocks[start : start + length]) for key in bases]
         return list(dict.fromkeys(found))

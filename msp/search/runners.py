@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from msp.evaluate import DenseReference
+from msp.evaluate import Reference
 from msp.model import Linear
 from msp.patterns import Unit
 from msp.progress import NoProgress, Progress
-from msp.search.candidates import CandidateModel, LocalRunner, Ranks
-from msp.search.database import PackedLevels
+from msp.search.candidates import CandidateModel, Candidates, LocalRunner
 from msp.search.fitness import Runner
-from msp.task_loss import TaskReference
 
 if TYPE_CHECKING:
     from msp.search.distributed import Workers
@@ -26,9 +24,9 @@ class Setting:
 
     model: Any
     linears: Sequence[Linear]
-    ranks: Mapping[str, Ranks] | Mapping[str, PackedLevels]
+    ranks: Candidates
     units: Sequence[Unit]
-    reference: DenseReference | TaskReference
+    reference: Reference
 
 
 @contextmanager

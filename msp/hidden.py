@@ -1,0 +1,50 @@
+"""Hidden states that wait for the next block, in host memory up to a bound."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+
+class HiddenStates:
+    """Tensors by key: in memory up to ``limit`` bytes, what comes beyond them in mapped temporary files.
+
+    Attributes:
+        held: bytes in memory now; ``spilled``: bytes in files.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._states: dict[Hashable, tuple[Tensor, bool]] = {}
+        self.held = 0
+        self.spilled = 0
+
+    def put(self, key: Hashable, state: Tensor) -> None:
+        state = state.detach()
+        spills = self.held + state.nbytes > self._limit
+        self._states[key] = (_mapped(state) if spills else state.to("cpu"), spills)
+        self._count(state.nbytes, spills)
+
+    def get(self, key: Hashable) -> Tensor:
+        return self._states[key][0]
+
+    def pop(self, key: Hashable) -> Tensor:
+        state, spilled = self._states.pop(key)
+        self._count(-state.nbytes, spilled)
+        return state
+
+    def _count(self, size: int, spilled: bool) -> None:
+        if spilled:
+            self.spilled += size
+        else:
+            self.held += size
+
+
+def _mapped(tensor: Tensor) -> Tensor:
+    """A copy in a file that has no name any more: it goes with the last reference to the copy."""
+    with tempfile.NamedTemporaryFile(prefix="msp-") as file:
+        mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    return mapped.view(tensor.shape).copy_(tensor)

@@ -1,0 +1,171 @@
+"""A model opened for work: its structure, its token sets, its plan, and where it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msp.data import DEFAULT_CALIBRATION, TokenSets, make_token_sets
+from msp.decode_table import DecodeTable
+from msp.errors import MspError, UsageError
+from msp.evaluate import DenseReference
+from msp.measure import measure_decode
+from msp.model import LoadedModel, Structure, check_finite, device_of, find_device, find_structure, load_model
+from msp.patterns import Allocation, parse_sparsity
+from msp.plan import Goal, Plan, make_plan, parse_bytes, parse_time
+from msp.progress import Progress
+from msp.settings import PruneOptions
+from msp.sparse_linear import SparseLinear
+from msp.stored import load_stored
+from msp.streamed_workbench import StreamedWorkbench, Streaming
+from msp.workbench import Workbench, batch_size
+
+
+@dataclass
+class Opened:
+    """A dense model with its structure and where it runs."""
+
+    loaded: LoadedModel
+    structure: Structure
+    device: torch.device
+    decode_table: DecodeTable | None = None
+    streaming: Streaming | None = None
+
+    @property
+    def model(self) -> Any:
+        return self.loaded.model
+
+    def tokens(self, options: PruneOptions, seed: int) -> TokenSets:
+        return make_token_sets(
+            options.calibration or DEFAULT_CALIBRATION,
+            self.loaded.tokenizer,
+            vocabulary_size(self.model),
+            evaluate=options.evaluate,
+            window=window_of(self.model, options.window),
+            calibration_tokens=options.calibration_tokens,
+            fitness_tokens=options.fitness_tokens,
+            # The perplexity of random tokens says nothing; the divergence from the dense model does.
+            fitness_noise=options.fitness_noise if options.fitness == "kl" else 0.0,
+            test_tokens=options.test_tokens,
+            seed=seed,
+        )
+
+    def plan(self, options: PruneOptions, progress: Progress) -> Plan:
+        return make_plan(self.structure, self._goal(options, progress), options.rules, unit=options.unit)
+
+    def _goal(self, options: PruneOptions, progress: Progress) -> Goal:
+        if options.budget_decode is not None:
+            table = self._measured(options, progress)
+            return Goal(None, nanoseconds=parse_time(options.budget_decode), table=table)
+        if options.budget_bytes is None:
+            return Goal(None if options.sparsity is None else parse_sparsity(options.sparsity))
+        return Goal(None, parse_bytes(options.budget_bytes), self._other_bytes(), self.loaded.stored_dtype)
+
+    def _measured(self, options: PruneOptions, progress: Progress) -> DecodeTable:
+        """The table of ``options``, or one measured now; for a search that resumes, the one it began with."""
+        shapes, dtype = [linear.shape for linear in self.structure.linears], self.loaded.stored_dtype
+        kept = None if options.work_dir is None else options.work_dir / "decode-table.json"
+        file = options.decode_table or (kept if options.resume and kept is not None and kept.exists() else None)
+        if file is not None:
+            self.decode_table = DecodeTable.load(file)
+        if self.decode_table is None:
+            patterns = options.rules.patterns
+            self.decode_table = measure_decode(shapes, patterns, dtype=dtype, device=self.device, progress=progress)
+            if kept is not None:
+                self.decode_table.save(kept)
+        if self.decode_table.dtype != str(dtype).removeprefix("torch."):
+            raise UsageError(f"the decode table is of {self.decode_table.dtype}, but the model is stored in {dtype}")
+        return self.decode_table.rounded(shapes)
+
+    def _other_bytes(self) -> int:
+        """Of the tensors that are no weight of a linear, as stored."""
+        dtype = self.loaded.stored_dtype
+        in_linears = sum(linear.weight.numel() for linear in self.structure.linears) * dtype.itemsize
+        return tensor_bytes(self.model, dtype) - in_linears
+
+    def bytes_of(self, allocation: Allocation) -> dict[str, int]:
+        """Of all tensors as stored, of the dense model and of one packed to ``allocation``."""
+        goal = Goal(None, 0, self._other_bytes(), self.loaded.stored_dtype)
+        linears = sum(goal.cost(linear.shape, allocation.get(linear.name)) for linear in self.structure.linears)
+        dense = tensor_bytes(self.model, self.loaded.stored_dtype)
+        return {"dense": dense, "packed": goal.other_bytes + linears}
+
+    def bench(self, plan: Plan, tokens: TokenSets, progress: Progress) -> Workbench:
+        about: dict[str, Any] = {
+            "name": self.loaded.source,
+            "stored_dtype": self.loaded.stored_dtype,
+            "device": self.device,
+            "progress": progress,
+        }
+        if self.streaming is not None:
+            return StreamedWorkbench(self.model, self.structure, plan, tokens, streaming=self.streaming, **about)
+        return Workbench(self.model, self.structure, plan, tokens, **about)
+
+    def test_reference(self, tokens: TokenSets, progress: Progress) -> DenseReference:
+        size = batch_size(self.device, tokens.window)
+        return DenseReference(
+            self.model, tokens.test, batch_size=size, progress=progress, label="Dense test predictions"
+        )
+
+
+def open_model(
+    model: Any, options: PruneOptions, tokenizer: Any, progress: Progress, *, may_stream: bool = False
+) -> Opened:
+    """Load ``model``, or take the object as it is, and look at what there is to prune.
+
+    Args:
+        model: a directory, a hub id, or a model object, which stays where it is.
+        tokenizer: to go with a model object.
+        may_stream: whether the caller can do with the blocks one at a time.
+
+    Raises:
+        UsageError: a model that is to be streamed and cannot be.
+        MspError: no model, one that is packed already, or weights that are not finite.
+    """
+    device = find_device(options.device)
+    if options.stream:
+        if not may_stream:
+            raise UsageError("only a search can stream a model: this needs it in memory")
+        if not isinstance(model, (str, Path)):
+            raise UsageError("a model that is in memory need not be streamed: stream takes a directory or a hub id")
+        with progress.stage("Loading all but the blocks"):
+            loaded, structure = load_stored(model, dtype=options.dtype, device=device)
+        streaming = Streaming(parse_bytes(options.hidden_bytes), options.work_dir)
+        return Opened(loaded, structure, device, streaming=streaming)
+    if isinstance(model, (str, Path)):
+        with progress.stage("Loading the model"):
+            loaded = load_model(model, dtype=options.dtype, device=device)
+    else:
+        name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+        loaded = LoadedModel(model.eval(), tokenizer, name, next(model.parameters()).dtype)
+        device = device_of(model)
+    if any(isinstance(module, SparseLinear) for module in loaded.model.modules()):
+        raise MspError(f"{loaded.source} is packed already; start from the dense model")
+    structure = find_structure(loaded.model)
+    check_finite(structure.linears)
+    return Opened(loaded, structure, device)
+
+
+def vocabulary_size(model: Any) -> int:
+    """Rows of the input embeddings: no token id may reach it."""
+    return int(model.get_input_embeddings().num_embeddings)
+
+
+def window_of(model: Any, window: int | None) -> int:
+    """Tokens per sequence: ``window``, or the model's context, at most 2048."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window is None:
+        return min(2048, int(context)) if context else 2048
+    if context and window > context:
+        raise UsageError(f"a window of {window} tokens is longer than the model's context of {context}")
+    return window
+
+
+def tensor_bytes(model: Any, stored: torch.dtype) -> int:
+    """Bytes of all weights and buffers that a checkpoint holds, floats counted in the stored dtype."""
+    tensors = {tensor.data_ptr() or id(tensor): tensor for tensor in model.state_dict().values()}
+    size = torch.empty(0, dtype=stored).element_size()
+    return sum(t.numel() * (size if t.is_floating_point() else t.element_size()) for t in tensors.values())

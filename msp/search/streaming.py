@@ -1,0 +1,181 @@
+"""Runs candidates of a model that is not in memory as a whole: every block is loaded once for many of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from msp.evaluate import Reference, Sums
+from msp.gates import GatedModel
+from msp.hidden import HiddenStates
+from msp.model import Block
+from msp.patterns import Unit
+from msp.progress import NoProgress, Progress
+from msp.search.candidates import RankedLinear, Ranks, precision
+from msp.search.fitness import Job, Key
+
+Item = tuple[int, Key]
+"""A batch and the levels of all units, or of those up to some block."""
+
+
+class StoredRanks(MutableMapping[str, Ranks]):
+    """Rank codes in a folder, a file per linear; what is read of them are pages of the mapped file."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._names: set[str] = set()
+
+    def __setitem__(self, name: str, ranks: Ranks) -> None:
+        save_file({str(size): codes.cpu() for size, codes in ranks.items()}, self._file(name))
+        self._names.add(name)
+
+    def __getitem__(self, name: str) -> Ranks:
+        if name not in self._names:
+            raise KeyError(name)
+        return {int(size): codes for size, codes in load_file(self._file(name)).items()}
+
+    def __delitem__(self, name: str) -> None:
+        self._names.remove(name)
+        self._file(name).unlink()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{name}.safetensors"
+
+
+class StreamingRunner:
+    """Runs jobs block by block; candidates that agree up to a block share what comes out of it.
+
+    A candidate on a batch is an item. Items are taken in groups whose hidden states fit into ``hidden_bytes``, one at
+    least; each group loads every block once. At any time there are no more hidden states than items in the group, and
+    the one being computed: a state is let go with the last item that continues from it.
+
+    Args:
+        gates: the model; not entered.
+        ranks: of the linears that units hold.
+        units: in order of depth.
+        reference: what they are measured against on all fitness tokens.
+        hidden_bytes: host memory for hidden states.
+
+    Attributes:
+        loads: how often a block was loaded.
+        peak_bytes: the most that hidden states took.
+    """
+
+    def __init__(
+        self,
+        gates: GatedModel,
+        ranks: Mapping[str, Ranks],
+        units: Sequence[Unit],
+        reference: Reference,
+        *,
+        hidden_bytes: int,
+        progress: Progress | None = None,
+    ) -> None:
+        self._gates = gates
+        self._ranks = ranks
+        self._units = units
+        self._reference = reference
+        self._hidden_bytes = hidden_bytes
+        self._progress = progress or NoProgress()
+        self.loads = 0
+        self.peak_bytes = 0
+
+    @property
+    def batches(self) -> int:
+        return self._reference.batches
+
+    def run(self, jobs: Sequence[Job]) -> list[Sums]:
+        items = sorted({(batch, job.levels) for job in jobs for batch in job.batches})
+        measured: dict[Item, Sums] = {}
+        if items:
+            with torch.inference_mode(), self._gates:
+                for group in self._groups(items):
+                    measured |= self._measure(group)
+        results = []
+        for job in jobs:
+            total = Sums()
+            for batch in job.batches:
+                total += measured[batch, job.levels]
+            results.append(total)
+        return results
+
+    def _groups(self, items: Sequence[Item]) -> list[Sequence[Item]]:
+        size = max(1, self._hidden_bytes // self._gates.embedded(self._reference.tokens(0)).nbytes)
+        return [items[start : start + size] for start in range(0, len(items), size)]
+
+    def _measure(self, group: Sequence[Item]) -> dict[Item, Sums]:
+        hidden, reached = HiddenStates(self._hidden_bytes), 0
+        blocks = self._gates.structure.blocks
+        with self._progress.stage(f"Blocks for {len(group)} candidates x batches", len(blocks)) as advance:
+            for block in blocks:
+                before, reached = reached, sum(unit.block <= block.index for unit in self._units)
+                with self._ranked(block) as ranked, precision(self._gates.model):
+                    self._pass(block, ranked, hidden, sorted({(batch, key[:reached]) for batch, key in group}), before)
+                advance(block.index + 1, held_bytes=hidden.held, loads=self.loads)
+        measured = {}
+        with precision(self._gates.model):
+            for batch, key in group:
+                state = hidden.pop((len(blocks), batch, key))
+                measured[batch, key] = self._reference.compare(
+                    batch, self._gates.logits(self._reference.tokens(batch), state)
+                )
+        return measured
+
+    def _pass(
+        self, block: Block, ranked: Mapping[str, RankedLinear], hidden: HiddenStates, items: Sequence[Item], before: int
+    ) -> None:
+        """Bring ``items``, with levels up to ``block``, behind it from the ``before`` levels that lead up to it."""
+        continued = Counter((batch, key[:before]) for batch, key in items)
+        # By this block's levels first: each of them is put into the linears once.
+        for batch, key in sorted(items, key=lambda item: item[1][before:]):
+            self._apply(ranked, key, before)
+            parent = (block.index, batch, key[:before])
+            entering = hidden.get(parent) if block.index else None
+            output = self._gates.block(block.index, self._reference.tokens(batch), entering)
+            continued[parent[1:]] -= 1
+            if block.index and not continued[parent[1:]]:
+                hidden.pop(parent)
+            hidden.put((block.index + 1, batch, key), output)
+            self.peak_bytes = max(self.peak_bytes, hidden.held + hidden.spilled)
+
+    def _apply(self, ranked: Mapping[str, RankedLinear], key: Key, before: int) -> None:
+        for unit, level in zip(self._units[before : len(key)], key[before:], strict=True):
+            for name in unit.linears:
+                ranked[name].keep(unit.patterns[level])
+
+    @contextmanager
+    def _ranked(self, block: Block) -> Iterator[dict[str, RankedLinear]]:
+        """``block`` on its device with ranked linears in it, by name."""
+        linears = [linear for linear in block.linears if linear.name in self._ranks]
+        with block.on(self._gates.device):
+            self.loads += 1
+            ranked = {
+                linear.name: RankedLinear(linear, _on(self._ranks[linear.name], linear.weight)) for linear in linears
+            }
+            try:
+                for linear in linears:
+                    block.module.set_submodule(linear.kind, ranked[linear.name])
+                yield ranked
+            finally:
+                for linear in linears:
+                    block.module.set_submodule(linear.kind, linear.module)
+                ranked.clear()  # whoever still has the dictionary must not keep a block beside the next one
+
+
+def _on(ranks: Ranks, weight: Tensor) -> Ranks:
+    return {size: codes.to(weight.device) for size, codes in ranks.items()}

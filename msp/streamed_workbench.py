@@ -1,0 +1,99 @@
+"""The workbench of a model that is not in memory as a whole: one block at a time is there."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from msp.errors import MspError, UsageError
+from msp.evaluate import DenseReference, Reference
+from msp.gates import GatedModel
+from msp.pruners import Pruner
+from msp.search.candidates import Candidates, Ranks
+from msp.search.database import PackedLevels
+from msp.search.distributed import Workers
+from msp.search.fitness import Runner
+from msp.search.streaming import StoredRanks, StreamingRunner
+from msp.streamed import streamed_fisher_traces, streamed_logits
+from msp.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """What a streamed model may take.
+
+    Attributes:
+        hidden_bytes: host memory for the hidden states of a search, or of Fisher traces.
+        folder: where rank codes go; None for the system's place for temporary files.
+    """
+
+    hidden_bytes: int
+    folder: Path | None = None
+
+
+class StreamedWorkbench(Workbench):
+    """``Workbench`` without what takes as much memory as the model; arguments and answers are the same."""
+
+    def __init__(self, *args: Any, streaming: Streaming, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._streaming = streaming
+
+    def _measure_traces(self) -> dict[str, float]:
+        return streamed_fisher_traces(
+            self.model,
+            self.structure,
+            self.tokens.calibration,
+            hidden_bytes=self._streaming.hidden_bytes,
+            device=self._device,
+            progress=self.progress,
+        )
+
+    def fisher_diagonals(self) -> Mapping[str, Tensor]:
+        raise UsageError("Fisher diagonals are as large as the model in float32: one that is streamed has none")
+
+    def levels(self, pruner: Pruner, folder: Path, *, resume: bool = False) -> dict[str, PackedLevels]:
+        raise UsageError("a level database is made of a model in memory: one that is streamed has none")
+
+    def _room_for_ranks(self) -> MutableMapping[str, Ranks]:
+        """A folder for rank codes that goes with this workbench; ``MspError`` where they do not fit."""
+        beside = self._streaming.folder
+        folder = Path(tempfile.mkdtemp(prefix="msp-ranks-")) if beside is None else beside / "ranks"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        needed = sum(linear.weight.numel() * len(self.group_sizes(linear.name)) for linear in self.linears)
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise MspError(
+                f"rank codes take {needed:,} bytes on disk, and {folder} has {free:,}: choose another work_dir"
+            )
+        return StoredRanks(folder)
+
+    def predictions(self, windows: Tensor, label: str) -> DenseReference:
+        size = self._batch_size
+        logits = streamed_logits(
+            self.model, self.structure, windows, batch_size=size, device=self._device, progress=self.progress
+        )
+        return DenseReference(self.model, windows, batch_size=size, progress=self.progress, label=label, logits=logits)
+
+    def runner(
+        self, candidates: Candidates, reference: Reference, workers: Workers | None = None
+    ) -> AbstractContextManager[Runner]:
+        assert workers is None, "PruneOptions refuses them"
+        runner = StreamingRunner(
+            GatedModel(self.model, self.structure, self._device),
+            cast(Mapping[str, Ranks], candidates),
+            self.plan.units,
+            reference,
+            hidden_bytes=self._streaming.hidden_bytes,
+            progress=self.progress,
+        )
+        return nullcontext(runner)
