@@ -49,7 +49,7 @@ TESTBEDS = {
         calibration_tokens=32_768,
         fitness_tokens=32_768,
         test_tokens=51_200,
-        search_tokens=4_000_000,
+        search_tokens=2_000_000,
     ),
     "stories260k": Testbed(
         "models/stories260k",
@@ -58,7 +58,7 @@ TESTBEDS = {
         calibration_tokens=16_384,
         fitness_tokens=16_384,
         test_tokens=16_384,
-        search_tokens=4_000_000,
+        search_tokens=2_000_000,
         # the 172 inputs of down_proj are no multiple of 8
         patterns=",".join(f"{n}:{m}" for m in (4, 8) for n in range(m + 1)),
     ),
@@ -79,6 +79,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no FIM seeds": {"seeds": ("ramp", "uniform")},
     "no crossover": {"crossover_rate": 0.0},
     "no group moves": {"group_rate": 0.0},
+    "no emptied blocks": {"emptied": 0},
+    "no screening": {"screened": 1},
+    "neither": {"emptied": 0, "screened": 1},
     "no racing": {"token_shares": (1.0,), "survivors": ()},
 }
 
