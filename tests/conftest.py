@@ -1,9 +1,33 @@
 """Without a GPU, Triton kernels run in Triton's interpreter; it must be asked for before Triton is imported."""
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 from isas import isa as isa
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of random tokens for the models of ``families``."""
+    from families import VOCABULARY
+
+    from msp.data import save_tokens
+
+    path = tmp_path_factory.mktemp("text") / "tokens.safetensors"
+    save_tokens(torch.randint(0, VOCABULARY, (4096,), generator=torch.Generator().manual_seed(7)), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama on disk."""
+    from families import save
+
+    path = tmp_path_factory.mktemp("models") / "llama"
+    save("llama", path)
+    return path

@@ -22,6 +22,8 @@ from msp.ops import PackedWeight, nm_select
 from msp.patterns import NMPattern
 
 VOCABULARY = 96
+# Token sets that a pipeline gets through in a moment.
+SMALL = {"window": 16, "calibration_tokens": 64, "fitness_tokens": 64, "test_tokens": 64, "device": "cpu"}
 CONTEXT = 64
 MIXED = ("2:8", "1:4", "0:8", "8:8", "3:16", "5:32", "4:4", "7:8", "1:16")
 

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import VOCABULARY, build, save
+from families import SMALL, build
 from torch import nn
 
 import msp
 from msp import measure, opened, pipeline
 from msp.allocators.levels import cost, levels_from_densities, repair
-from msp.data import save_tokens
 from msp.decode_table import DecodeTable
 from msp.errors import MspError, UsageError
 from msp.model import find_structure
@@ -25,7 +24,6 @@ from msp.sparse_linear import SparseLinear
 
 STRUCTURE = find_structure(build("llama"))
 SHAPES = [linear.shape for linear in STRUCTURE.linears]
-SMALL = {"window": 16, "calibration_tokens": 64, "fitness_tokens": 64, "test_tokens": 64, "device": "cpu"}
 
 
 def made_up(seed: int, dtype: str = "float32") -> DecodeTable:
@@ -164,20 +162,6 @@ def test_copies_take_no_more_than_overflows_a_cache(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(measure, "_seconds", lambda linears, _: float(counts.append(len(linears)) or 1))
     measure.measure_decode([(16, 32)] * 50, [], dtype=torch.float32, device=torch.device("cpu"))
     assert counts == [math.ceil(10_000 / (16 * 32 * 4))] * measure.ROUNDS
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "tokens.safetensors"
-    save_tokens(torch.randint(0, VOCABULARY, (4096,), generator=torch.Generator().manual_seed(7)), path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "llama"
-    save("llama", path)
-    return path
 
 
 @pytest.mark.parametrize("allocator", ["uniform", "msp"])

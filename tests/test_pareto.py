@@ -4,34 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from families import VOCABULARY, build, save
+from families import SMALL, build
 from PIL import Image
 
 import msp
 from msp import opened, pipeline
 from msp.allocators import uniform
-from msp.data import save_tokens
 from msp.errors import UsageError
 from msp.model import find_structure
 from msp.patterns import Allocation
 from msp.workbench import Workbench
-
-SMALL = {"window": 16, "calibration_tokens": 64, "fitness_tokens": 64, "test_tokens": 64, "device": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "tokens.safetensors"
-    save_tokens(torch.randint(0, VOCABULARY, (4096,), generator=torch.Generator().manual_seed(7)), path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "llama"
-    save("llama", path)
-    return path
 
 
 def test_every_budget_is_searched_for_on_shared_evidence(

@@ -5,35 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, build, save, tokens
+from families import FAMILIES, SMALL, build, save, tokens
 from transformers import AutoModelForCausalLM
 
 import msp
 from msp import pipeline
 from msp.allocators import allocator_names
-from msp.data import save_tokens
 from msp.errors import MspError, UsageError
 from msp.model import find_structure
 from msp.ops import force_backend
 from msp.patterns import Allocation
 from msp.pruners import pruner_names
 from msp.sparse_linear import SparseLinear
-
-SMALL = {"window": 16, "calibration_tokens": 64, "fitness_tokens": 64, "test_tokens": 64, "device": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "tokens.safetensors"
-    save_tokens(torch.randint(0, VOCABULARY, (4096,), generator=torch.Generator().manual_seed(7)), path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "llama"
-    save("llama", path)
-    return path
 
 
 @pytest.mark.parametrize("family", FAMILIES)

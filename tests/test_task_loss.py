@@ -5,18 +5,16 @@ import pickle
 from pathlib import Path
 
 import pytest
-import torch
-from families import VOCABULARY, build, save, tokens
+from families import SMALL, VOCABULARY, build, tokens
 from torch import Tensor, nn
 
 import msp
 from msp import pipeline
-from msp.data import save_tokens
 from msp.errors import MspError, UsageError
 from msp.evaluate import perplexity
 from msp.task_loss import TaskReference, fitness_name, load_task_loss
 
-SMALL = {"window": 16, "calibration_tokens": 64, "fitness_tokens": 128, "test_tokens": 64, "device": "cpu"}
+OPTIONS = {**SMALL, "fitness_tokens": 128}
 
 
 def next_token(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -46,20 +44,6 @@ class Weighted:
 NOT_CALLABLE = 3
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "tokens.safetensors"
-    save_tokens(torch.randint(0, VOCABULARY, (4096,), generator=torch.Generator().manual_seed(7)), path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "llama"
-    save("llama", path)
-    return path
-
-
 def test_sums_add_up_over_batches() -> None:
     model, windows = build("llama"), tokens(7, 9, seed=1, vocabulary=VOCABULARY)
     reference = TaskReference(windows, next_token, batch_size=3)
@@ -74,7 +58,7 @@ def test_sums_add_up_over_batches() -> None:
 
 @pytest.mark.parametrize("fitness", [next_token, f"{__name__}:next_token"])
 def test_the_loss_of_perplexity_gives_the_search_by_perplexity(fitness, llama: Path, text: str) -> None:
-    options = {"sparsity": 0.6, "calibration": text, "evaluations": 48, **SMALL}
+    options = {"sparsity": 0.6, "calibration": text, "evaluations": 48, **OPTIONS}
     want = pipeline.search(llama, fitness="perplexity", **options)
     found = pipeline.search(llama, fitness=fitness, **options)
     assert found.allocation == want.allocation
@@ -83,14 +67,14 @@ def test_the_loss_of_perplexity_gives_the_search_by_perplexity(fitness, llama: P
 
 
 def test_another_loss_is_minimised(llama: Path, text: str) -> None:
-    options = {"sparsity": 0.6, "calibration": text, "evaluations": 160, **SMALL}
+    options = {"sparsity": 0.6, "calibration": text, "evaluations": 160, **OPTIONS}
     found, other = (pipeline.search(llama, fitness=loss, **options) for loss in (last_token, "perplexity"))
     assert found.allocation != other.allocation
     assert found.history[-1]["best"] < found.history[0]["best"]
 
 
 def test_a_search_with_another_loss_is_another_search(llama: Path, text: str, tmp_path: Path) -> None:
-    options = {"sparsity": 0.6, "calibration": text, "evaluations": 16, "work_dir": tmp_path, **SMALL}
+    options = {"sparsity": 0.6, "calibration": text, "evaluations": 16, "work_dir": tmp_path, **OPTIONS}
     pipeline.search(llama, fitness=next_token, **options)
     pipeline.search(llama, fitness=f"{__name__}:next_token", resume=True, **options)
     with pytest.raises(MspError, match="another search"):
@@ -106,7 +90,7 @@ def test_comparisons_minimise_it_too(llama: Path, text: str) -> None:
         fitness=Weighted(2.0),
         calibration=text,
         evaluations=16,
-        **SMALL,
+        **OPTIONS,
     )
     assert result.settings["fitness"] == f"{__name__}:Weighted"
     assert len(result.rows[0].history) == 2
@@ -114,7 +98,7 @@ def test_comparisons_minimise_it_too(llama: Path, text: str) -> None:
 
 def test_a_loss_that_is_no_number_is_named(llama: Path, text: str) -> None:
     with pytest.raises(MspError, match=r"every_token: .*element"):
-        pipeline.search(llama, sparsity=0.6, fitness=every_token, calibration=text, **SMALL)
+        pipeline.search(llama, sparsity=0.6, fitness=every_token, calibration=text, **OPTIONS)
 
 
 def test_names() -> None:
