@@ -10,9 +10,9 @@ from typing import Any
 from msp.patterns import Allocation
 
 
-@dataclass
-class PruneResult:
-    """A packed model and how it came about.
+@dataclass(kw_only=True)
+class Found:
+    """An allocation and how it was found.
 
     Attributes:
         density: kept share of all linears' weights, those that stay dense included; ``kept`` weights.
@@ -20,15 +20,11 @@ class PruneResult:
             packed model, or the ``nanoseconds`` in which all linears are predicted to decode a token; ``spent`` of it.
             The dense model takes ``dense_cost``.
         allocation: pattern per linear; ``skipped`` says why the others stay as they are.
-        perplexity: of the ``dense`` and the ``pruned`` model on the test tokens; ``kl`` per token, in nats.
         bytes: all weights of the model as stored, ``dense`` and ``packed``.
         seconds: per stage. ``peak_memory``: of the process, in bytes of host memory.
         history: the generations of the search; empty for allocators that do not search.
         sensitivities: Fisher trace per linear where the allocator asked for them.
         recipe: everything needed to make it again, as written to the packed model.
-        model: the packed model, ``tokenizer`` beside it.
-        search_fitness: on the fitness tokens, in nats a token, what the search measured of the ``candidate`` it found,
-            and the same of the model once it is ``pruned`` block by block; None for allocators that do not search.
     """
 
     density: float
@@ -39,17 +35,12 @@ class PruneResult:
     dense_cost: int
     allocation: Allocation
     skipped: dict[str, str]
-    perplexity: dict[str, float]
-    kl: float
     bytes: dict[str, int]
     seconds: dict[str, float]
     peak_memory: int
     history: list[dict[str, Any]]
     sensitivities: dict[str, float] | None
     recipe: dict[str, Any]
-    model: Any
-    tokenizer: Any
-    search_fitness: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The result as plain JSON values, without the model."""
@@ -57,32 +48,32 @@ class PruneResult:
         return plain | {"allocation": self.allocation.to_strings()}
 
 
-@dataclass
-class SearchResult:
-    """An allocation and how it was found; the fields are those of ``PruneResult``, where nothing was pruned.
+@dataclass(kw_only=True)
+class PruneResult(Found):
+    """A packed model and how it came about.
 
-    ``loss`` is what the search minimised, on all fitness tokens; None if nothing was measured. ``bytes`` are those that
-    packing will give.
+    Attributes:
+        perplexity: of the ``dense`` and the ``pruned`` model on the test tokens; ``kl`` per token, in nats.
+        model: the packed model, ``tokenizer`` beside it.
+        search_fitness: on the fitness tokens, in nats a token, what the search measured of the ``candidate`` it found,
+            and the same of the model once it is ``pruned`` block by block; None for allocators that do not search.
     """
 
-    density: float
-    kept: int
-    budget: int
-    objective: str
-    spent: int
-    dense_cost: int
-    allocation: Allocation
-    skipped: dict[str, str]
-    bytes: dict[str, int]
-    loss: float | None
-    seconds: dict[str, float]
-    peak_memory: int
-    history: list[dict[str, Any]]
-    sensitivities: dict[str, float] | None
-    recipe: dict[str, Any]
+    perplexity: dict[str, float]
+    kl: float
+    model: Any
+    tokenizer: Any
+    search_fitness: dict[str, float] | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        return vars(self) | {"allocation": self.allocation.to_strings()}
+
+@dataclass(kw_only=True)
+class SearchResult(Found):
+    """An allocation with nothing pruned: ``bytes`` are those that packing will give.
+
+    ``loss`` is what the search minimised, on all fitness tokens; None if nothing was measured.
+    """
+
+    loss: float | None
 
 
 @dataclass
