@@ -3,13 +3,15 @@
 As published (MSP, arXiv 2503.11164): individuals are vectors of per-unit levels, the first ones come from the
 Fisher traces, the fittest become parents, single-point crossover and mutation keep the budget. The
 constants are not public; the ones here are this project's. Added to it: candidates are raced (all on
-few tokens, the best on all), and none is measured twice.
+few tokens, the best on all) and none is measured twice; the first population has individuals with blocks emptied, the
+sensitivity of every unit is measured at the best individual, and children are screened by what was measured before.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,10 +25,14 @@ from msp.errors import MspError, UsageError
 from msp.patterns import Budget, Unit
 from msp.search.fitness import Key, key_of
 from msp.search.operators import MUTATIONS, crossover
+from msp.search.sensitivities import Sensitivities, single_moves
 from msp.search.surrogate import Surrogate
 
 # A density so low that the common shift to the budget does not bring it back.
 EMPTY = 1e6
+
+# Sensitivities are measured anew once the best loss is lower by this share than when they were last measured.
+PROGRESS = 0.01
 
 # Generations that no search reaches: something else ends it.
 UNLIMITED = 1_000_000
@@ -63,6 +69,8 @@ class EvolutionOptions:
         crossover_rate: share of the offspring with two parents.
         group_rate: share of the mutations that move a block or a kind of linear together.
         emptied: of so many seeds, the best ones, the first population has descendants with runs of blocks emptied.
+        sensitivities: measure what a level more or less of every unit does to the best individual, whenever that one is
+            much better than the last one measured, and breed a generation from it (``Sensitivities``).
         screened: children bred for each one that is measured; which ones these are is predicted from what was measured
             before (``Surrogate``). 1 measures all.
         resample: every generation races on other tokens of the same number, not always on the first ones.
@@ -78,6 +86,7 @@ class EvolutionOptions:
     crossover_rate: float = 0.5
     group_rate: float = 0.3
     emptied: int = 2
+    sensitivities: bool = True
     screened: int = 16
     resample: bool = False
     tokens: int | None = None
@@ -127,6 +136,9 @@ class _State:
     measured: dict[tuple[int, Key], float] = field(default_factory=dict)
     tokens: int = 0
     history: list[Step] = field(default_factory=list)
+    # Tokens that a candidate takes at the first stage, and the best loss when sensitivities were last measured.
+    first_stage: float = 0.0
+    probed: float = math.inf
 
 
 class Evolution:
@@ -170,6 +182,8 @@ class Evolution:
         self._checkpoint = checkpoint
         self._on_step = on_step
         self._identity = self._fingerprint(identity)
+        # More than a level where levels are fine: M = 16 and 32.
+        self._step = max(1, max(unit.top for unit in units) // 8)
         self._tokens_before = 0
         self._state = _State()
         if resume and checkpoint is not None and checkpoint.exists():
@@ -223,6 +237,8 @@ class Evolution:
     def _offspring(self, rng: np.random.Generator) -> list[Key]:
         """What this generation measures: of the children bred those of the lowest predicted loss, some at random."""
         count = self._options.offspring
+        if found := self._from_sensitivities(rng):
+            return found
         bred = self._breed(rng, count * self._options.screened)
         surrogate = Surrogate(self._units)
         if len(bred) <= count or not surrogate.fit(self._state.measured):
@@ -231,6 +247,24 @@ class Evolution:
         best = count - max(1, count // 8)
         chosen = [*order[:best], *rng.permutation(order[best:])[: count - best]]
         return [bred[index] for index in chosen]
+
+    def _from_sensitivities(self, rng: np.random.Generator) -> list[Key]:
+        """Children of the best individual by its sensitivities, if these are worth measuring and can be afforded."""
+        state = self._state
+        best, base = state.population[0]
+        if not self._options.sensitivities or not best < state.probed * (1 - PROGRESS) or best == math.inf:
+            return []
+        moves = single_moves(base, self._units, self._step)
+        limit = self._options.tokens
+        if limit is not None and state.tokens + len(moves) * state.first_stage > limit:
+            return []
+        state.probed = best
+        losses = dict(zip(moves, self._measure(list(moves.values()), 0), strict=True))
+        (own,) = self._measure([base], 0)
+        effects = {move: loss - own for move, loss in losses.items()}
+        found = Sensitivities(self._units, self._budget, base, effects, self._step)
+        seen = {key for _, key in state.measured}
+        return [key for key in found.children(self._options.offspring, rng) if key not in seen]
 
     def _breed(self, rng: np.random.Generator, count: int) -> list[Key]:
         options = self._options
@@ -245,8 +279,7 @@ class Evolution:
             if len(parents) > 1 and rng.random() < options.crossover_rate:
                 child = crossover(child, parents[int(rng.integers(len(parents)))], rng)
             name = "shift_group" if rng.random() < options.group_rate else "swap"
-            step = max(1, max(unit.top for unit in self._units) // 8)
-            child = MUTATIONS[name](child, self._units, step, rng)
+            child = MUTATIONS[name](child, self._units, self._step, rng)
             key = key_of(repair(child, self._units, self._budget, rng=rng))
             if key not in seen:
                 seen.add(key)
@@ -275,7 +308,10 @@ class Evolution:
         known = self._state.measured
         new = [key for key in keys if (stage, key) not in known]
         draw = self._state.generation if self._options.resample else 0
+        before = self._fitness.tokens
         known |= {(stage, key): loss for key, loss in zip(new, self._fitness(new, stage, draw), strict=True)}
+        if new and stage == 0:
+            self._state.first_stage = (self._fitness.tokens - before) / len(new)
         return [known[stage, key] for key in keys]
 
     def _end_generation(self, *, count: bool = True) -> None:
@@ -309,6 +345,8 @@ class Evolution:
             "population": state.population,
             "measured": [[stage, key, loss] for (stage, key), loss in state.measured.items()],
             "history": [asdict(step) for step in state.history],
+            "first_stage": state.first_stage,
+            "probed": state.probed,
         }
         temporary = path.with_suffix(".tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -326,6 +364,8 @@ class Evolution:
                 {(stage, tuple(key)): loss for stage, key, loss in content["measured"]},
                 content["tokens"],
                 [Step(**step) for step in content["history"]],
+                content["first_stage"],
+                content["probed"],
             )
         except (OSError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, MspError):

@@ -21,7 +21,7 @@ from msp.search.operators import crossover, shift_group, swap
 UNITS = [Unit(f"u{i}", (f"u{i}",), 8 * (3 if i % 3 else 5), 8, i // 3, f"k{i % 3}") for i in range(18)]
 BUDGET = Budget.for_units(UNITS, sum(unit.weights for unit in UNITS) // 4)
 # nothing but the seeds before the first generation
-PLAIN = EvolutionOptions(emptied=0)
+PLAIN = EvolutionOptions(emptied=0, sensitivities=False)
 
 
 class Quadratic:
@@ -54,8 +54,8 @@ def test_the_search_improves_and_keeps_the_budget() -> None:
     levels, history = Evolution(UNITS, BUDGET, start(), fitness, options=EvolutionOptions(generations=60)).run()
     assert BUDGET.is_met(kept_weights(levels, UNITS))
     assert history[-1].best < history[0].best / 2
-    for _, key in fitness.calls:
-        assert BUDGET.is_met(kept_weights(np.array(key), UNITS))
+    for stage, key in fitness.calls:
+        assert stage == 0 or BUDGET.is_met(kept_weights(np.array(key), UNITS))
 
 
 def test_the_best_never_gets_worse() -> None:
@@ -77,6 +77,29 @@ def test_only_survivors_reach_the_last_stage() -> None:
     stages = [stage for stage, _ in fitness.calls]
     assert stages.count(0) == 1 + 160
     assert stages.count(1) == 1 + 40
+
+
+def test_sensitivities_are_measured_at_the_best_and_again_once_it_is_better() -> None:
+    class Watched(Quadratic):
+        def __call__(self, candidates: Sequence[Key], stage: int, draw: int = 0) -> list[float]:
+            if candidates and not any(BUDGET.is_met(kept_weights(np.array(key), UNITS)) for key in candidates):
+                around.append(np.array(candidates))
+            return super().__call__(candidates, stage, draw)
+
+    around: list[Levels] = []
+    _, history = Evolution(UNITS, BUDGET, start(), Watched(), options=EvolutionOptions(generations=30)).run()
+    assert 1 < len(around) <= len({step.best for step in history})
+    for probes in around:
+        base = np.median(probes, axis=0)
+        assert ((probes != base).sum(1) == 1).all() and (abs(probes - base).sum(1) == 1).all()
+        assert len(probes) == 2 * len(UNITS) - (base == 0).sum()
+
+
+def test_sensitivities_that_would_pass_the_limit_are_not_measured() -> None:
+    fitness, options = Quadratic(), EvolutionOptions(emptied=0).limited(tokens=30)
+    Evolution(UNITS, BUDGET, start(), fitness, options=options).run()
+    assert all(BUDGET.is_met(kept_weights(np.array(key), UNITS)) for _, key in fitness.calls)
+    assert fitness.tokens >= 30
 
 
 def test_a_race_may_have_more_stages() -> None:
@@ -154,13 +177,13 @@ def test_a_killed_search_loses_at_most_a_generation(tmp_path: Path) -> None:
                 if self.tokens == 72:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return super().loss(key, stage, draw)
-        options = EvolutionOptions(generations=9, emptied=0)
+        options = EvolutionOptions(generations=9, emptied=0, sensitivities=False)
         Evolution(UNITS, BUDGET, start(), Dying(), options=options, checkpoint=Path({str(path)!r})).run()
         """
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
     assert json.loads(path.read_text())["generation"] == 3
-    options = EvolutionOptions(generations=9, emptied=0)
+    options = EvolutionOptions(generations=9, emptied=0, sensitivities=False)
     resumed = Evolution(UNITS, BUDGET, start(), Quadratic(), options=options, checkpoint=path, resume=True).run()
     whole = Evolution(UNITS, BUDGET, start(), Quadratic(), options=options).run()
     assert (resumed[0] == whole[0]).all()
