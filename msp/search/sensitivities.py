@@ -71,7 +71,7 @@ class Sensitivities:
         return list(found)
 
     def _climb(self, most: int, allowed: NDArray[np.bool_]) -> tuple[Key, int]:
-        """The best set of about ``most`` moves of ``allowed`` units, as many more as pay for its rises, and its size."""
+        """The best set of about ``most`` moves of ``allowed`` units, with what pays for its rises, and its size."""
         rises = [rate for rate in self._rises if allowed[rate[1]]]
         falls = [rate for rate in self._falls if allowed[rate[1]]]
         levels: Levels = np.array(self._base)
