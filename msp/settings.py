@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from msp.patterns import parse_sparsity
 from msp.plan import PatternRules, parse_bytes, parse_time
 from msp.pruners import Pruner, get_pruner
 from msp.recipe import read_rules
+from msp.search.constants import read_constants
 from msp.search.distributed import Workers
 from msp.task_loss import TaskLoss, fitness_name, load_task_loss
 
@@ -47,9 +49,11 @@ class PruneOptions:
             search on clean text alone fits that kind of text (docs/search.md).
         candidates: what a search measures: ``ranks``, linears cut down to what the pruner ranks first; ``database``,
             linears pruned to every level beforehand; ``auto``, the database for pruners that update weights.
-        evaluations: candidates a search may measure; without it the allocator's own number, 970 for ``msp``.
+        evaluations: candidates a search may breed, in whole generations, from its first ones, which do not count; without
+            it the allocator's own number.
         search_tokens: no generation of a search begins once it has forwarded this many tokens; without
             ``evaluations`` it is all that ends the search.
+        search_options: constants of a search in the place of the allocator's own, see ``msp.search.constants``.
         seed: of the token draw and the search.
         dtype, device: as in ``load_model``; ``auto`` takes a GPU where there is one.
         workers: processes that a search runs candidates in, through Ray; without it, in this one.
@@ -82,6 +86,7 @@ class PruneOptions:
     candidates: str = "auto"
     evaluations: int | None = None
     search_tokens: int | None = None
+    search_options: str | Path | Mapping[str, Any] | None = None
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
@@ -167,7 +172,8 @@ class PruneOptions:
         checkpoint = self.work_dir / "search.json" if self.work_dir is not None else None
         asked = self.workers is not None or self.ray_address is not None
         workers = Workers(self.workers, self.ray_address) if asked else None
-        return SearchSettings(self.evaluations, self.search_tokens, checkpoint, self.resume, workers)
+        constants = read_constants(self.search_options)
+        return SearchSettings(self.evaluations, self.search_tokens, checkpoint, self.resume, workers, constants)
 
     @property
     def budget(self) -> dict[str, Any]:

@@ -61,7 +61,8 @@ class Evidence(Protocol):
 class SearchSettings:
     """How long an allocator may search: candidates it measures, tokens it forwards; None leaves its own constants.
 
-    ``checkpoint`` is written once a generation. Without ``workers`` candidates are run in this process.
+    ``checkpoint`` is written once a generation. Without ``workers`` candidates are run in this process. ``constants``
+    are fields of ``EvolutionOptions`` in the place of the allocator's own.
     """
 
     evaluations: int | None = None
@@ -69,6 +70,7 @@ class SearchSettings:
     checkpoint: Path | None = None
     resume: bool = False
     workers: Workers | None = None
+    constants: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

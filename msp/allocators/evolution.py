@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from msp.allocators.base import Allocated, Allocator, Problem, register_allocator
@@ -17,6 +17,8 @@ from msp.search.evolution import UNLIMITED, Evolution, EvolutionOptions, Step
 def search(problem: Problem, seeds: Sequence[Levels], options: EvolutionOptions) -> Allocated:
     """Run the evolution from ``seeds`` and report its generations to ``problem.progress``."""
     settings = problem.search
+    if options.generations:  # without, it only chooses among its seeds
+        options = replace(options, **settings.constants)
     options = options.limited(evaluations=settings.evaluations, tokens=settings.tokens)
     total = options.generations if options.generations < UNLIMITED else None
     with problem.evidence.fitness(options.token_shares) as fitness, problem.progress.stage("Search", total) as tell:

@@ -164,7 +164,9 @@ TestTokens = Annotated[
 Evaluations = Annotated[
     int | None,
     typer.Option(
-        metavar="COUNT", help="Candidates the search may measure: more is slower and better.", rich_help_panel=COST
+        metavar="COUNT",
+        help="Candidates the search may breed from its first ones: more is slower and better.",
+        rich_help_panel=COST,
     ),
 ]
 SearchTokens = Annotated[
@@ -173,6 +175,15 @@ SearchTokens = Annotated[
         metavar="TOKENS",
         help="Tokens the search may forward, counted over all candidates: what two searches can be compared at. "
         "Without --evaluations it alone ends the search.",
+        rich_help_panel=COST,
+    ),
+]
+SearchOptions = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME: VALUE,...",
+        help="Constants of the search in the place of its own, like 'generations: 20, sensitivities: false', or a "
+        "recipe.yaml, to search as that one did; docs/search.md has them.",
         rich_help_panel=COST,
     ),
 ]
@@ -267,6 +278,7 @@ class Searching:
     test_tokens: TestTokens = None
     evaluations: Evaluations = None
     search_tokens: SearchTokens = None
+    search_options: SearchOptions = None
     dtype: Dtype = "auto"
     device: Device = "auto"
     workers: Workers = None

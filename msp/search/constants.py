@@ -1,0 +1,57 @@
+"""Constants of a search as a user gives them: which parts it has and how much each does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from msp.errors import UsageError
+from msp.search.evolution import UNLIMITED, EvolutionOptions
+
+# The limit on the tokens has an option of its own.
+DEFAULTS = {field.name: field.default for field in fields(EvolutionOptions) if field.name != "tokens"}
+
+
+def read_constants(given: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Fields of ``EvolutionOptions`` to change.
+
+    Args:
+        given: the fields; or a text like ``"crossover_rate: 0, survivors: [0.5, 0.5]"``; or the ``recipe.yaml`` of
+            another search, to search as that one did.
+
+    Raises:
+        UsageError: an unknown name, a value of the wrong type, or constants that do not go together.
+    """
+    found = given if isinstance(given, Mapping) else _read(given) if given is not None else {}
+    constants = {name: _checked(name, value) for name, value in found.items()}
+    EvolutionOptions(**constants)
+    return constants
+
+
+def _read(given: str | Path) -> dict[str, Any]:
+    recipe = Path(given).suffix.lower() in (".yaml", ".yml")
+    try:
+        found = yaml.safe_load(Path(given).read_text(encoding="utf-8") if recipe else f"{{{given}}}")
+        if recipe:
+            found = {name: value for name, value in found["made_by"]["search"].items() if name in DEFAULTS}
+            if found["generations"] >= UNLIMITED:  # a limit on its tokens ended that search
+                del found["generations"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"search options: {given} is no recipe of a search, nor NAME: VALUE, ...: {error}") from error
+    return dict(found)
+
+
+def _checked(name: str, value: Any) -> Any:
+    if name not in DEFAULTS:
+        raise UsageError(f"unknown search option {name!r}; known: {', '.join(DEFAULTS)}")
+    default = DEFAULTS[name]
+    if isinstance(default, tuple):
+        if isinstance(value, (list, tuple)) and all(type(entry) in (int, float) for entry in value):
+            return tuple(value)
+    elif type(value) is type(default) or (type(default) is float and type(value) is int):
+        return value
+    raise UsageError(f"search option {name}: {value!r} is not like {default!r}")
