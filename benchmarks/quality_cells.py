@@ -80,8 +80,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no crossover": {"crossover_rate": 0.0},
     "no group moves": {"group_rate": 0.0},
     "no emptied blocks": {"emptied": 0},
+    "no sensitivities": {"sensitivities": False},
     "no screening": {"screened": 1},
-    "neither": {"emptied": 0, "screened": 1},
     "no racing": {"token_shares": (1.0,), "survivors": ()},
 }
 
@@ -113,8 +113,12 @@ class Cell:
         """All that a row depends on; a file made with another setting is measured again."""
         bed = TESTBEDS[self.model]
         limit = (search_tokens or bed.search_tokens) if self.allocator in SEARCHES else None
-        changed = str(VARIANTS.get(self.variant, ""))
-        return {**asdict(self), **asdict(bed), "search_tokens": limit, "changed": changed}
+        setting = {**asdict(self), **asdict(bed), "search_tokens": limit, "changed": ""}
+        if self.allocator == OURS:
+            from msp.search.evolution import EvolutionOptions
+
+            setting["changed"] = str({**asdict(EvolutionOptions()), **VARIANTS.get(self.variant, {})})
+        return setting
 
 
 def quality_groups() -> list[Cell]:

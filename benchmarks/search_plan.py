@@ -21,6 +21,7 @@ from msp.allocators.evolution import EvolutionOptions
 
 GB = 1e9
 VALUE, RANK = 2, 1  # bytes of a weight in bf16, of its rank code
+LINEARS = 7  # of a block
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,11 @@ class Plan:
         return sum(candidates * tokens for candidates, tokens in self.stages)
 
     @property
+    def probes(self) -> int:
+        """Tokens to measure sensitivities once: every linear a level up and down, on the first stage's tokens."""
+        return 2 * LINEARS * self.shape.blocks * self.stages[0][1]
+
+    @property
     def resident(self) -> int:
         """Bytes of weights, ranks, the kept copy that a candidate runs with, embeddings and head."""
         return self.shape.linears * (VALUE + RANK + VALUE) + 2 * self.shape.head * VALUE
@@ -166,7 +172,8 @@ def table(plans: Sequence[Plan]) -> str:
         ("weights in linears", [f"{plan.shape.linears / 1e9:.2f} G" for plan in plans]),
         ("FLOP a token", [f"{plan.shape.flop(plan.window):.3g}" for plan in plans]),
         ("tokens forwarded a generation", [f"{plan.tokens:,}" for plan in plans]),
-        ("tokens forwarded by the search", [f"{plan.tokens * plan.options.generations:,}" for plan in plans]),
+        ("tokens forwarded to measure sensitivities once", [f"{plan.probes:,}" for plan in plans]),
+        ("that is, in generations", [f"{plan.probes / plan.tokens:.1f}" for plan in plans]),
         ("weights, ranks and kept copy", [gb(plan.resident) for plan in plans]),
         ("of that on the device", [f"a block, {gb(plan.block)}" if plan.streamed else "all" for plan in plans]),
         ("hidden states between blocks, host", [gb(plan.hidden_states) if plan.streamed else "" for plan in plans]),
