@@ -115,7 +115,7 @@ class Cell:
         limit = (search_tokens or bed.search_tokens) if self.allocator in SEARCHES else None
         setting = {**asdict(self), **asdict(bed), "search_tokens": limit, "changed": ""}
         if self.allocator == OURS:
-            from msp.search.evolution import EvolutionOptions
+            from msp.allocators.evolution import EvolutionOptions
 
             setting["changed"] = str({**asdict(EvolutionOptions()), **VARIANTS.get(self.variant, {})})
         return setting
