@@ -77,7 +77,7 @@ class EvolutionOptions:
         tokens: no generation begins once this many tokens have been forwarded.
     """
 
-    generations: int = 60
+    generations: int = 30
     population: int = 12
     parents: int = 6
     offspring: int = 16
