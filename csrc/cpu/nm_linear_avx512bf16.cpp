@@ -24,7 +24,8 @@ struct Pairs {
 
 }  // namespace
 
-const LinearPath kLinearAvx512Bf16{Pairs::kTokens, batch_bytes<Pairs>, prepare_as<Pairs, uint16_t>,
-                                   rows_of<Pairs>, unpack_rows};
+const LinearPath kLinearAvx512Bf16{
+    Pairs::kTokens, kTokensInCache, 0, batch_bytes<Pairs>, prepare_as<Pairs, uint16_t>,
+    rows_of<Pairs>, unpack_rows};
 
 }  // namespace msp
