@@ -8,6 +8,7 @@ namespace {
 struct Pairs {
     using X = uint16_t;
     static constexpr int kBytes = 2;
+    static constexpr int64_t kAhead = 4096;
     static constexpr int kRows = 3;
     static constexpr int kTokens = 8;
     using Chunk = __m512i;

@@ -187,7 +187,7 @@ void panel(const NmLinear& op, const uint8_t* x, Work& work, int64_t begin, int6
             next.rows = rows - row < most ? rows - row : most;
             next.values = static_cast<const uint8_t*>(weight.values) + (begin + row) * next.value_bytes;
             next.bits = weight.bitmask + (begin + row) * next.mask_bytes;
-            next.to = work.weights[row];
+            next.to = work.weights[0] + row * kBlockBytes;
         };
         for (int64_t tile = 0; tile < tokens.tiles; ++tile) {
             const uint8_t* of_tile = x + tokens.offset(tile) + block * tokens.chunk_bytes(tile);
