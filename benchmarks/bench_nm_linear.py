@@ -76,9 +76,15 @@ def test_one_token(benchmark, dense, pattern: str) -> None:
     compare(benchmark, dense, pattern, 1)
 
 
-@pytest.mark.parametrize("tokens", [2, 4, 8, 16, 32, 128, 512, 1024])
+@pytest.mark.parametrize("tokens", [2, 4, 8, 16, 17, 32, 48, 64, 65, 128, 256, 512, 1024])
 def test_tokens_2_8(benchmark, dense, tokens: int) -> None:
     compare(benchmark, dense, "2:8", tokens)
+
+
+@pytest.mark.parametrize("tokens", [17, 64, 128, 512, 1024])
+@pytest.mark.parametrize("pattern", ["4:8", "2:4"])
+def test_tokens(benchmark, dense, pattern: str, tokens: int) -> None:
+    compare(benchmark, dense, pattern, tokens)
 
 
 @pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "scalar"])

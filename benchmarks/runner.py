@@ -15,6 +15,7 @@ import argparse
 import ctypes
 import datetime
 import functools
+import itertools
 import json
 import os
 import platform
@@ -55,7 +56,8 @@ def measure(
         benchmark: pytest-benchmark's fixture; its own statistics are of ``ours``.
         ours, peers: calls without arguments; inputs should rotate through more memory than the caches hold.
         error: of ours against a better computation; a speed is refused where it is above ``bound``.
-        moved: bytes that must move, for GB/s and the share of the measured read bandwidth.
+        moved: bytes that must move, for GB/s and the share of the read bandwidth, which is measured in turn too: what
+            else runs on the host halves it at times.
         flops: operations, for GFLOP/s.
         seconds: about how long the slowest call is repeated.
     """
@@ -67,6 +69,8 @@ def measure(
     slowest = max(seconds_of(call) for call in calls.values())
     counted = TURN if slowest < seconds / TURN else 1
     turns = max(2, min(12, int(seconds / slowest / counted)))
+    if moved is not None:
+        calls["read"], bytes_read = reader()
     samplers = {name: functools.partial(seconds_of, call) for name, call in calls.items()}
     times = take_turns(samplers, turns, counted=counted, uncounted=1)
     benchmark.pedantic(ours, rounds=counted, iterations=1)
@@ -75,7 +79,7 @@ def measure(
     row["ratio"] = {name: medians[name] / medians["ours"] for name in peers}
     if moved is not None:
         row["gb_per_second"] = moved / medians["ours"] / 1e9
-        row["of_read_bandwidth"] = row["gb_per_second"] / read_bandwidth()
+        row["of_read_bandwidth"] = row["gb_per_second"] / (bytes_read / medians["read"] / 1e9)
     if flops is not None:
         row["gflop_per_second"] = flops / medians["ours"] / 1e9
     benchmark.extra_info.update(row)
@@ -115,23 +119,34 @@ def native_peers() -> ctypes.CDLL:
 
 
 @functools.cache
-def read_bandwidth() -> float:
-    """GB/s at which torch's number of threads reads memory that is in no cache.
+def reader() -> tuple[Call, int]:
+    """A call that reads the next part of 1 GiB on torch's number of threads, and the bytes of a part.
 
-    The median over the parts of 1 GiB, each as large as a weight and so as quickly read: a machine that stands
-    still for some milliseconds now and then would otherwise slow every read of this down, but few of the others.
+    A part is as large as a weight and so as quickly read.
     """
     import torch
 
-    words = torch.randint(1 << 62, (1 << 27,))
-    parts = words.split(1 << 22)
+    parts = torch.randint(1 << 62, (1 << 27,)).split(1 << 22)
+    turns = itertools.cycle(parts)
 
-    def read(part: torch.Tensor) -> None:
+    def read() -> None:
+        part = next(turns)
         pointer, count = ctypes.c_void_p(part.data_ptr()), ctypes.c_int64(part.numel())
         native_peers().read_words(pointer, count, torch.get_num_threads())
 
-    times = [seconds_of(functools.partial(read, part)) for _ in range(4) for part in parts]
-    return parts[0].nbytes / statistics.median(times[len(parts) :]) / 1e9
+    return read, parts[0].nbytes
+
+
+@functools.cache
+def read_bandwidth() -> float:
+    """GB/s at which torch's number of threads reads memory that is in no cache.
+
+    The median over parts: a machine that stands still for some milliseconds now and then would otherwise slow every
+    read down, but few of the others.
+    """
+    read, bytes_read = reader()
+    times = [seconds_of(read) for _ in range(128)]
+    return bytes_read / statistics.median(times[32:]) / 1e9
 
 
 def products_from_registers(count: int) -> Call | None:
@@ -169,6 +184,7 @@ def machine() -> dict[str, Any]:
         "processor": processor(),
         "isa": _cpu.isa(),
         "threads": torch.get_num_threads(),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "read_gb_per_second": read_bandwidth(),
         "versions": {"msp": msp.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }

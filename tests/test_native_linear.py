@@ -48,3 +48,31 @@ def test_rows_longer_than_the_tokens_in_cache(isa: str, columns: int, dtype: int
         x = stored(draw(rng, tokens, columns), dtype)
         bias = stored(draw(rng, 20), dtype) if tokens % 2 else None
         assert_product(case.run_linear(x, bias), x, case, bias)
+
+
+# vectors of tokens and the few behind them; tiles, of four vectors; and bands, of 512 tokens
+MANY_TOKENS = [41, 48, 49, 52, 53, 63, 64, 65, 68, 80, 84, 100, 129, 192, 211, 512, 513, 530]
+
+
+@pytest.mark.parametrize("isa", ["avx512bf16"], indirect=True)
+@pytest.mark.parametrize("group_size", [4, 8, 16, 32])
+def test_many_tokens_at_every_level(isa: str, group_size: int) -> None:
+    rng = np.random.default_rng([5, group_size])
+    for n in range(group_size + 1):
+        # less than a vector of rows, parts of a tile of them, a panel of 48 and more
+        rows = int(rng.choice([1, 5, 6, 7, 12, 13, 31, 47, 48, 49, 97]))
+        columns = int(rng.choice([1, 2, 7, 33, 65])) * group_size
+        case = make_case(rng, rows, columns, group_size, n)
+        for tokens in rng.choice(MANY_TOKENS, 3, replace=False):
+            x = stored(draw(rng, tokens, columns), BFLOAT16)
+            bias = stored(draw(rng, rows), BFLOAT16) if n % 2 else None
+            assert_product(case.run_linear(x, bias), x, case, bias)
+
+
+@pytest.mark.parametrize("isa", ["avx512bf16"], indirect=True)
+@pytest.mark.parametrize("tokens", MANY_TOKENS)
+def test_every_number_of_many_tokens(isa: str, tokens: int) -> None:
+    rng = np.random.default_rng([6, tokens])
+    case = make_case(rng, 53, 552, 8, 3)
+    x, bias = (stored(draw(rng, *shape), BFLOAT16) for shape in ((tokens, 552), (53,)))
+    assert_product(case.run_linear(x, bias), x, case, bias)

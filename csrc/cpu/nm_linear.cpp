@@ -11,12 +11,17 @@ namespace {
 // One token leaves most of a tile empty.
 [[maybe_unused]] constexpr int64_t kTokensForTiles = 2;
 
+// From so many tokens on, those that are lanes of a vector beat columns that are.
+[[maybe_unused]] constexpr int64_t kManyTokens = 41;
+
 const LinearPath& path(Isa isa, int64_t tokens, Dtype dtype) {
 #if defined(MSP_X86)
     if (dtype == Dtype::kBFloat16) {
         if (isa >= Isa::kAmx && tokens >= kTokensForTiles) return kLinearAmx;
         // where there are tiles, the processor is one whose bf16 products are slower than shift and FMA
-        if (isa == Isa::kAvx512Bf16) return kLinearAvx512Bf16;
+        if (isa == Isa::kAvx512Bf16) {
+            return tokens < kManyTokens ? kLinearAvx512Bf16 : kLinearManyAvx512Bf16;
+        }
     }
     if (isa >= Isa::kAvx512) return kLinearAvx512;
     if (isa >= Isa::kAvx2) return kLinearAvx2;
@@ -117,14 +122,15 @@ void scalar_unpack(const Packed& weight, void* dense, int64_t begin, int64_t end
 
 }  // namespace
 
-const LinearPath kLinearScalar{1, scalar_batch_bytes, scalar_prepare, scalar_rows, scalar_unpack};
+const LinearPath kLinearScalar{1,           kTokensInCache, 0, scalar_batch_bytes, scalar_prepare,
+                               scalar_rows, scalar_unpack};
 
 void nm_linear(const NmLinear& op, Isa isa, int threads) {
     const LinearPath& with = path(isa, op.tokens, op.weight.dtype);
     const int64_t bytes = dtype_bytes(op.weight.dtype);
-    for (int64_t token = 0; token < op.tokens; token += kTokensInCache) {
+    for (int64_t token = 0; token < op.tokens; token += with.most_tokens) {
         NmLinear part = op;
-        part.tokens = std::min(kTokensInCache, op.tokens - token);
+        part.tokens = std::min(with.most_tokens, op.tokens - token);
         part.x = static_cast<const uint8_t*>(op.x) + token * op.weight.columns * bytes;
         part.y = static_cast<uint8_t*>(op.y) + token * op.weight.rows * bytes;
         const void* prepared = part.x;
@@ -141,7 +147,7 @@ void nm_linear(const NmLinear& op, Isa isa, int threads) {
                          });
             prepared = memory;
         }
-        parallel_for(op.weight.rows, grain(op.weight), threads,
+        parallel_for(op.weight.rows, with.range_rows > 0 ? with.range_rows : grain(op.weight), threads,
                      [&](int64_t begin, int64_t end) { with.rows(part, prepared, begin, end); });
     }
 }

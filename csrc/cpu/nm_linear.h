@@ -37,18 +37,20 @@ void nm_linear(const NmLinear& op, Isa isa, int threads);
 // dense [rows, columns], in the dtype of the values, zero where no weight is kept.
 void nm_unpack(const Packed& weight, void* dense, Isa isa, int threads);
 
-// Tokens that are taken through the whole weight together: so many stay in the second cache, and the weight,
-// a fraction of its dense size, is read again for the next.
+// Tokens that most paths take through the whole weight together: so many stay in the second cache, and the
+// weight, a fraction of its dense size, is read again for the next.
 constexpr int64_t kTokensInCache = 64;
 
 // What an instruction set brings: how it wants the tokens, and the work on a range of rows.
 struct LinearPath {
-    // How many tokens are prepared together.
+    // How many tokens are prepared together, and how many at most `rows` takes.
     int64_t batch;
+    int64_t most_tokens;
+    // How many rows a range has; 0: as many as are worth a thread's while with one token.
+    int64_t range_rows;
     // Bytes of one prepared batch; 0 where `rows` reads the tokens of `op` as they are.
     int64_t (*batch_bytes)(const NmLinear& op);
     void (*prepare)(const NmLinear& op, int64_t first_token, void* prepared);
-    // At most kTokensInCache tokens at a time.
     void (*rows)(const NmLinear& op, const void* prepared, int64_t begin, int64_t end);
     void (*unpack)(const Packed& weight, void* dense, int64_t begin, int64_t end);
 };
@@ -57,6 +59,7 @@ extern const LinearPath kLinearScalar;
 extern const LinearPath kLinearAvx2;
 extern const LinearPath kLinearAvx512;
 extern const LinearPath kLinearAvx512Bf16;
+extern const LinearPath kLinearManyAvx512Bf16;
 extern const LinearPath kLinearAmx;
 
 MSP_HD uint16_t round_to_bfloat16(float value) {

@@ -182,6 +182,6 @@ void rows(const NmLinear& op, const void* prepared, int64_t begin, int64_t end) 
 
 }  // namespace
 
-const LinearPath kLinearAmx{kTile, batch_bytes, prepare, rows, unpack_rows};
+const LinearPath kLinearAmx{kTile, kTokensInCache, 0, batch_bytes, prepare, rows, unpack_rows};
 
 }  // namespace msp

@@ -218,6 +218,6 @@ void unpack(const Packed& weight, void* dense, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const LinearPath kLinearAvx2{1, batch_bytes, prepare, rows, unpack};
+const LinearPath kLinearAvx2{1, kTokensInCache, 0, batch_bytes, prepare, rows, unpack};
 
 }  // namespace msp

@@ -2,6 +2,8 @@
 // is inlined: no code of a file for one instruction set may serve another.
 #pragma once
 
+#include <type_traits>
+
 #include "expand_avx512.h"
 #include "nm_linear.h"
 
@@ -23,6 +25,9 @@ struct Plain {
     }
 };
 
+// For 1:8 in 16 bits, whose chunks need no expand.
+struct OneOfEight : Plain<16> {};
+
 struct Exact {
     static MSP_HD __m512i load(const uint8_t* from, uint32_t bytes) {
         return _mm512_maskz_loadu_epi8(_bzhi_u64(~0ull, bytes), from);
@@ -30,10 +35,12 @@ struct Exact {
 };
 
 // How a dtype is expanded and multiplied, and the largest tile of rows by tokens whose sums, weights and
-// tokens the registers hold.
+// tokens the registers hold. kAhead: how far ahead values are fetched, since the hardware stops at every 4
+// KiB and starts again too late.
 struct Float32 {
     using X = float;
     static constexpr int kBytes = 4;
+    static constexpr int64_t kAhead = 2048;
     static constexpr int kRows = 4;
     static constexpr int kTokens = 4;
     struct Chunk {
@@ -59,12 +66,19 @@ struct Float32 {
 
 template <class Load>
 MSP_HD __m512i expand_chunk(uint32_t mask, const uint8_t* values) {
+    if constexpr (std::is_same_v<Load, OneOfEight>) {
+        // a group fills a quarter of the vector, and its value may go anywhere in it
+        const __m512i group = _mm512_setr_epi64(0, 0, 0x1000100010001, 0x1000100010001, 0x2000200020002,
+                                                0x2000200020002, 0x3000300030003, 0x3000300030003);
+        return _mm512_maskz_permutexvar_epi16(mask, group, Load::load(values, 0));
+    }
     return expand_words(mask, Load::load(values, _mm_popcnt_u32(mask) * 2));
 }
 
 struct Float16 {
     using X = float;
     static constexpr int kBytes = 2;
+    static constexpr int64_t kAhead = 2048;
     static constexpr int kRows = 4;
     static constexpr int kTokens = 4;
     using Chunk = Float32::Chunk;
@@ -86,6 +100,7 @@ struct Float16 {
 struct BFloat16 {
     using X = float;
     static constexpr int kBytes = 2;
+    static constexpr int64_t kAhead = 2048;
     static constexpr int kRows = 4;
     static constexpr int kTokens = 4;
     using Chunk = Float32::Chunk;
@@ -106,9 +121,6 @@ struct BFloat16 {
         _mm512_storeu_ps(to + 16, both.high);
     }
 };
-
-// How far ahead a stream is fetched: the hardware stops at every 4 KiB, and starts again too late.
-constexpr int64_t kAhead = 2048;
 
 // So much of the tokens stays in the first cache while row after row is multiplied with it.
 constexpr int64_t kTokenBytes = 32 << 10;
@@ -192,11 +204,11 @@ struct RowsOf {
         return F::template expand<Load>(mask, values + row * value_bytes + chunk * step);
     }
 
-    // What lies kAhead behind `count` chunks of the first row.
+    // What lies F::kAhead behind `count` chunks of the first row.
     MSP_HD void fetch_ahead(int64_t chunk, int64_t count) const {
-        const char* ahead = reinterpret_cast<const char*>(values + chunk * step) + kAhead;
+        const char* ahead = reinterpret_cast<const char*>(values + chunk * step) + F::kAhead;
         for (int64_t line = 0; line < count * step; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(bits + 4 * chunk) + kAhead / 4, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(bits + 4 * chunk) + F::kAhead / 4, _MM_HINT_T0);
     }
 
     // A chunk of rows [begin, end): rows walked side by side are no stream to the hardware.
@@ -363,7 +375,9 @@ MSP_HD void choose_loads(const Packed& weight, int64_t begin, int64_t end, const
     int64_t most = weight.chunk_values() * ValueBytes;
     if (ValueBytes == 4 && weight.group_size < 32) most /= 2;
     if (begin < plain_end) {
-        if (most <= 16) {
+        if (ValueBytes == 2 && weight.group_size == 8 && weight.n == 1) {
+            run(OneOfEight(), begin, plain_end);
+        } else if (most <= 16) {
             run(Plain<16>(), begin, plain_end);
         } else if (most <= 32) {
             run(Plain<32>(), begin, plain_end);

@@ -8,6 +8,7 @@ namespace {
 struct Pairs {
     using X = uint16_t;
     static constexpr int kBytes = 2;
+    static constexpr int64_t kAhead = 4096;
     static constexpr int kRows = 3;
     static constexpr int kTokens = 8;
     using Chunk = __m512i;
@@ -24,7 +25,8 @@ struct Pairs {
 
 }  // namespace
 
-const LinearPath kLinearAvx512Bf16{Pairs::kTokens, batch_bytes<Pairs>, prepare_as<Pairs, uint16_t>,
-                                   rows_of<Pairs>, unpack_rows};
+const LinearPath kLinearAvx512Bf16{
+    Pairs::kTokens, kTokensInCache, 0, batch_bytes<Pairs>, prepare_as<Pairs, uint16_t>,
+    rows_of<Pairs>, unpack_rows};
 
 }  // namespace msp

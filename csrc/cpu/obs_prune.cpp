@@ -113,9 +113,10 @@ void obs_prune(const ObsPrune& op, Isa isa, int threads) {
         }
     });
 
-    // Few rows: smaller tiles, so that every thread has one, but none of less than a vector.
+    // Tiles alike, and as many for every thread, but none of less than a vector.
     const int64_t share = (op.rows + std::max(threads, 1) - 1) / std::max(threads, 1);
-    const int64_t rows = std::min(kObsTileRows, (share + 15) / 16 * 16);
+    const int64_t tiles = (share + kObsTileRows - 1) / kObsTileRows;
+    const int64_t rows = (share + 16 * tiles - 1) / (16 * tiles) * 16;
     const ObsFactor factor{entries.get(), offsets.data()};
     parallel_for(op.rows, rows, threads, [&](int64_t begin, int64_t end) {
         // without helpers, parallel_for gives all rows in one range

@@ -24,8 +24,9 @@ void obs_prune(const ObsPrune& op, Isa isa, int threads);
 
 constexpr int kObsBlock = 128;  // columns swept between two updates of those behind
 
-// A thread's share of rows at a time: both a whole number of AVX-512's 16 lanes and of the update's 6 rows.
-constexpr int64_t kObsTileRows = 96;
+// So many rows at most a thread takes at a time, since the factor is read again for the next: both a whole
+// number of AVX-512's 16 lanes and of the update's 6 rows.
+constexpr int64_t kObsTileRows = 288;
 
 // The factor in the order in which every tile reads it: for each block of kObsBlock rows its corner
 // [kObsBlock, kObsBlock], zero below the diagonal, then panels [rows of the block, panel_columns] of what is

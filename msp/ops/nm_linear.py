@@ -12,28 +12,24 @@ from msp.ops._dispatch import Op, compiled_module, define
 from msp.ops.packed import VALUE_DTYPES, PackedWeight, unpack, unpack_bits
 
 # On a CPU, few tokens are multiplied by the packed weight as it lies in memory; with more, the time goes into
-# arithmetic, and a few rows at a time are unpacked for torch's dense product. Measured at 4096 x 4096 (docs/cpu.md).
+# arithmetic, and where torch's is faster than ours a few rows at a time are unpacked for its dense product. Measured at
+# 4096 x 4096 (docs/cpu.md).
 ANY_NUMBER = 1 << 62
 FEW_TOKENS = {
     ("amx", torch.bfloat16): 1024,
     ("amx", torch.float32): 48,
     ("avx512", torch.float32): 48,
-    ("avx512bf16", torch.bfloat16): 64,
+    ("avx512bf16", torch.bfloat16): ANY_NUMBER,
     ("avx512bf16", torch.float16): ANY_NUMBER,
     ("avx512bf16", torch.float32): ANY_NUMBER,
 }
-# Instruction sets stand for processors here: those with this one share 32 MB of cache, but have less of their own.
-UNPACKED_BYTES = {"avx512bf16": 4 << 20}
+# Of how many bytes of dense rows are made at a time for more tokens than that.
+UNPACKED_BYTES = 16 << 20
 
 
 def few_tokens(dtype: torch.dtype, isa: str) -> int:
     """Up to how many tokens the packed weight wins."""
     return FEW_TOKENS.get((isa, dtype), 16)
-
-
-def unpacked_bytes(isa: str) -> int:
-    """Of how many bytes of dense rows are made at a time for more tokens than that."""
-    return UNPACKED_BYTES.get(isa, 16 << 20)
 
 
 def reference(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
@@ -66,8 +62,7 @@ def cpu(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int,
     values, bitmask = values.contiguous(), bitmask.contiguous()
     y = x.new_empty(*x.shape[:-1], rows)
     dtype, threads = VALUE_DTYPES.index(x.dtype), torch.get_num_threads()
-    isa = compiled.isa()
-    if tokens <= few_tokens(x.dtype, isa):
+    if tokens <= few_tokens(x.dtype, compiled.isa()):
         bias = None if bias is None else bias.contiguous()
         compiled.nm_linear(
             x.data_ptr(),
@@ -84,7 +79,7 @@ def cpu(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int,
             threads,
         )
         return y
-    flat, some = x.view(-1, columns), max(1, unpacked_bytes(isa) // (columns * x.element_size()))
+    flat, some = x.view(-1, columns), max(1, UNPACKED_BYTES // (columns * x.element_size()))
     dense = x.new_empty(min(some, rows), columns)
     for start in range(0, rows, some):
         stop = min(start + some, rows)

@@ -96,8 +96,8 @@ CALLED = {
     "nm_rank": Called("nm_rank", scored, lambda w, s: (nm_rank(w, 8, column_scale=s),)),
     "nm_keep": Called("nm_keep", ranked, lambda w, rank: (nm_keep(w, rank, 3),)),
     "nm_linear": Called("nm_linear", multiplied(5), multiply, 2.0**-7),
-    # as many as are multiplied with unpacked rows on every instruction set
-    "nm_unpack": Called("nm_linear", multiplied(1030), multiply, 2.0**-7),
+    # more than any path takes at once; where none is for so many, with unpacked rows
+    "nm_linear_many": Called("nm_linear", multiplied(1030), multiply, 2.0**-7),
     "obs_prune": Called("obs_prune", updated, lambda w, u: parts(obs_prune(w, u, PATTERN)), 1e-4),
     "fisher_diag_": Called("fisher_diag_", gradients, lambda acc, x, g: (fisher_diag_(acc.clone(), x, g),), 1e-4),
     "fisher_trace": Called("fisher_trace", gradients, trace("direct"), 1e-4),

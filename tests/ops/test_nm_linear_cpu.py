@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
 import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from isas import every_linear_path
 
-from msp.ops import PackedWeight, nm_select
+from msp.ops import PackedWeight, force_backend, nm_linear, nm_select
 from msp.ops.packed import VALUE_DTYPES
 from msp.patterns import NMPattern
 
@@ -72,7 +74,7 @@ def assert_product(y, x, packed, bias=None):
 def test_reads_nothing_past_the_end(isa: str, dtype: torch.dtype, fenced) -> None:
     """Every array ends where the memory of the process does: one byte more would be a crash."""
     for n, m in ((1, 4), (3, 8), (2, 16), (31, 32), (5, 32)):
-        for rows, groups, tokens in ((1, 1, 1), (3, 5, 2), (17, 9, 5), (16, 32, 16)):
+        for rows, groups, tokens in ((1, 1, 1), (3, 5, 2), (17, 9, 5), (16, 32, 16), (7, 13, 67)):
             packed = pack(rows, groups * m, n, m, dtype)
             values, bitmask = fenced(packed.values), fenced(packed.bitmask)
             ended = PackedWeight(values, bitmask, packed.pattern, packed.shape)
@@ -105,7 +107,7 @@ def fenced():
 @pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=str)
 def test_threads_and_neighbours_change_no_bit(isa: str, dtype: torch.dtype) -> None:
     packed = pack(300, 1032, 3, 8, dtype)
-    for tokens in (1, 4, 20):
+    for tokens in (1, 4, 20, 83):
         x = torch.randn(tokens, 1032, dtype=dtype)
         alone = run(x, packed)
         assert_product(alone, x, packed)
@@ -115,11 +117,13 @@ def test_threads_and_neighbours_change_no_bit(isa: str, dtype: torch.dtype) -> N
 
 
 @every_linear_path
-def test_addresses_need_no_alignment_beyond_the_element(isa: str) -> None:
+@pytest.mark.parametrize("tokens", [5, 67])
+def test_addresses_need_no_alignment_beyond_the_element(isa: str, tokens: int) -> None:
     for dtype in VALUE_DTYPES:
         packed = pack(21, 136, 2, 8, dtype)
         moved = []
-        for tensor in (packed.values, packed.bitmask, torch.randn(5, 136, dtype=dtype), torch.randn(21, dtype=dtype)):
+        x, bias = torch.randn(tokens, 136, dtype=dtype), torch.randn(21, dtype=dtype)
+        for tensor in (packed.values, packed.bitmask, x, bias):
             room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
             moved.append(room[1:].view(tensor.shape).copy_(tensor))
         values, bitmask, x, bias = moved
@@ -148,16 +152,17 @@ def test_infinities_and_nan_of_tokens_come_through(isa: str) -> None:
     packed = pack(3, 32, 32, 32, torch.float32)
     packed.values.abs_()
     for dtype in VALUE_DTYPES:
-        x = torch.zeros(3, 32)
+        x = torch.zeros(43, 32)
         x[0, 3], x[1, 4] = float("inf"), float("nan")
         y = run(x.to(dtype), packed.to(dtype=dtype))
-        assert (y[0] == float("inf")).all() and y[1].isnan().all() and (y[2] == 0).all()
+        assert (y[0] == float("inf")).all() and y[1].isnan().all() and (y[2:] == 0).all()
 
 
 @every_linear_path
-def test_many_threads_of_python_at_once(isa: str) -> None:
+@pytest.mark.parametrize("tokens", [6, 70])
+def test_many_threads_of_python_at_once(isa: str, tokens: int) -> None:
     packed = pack(200, 512, 2, 8, torch.bfloat16)
-    x = torch.randn(6, 512, dtype=torch.bfloat16)
+    x = torch.randn(tokens, 512, dtype=torch.bfloat16)
     want = run(x, packed)
     wrong = []
 
@@ -174,6 +179,19 @@ def test_many_threads_of_python_at_once(isa: str) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@every_linear_path
+@pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [16, 17, 1030])
+def test_the_op_serves_any_number_of_tokens(isa: str, tokens: int, dtype: torch.dtype, monkeypatch) -> None:
+    """Also by rows unpacked for torch, here in parts of fewer than there are."""
+    monkeypatch.setattr(sys.modules["msp.ops.nm_linear"], "UNPACKED_BYTES", 5000)
+    packed = pack(37, 168, 3, 8, dtype)
+    x, bias = torch.randn(tokens, 168, dtype=dtype), torch.randn(37, dtype=dtype)
+    with force_backend("cpu"):
+        torch.testing.assert_close(nm_linear(x, packed, bias), F.linear(x, packed.unpack(), bias))
+        torch.testing.assert_close(nm_linear(x, packed), F.linear(x, packed.unpack()))
 
 
 @pytest.mark.parametrize(
