@@ -149,6 +149,14 @@ FIGURES = {
         share_of_copy,
     ),
     "linear-16-tokens": Figure("nm_linear", "`nm_linear` 2:8, 16 tokens", "cuBLAS bf16", 2.2, "x", ratio_to("cuBLAS")),
+    "linear-many-tokens": Figure(
+        "nm_linear",
+        "`nm_linear` after `fast_prefill`, 2:8 and 5:8, 65-2048 tokens, worst",
+        "cuBLAS bf16",
+        0.95,
+        "x",
+        ratio_to("cuBLAS"),
+    ),
     "decode-speed": Figure(
         "decode",
         "decode, Llama-2-7B shape, mixed 75 %, batch 1, tokens/s",
