@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msp.ops._dispatch import Op, compiled_module, define
+from msp.ops._dispatch import Op, compiled_module, cuda_serves, define
 from msp.ops.layouts import from_tiles, has_tiles, to_tiles
 from msp.ops.nm_linear import check
 from msp.ops.nm_linear import triton as triton_of_rows
@@ -38,13 +38,9 @@ def reference(
 op = Op("nm_linear_tiles", reference)
 
 
-def _available() -> bool:
-    return hasattr(compiled_module("msp._cuda"), "nm_linear") and torch.cuda.is_available()
-
-
 def serves(pattern: NMPattern, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a weight on this device should lie in tiles."""
-    return device.type == "cuda" and has_tiles(pattern, rows, columns, dtype) and _available()
+    return device.type == "cuda" and has_tiles(pattern, rows, columns, dtype) and cuda_serves("nm_linear")
 
 
 def for_many_tokens(values: Tensor, bitmask: Tensor, columns: int, pattern: NMPattern, compliant: bool) -> Tensor:
@@ -74,7 +70,9 @@ def triton(
 
 
 @op.backend(
-    "cuda", available=_available, supports=lambda x, values, bitmask, bias, n, m, compliant, kept: x.dtype.itemsize == 2
+    "cuda",
+    available=lambda: cuda_serves("nm_linear"),
+    supports=lambda x, values, bitmask, bias, n, m, compliant, kept: x.dtype.itemsize == 2,
 )
 def cuda(
     x: Tensor,
