@@ -37,7 +37,6 @@ class SparseLinear(nn.Module):
 
     values: nn.Parameter
     bitmask: Tensor
-    kept: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -63,7 +62,8 @@ class SparseLinear(nn.Module):
         row = (bits.view(-1, 8) * 2 ** torch.arange(8, device=device)).sum(1).to(torch.uint8)
         self.register_buffer("bitmask", row.repeat(out_features, 1))
         self.keeps = False
-        self.register_buffer("kept", None, persistent=False)
+        # no buffer: it is made anew wherever the module goes, and what offloads modules takes None for a tensor
+        self.kept: Tensor | None = None
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False)
         else:
