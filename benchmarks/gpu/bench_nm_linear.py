@@ -32,13 +32,13 @@ def rows(context: Context) -> Iterator[Row]:
     # what the figures need comes first, on every shape; then the breadth, on one shape of each kind
     for shape in shapes:
         yield from one_shape(context, shape, [("2:8", 1), ("2:4", 1), ("4:8", 1), ("2:8", 16)])
+    many = [(pattern, tokens) for tokens in context.sizes(MANY_TOKENS, small=[65]) for pattern in ("2:8", "5:8")]
+    yield from one_shape(context, shapes[0], many, kept=not context.dry)
     for shape in dict.fromkeys((shapes[0], shapes[-1])):
         yield from one_shape(context, shape, [(pattern, 1) for pattern in ONE_TOKEN])
         yield from one_shape(context, shape, [("2:8", tokens) for tokens in FEW_TOKENS])
         yield from one_shape(context, shape, [(pattern, 8) for pattern in ("1:8", "3:8", "4:8", "2:16", "5:8")])
-    for kept in (True, False):
-        cases = [(pattern, tokens) for tokens in context.sizes(MANY_TOKENS, small=[65]) for pattern in ("2:8", "5:8")]
-        yield from one_shape(context, shapes[0], cases, kept=kept and not context.dry)
+    yield from one_shape(context, shapes[0], many)
     for tokens in (1, 8):
         yield from one_shape(context, shapes[0], [("2:8", tokens)], torch.float16)
 
