@@ -6,6 +6,7 @@
 
 #include "bindings.h"
 #include "cuda/nm_select.h"
+#include "cuda/usable.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -50,6 +51,14 @@ PYBIND11_MODULE(_cuda, module) {
     msp::bind_linear(module);
     msp::bind_prune(module);
     msp::bind_spmm(module);
+
+    module.def(
+        "usable",
+        [] {
+            static const bool usable = msp::cuda_usable();
+            return usable;
+        },
+        "Whether every device here can run the kernels, by its compute capability and its driver.");
 
     module.def(
         "archs",

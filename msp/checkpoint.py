@@ -29,7 +29,8 @@ from msp.errors import MspError
 from msp.manifest import QUANT_METHOD, WEIGHT_BYTES, Manifest
 from msp.model_card import model_card
 from msp.ops import PackedWeight
-from msp.ops.nm_linear_plan import stays_dense
+from msp.ops.layouts import has_tiles
+from msp.ops.nm_linear_plan import kept_bytes, stays_dense
 from msp.patterns import Allocation, NMPattern
 from msp.sparse_linear import SparseLinear, find_linear, note_pattern, patterns_of, shape_of
 
@@ -279,9 +280,17 @@ class LinearInfo:
     @property
     def dense_on_gpu(self) -> bool:
         """Whether it is unpacked once when it comes to a CUDA device; see ``SparseLinear.settle``."""
-        rows, columns = self.shape
-        itemsize = self.dense_bytes // max(rows * columns, 1)
-        return not self.pattern.is_dense and stays_dense(self.pattern, max(itemsize, 1))
+        return not self.pattern.is_dense and stays_dense(self.pattern, max(self._itemsize, 1))
+
+    @property
+    def fast_prefill_bytes(self) -> int:
+        """What ``msp.fast_prefill`` keeps of it on a CUDA device at most; 0 for what does not lie in tiles there."""
+        in_tiles = self._itemsize == 2 and has_tiles(self.pattern, *self.shape, torch.bfloat16)
+        return kept_bytes(self.pattern, *self.shape) if in_tiles and not self.dense_on_gpu else 0
+
+    @property
+    def _itemsize(self) -> int:
+        return self.dense_bytes // max(self.shape[0] * self.shape[1], 1)
 
 
 @dataclass(frozen=True)
@@ -334,6 +343,7 @@ class PackedInfo:
                     "packed_bytes": linear.packed_bytes,
                     "dense_bytes": linear.dense_bytes,
                     "dense_on_gpu": linear.dense_on_gpu,
+                    "fast_prefill_bytes": linear.fast_prefill_bytes,
                 }
                 for linear in self.linears
             ],

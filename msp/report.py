@@ -300,6 +300,8 @@ def figures_report(figures: Mapping[str, Any]) -> RenderableType:
 
 def packed_report(info: PackedInfo) -> RenderableType:
     """Bytes, patterns and recipe of a packed checkpoint."""
+    from msp.ops.nm_linear_plan import EXPAND_TOKENS
+
     table = _table("Bytes", right=("Packed", "Dense", "Smaller by"))
     total, dense = info.packed_bytes + info.other_bytes, info.dense_bytes + info.other_bytes
     for label, packed, before in (
@@ -309,11 +311,16 @@ def packed_report(info: PackedInfo) -> RenderableType:
     ):
         table.add_row(label, size(packed), size(before), f"{before / max(packed, 1):.2f}x")
     kept = Text(f"{info.kept:,} of {info.weights:,} weights kept: density {info.kept / max(info.weights, 1):.2%}")
-    dense_on_gpu = [linear for linear in info.linears if linear.dense_on_gpu]
-    if dense_on_gpu:
+    if dense_on_gpu := [linear for linear in info.linears if linear.dense_on_gpu]:
         more = sum(linear.dense_bytes - linear.packed_bytes for linear in dense_on_gpu)
         kept.append(
-            f"\n{len(dense_on_gpu)} linears save too little to be packed on a GPU, where they take {size(more)} more"
+            f"\n{len(dense_on_gpu)} linears save too little to be packed on a GPU: unpacked once, they take "
+            f"{size(more)} more there"
+        )
+    if prefill := [linear.fast_prefill_bytes for linear in info.linears if linear.fast_prefill_bytes]:
+        kept.append(
+            f"\n{len(prefill)} linears are unpacked on a GPU for every prompt of more than {EXPAND_TOKENS} tokens: "
+            f"msp.fast_prefill does it once, for up to {size(sum(prefill))} more there"
         )
     made = _table("How it was made", right=())
     made.add_column("", overflow="fold")

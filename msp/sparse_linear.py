@@ -29,6 +29,7 @@ class SparseLinear(nn.Module):
 
     On a CUDA device ``settle`` puts values and bitmask into another order for the kernels (``layout``), of the same
     size, or unpacks a weight that would save next to nothing. ``packed``, ``weight`` and the state dict stay canonical.
+    ``kept`` is what products of many tokens need besides, where ``fast_prefill`` asked for it.
 
     A new module has values of zero at the first N positions of every group; ``from_packed`` is how to
     get one with content, and loading a state dict checks the positions before any kernel sees them.
@@ -60,6 +61,9 @@ class SparseLinear(nn.Module):
         bits = (columns % pattern.m < pattern.n) & (columns < in_features)
         row = (bits.view(-1, 8) * 2 ** torch.arange(8, device=device)).sum(1).to(torch.uint8)
         self.register_buffer("bitmask", row.repeat(out_features, 1))
+        self.keeps = False
+        # no buffer: it is made anew wherever the module goes, and what offloads modules takes None for a tensor
+        self.kept: Tensor | None = None
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False)
         else:
@@ -104,14 +108,20 @@ class SparseLinear(nn.Module):
         Called when a model is loaded and when a module is moved or cast. A weight that is trained stays in rows.
         """
         frozen = not self.values.requires_grad and not self.values.is_meta
-        cuda = frozen and self.values.device.type == "cuda"
+        cuda = self.values.device.type == "cuda"
         size = self.pattern, self.out_features, self.in_features, self.values.dtype, self.values.device
-        if cuda and self.pattern.n > 0 and stays_dense(self.pattern, self.values.dtype.itemsize):
+        if frozen and cuda and self.pattern.n > 0 and stays_dense(self.pattern, self.values.dtype.itemsize):
             self._set_layout("dense")
-        elif cuda and nm_linear_tiles.serves(*size):
+        elif frozen and nm_linear_tiles.serves(*size):
             self._set_layout("tiles")
         else:
             self._set_layout("rows")
+        self.kept = self._for_many_tokens() if self.keeps and self.layout == "tiles" else None
+
+    def _for_many_tokens(self) -> Tensor:
+        return nm_linear_tiles.for_many_tokens(
+            self.values.detach(), self.bitmask, self.in_features, self.pattern, self.compliant
+        )
 
     def _set_layout(self, layout: Literal["rows", "tiles", "dense"]) -> None:
         if layout == self.layout:
@@ -127,6 +137,7 @@ class SparseLinear(nn.Module):
         self.bitmask = bitmask
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseLinear:
+        self.kept = None  # made anew where it is wanted
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.settle()
         return self
@@ -139,8 +150,10 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pattern = self.pattern
         if self.layout == "tiles":
+            # values that are trained leave it behind
+            kept = None if self.values.requires_grad else self.kept
             y: Tensor = nm_linear_tiles.nm_linear_tiles(
-                x, self.values, self.bitmask, self.bias, pattern.n, pattern.m, self.in_features, self.compliant
+                x, self.values, self.bitmask, self.bias, pattern.n, pattern.m, self.in_features, self.compliant, kept
             )
             return y
         if self.layout == "dense":
@@ -183,6 +196,25 @@ class SparseLinear(nn.Module):
             dict(state_dict), prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self.settle()
+
+
+def fast_prefill(model: nn.Module) -> int:
+    """Let the packed linears of ``model`` keep what products of many tokens need of them on a CUDA device.
+
+    Without it a product of more than 256 tokens unpacks its weight each time, or brings it into the order of sparse
+    tensor cores, and so may be slower than a dense one. What is kept takes 1.125 bytes a weight (16-bit values) where
+    those can multiply with it, else 2. Decoding reads none of it. It follows a model that is moved; saved it is not.
+
+    Returns:
+        The bytes it takes now; 0 on a CPU, where nothing need be kept.
+    """
+    total = 0
+    for module in model.modules():
+        if isinstance(module, SparseLinear):
+            module.keeps = True
+            module.settle()
+            total += 0 if module.kept is None else module.kept.nbytes
+    return total
 
 
 def find_linear(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Linear | Conv1D:

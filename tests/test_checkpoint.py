@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import io
 import json
 import math
 import os
@@ -15,13 +17,23 @@ from typing import Any
 import pytest
 import torch
 from families import build, llama_like, pack, packed_model, same_state, save, tokenizer
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from msp.checkpoint import check_output, read_info, replace_linears, save_packed, tensor_files, validate_packed
+from msp.checkpoint import (
+    LinearInfo,
+    check_output,
+    read_info,
+    replace_linears,
+    save_packed,
+    tensor_files,
+    validate_packed,
+)
 from msp.errors import MspError, UsageError
 from msp.patterns import NMPattern
+from msp.report import packed_report
 from msp.sparse_linear import SparseLinear
 
 RECIPE: dict[str, Any] = {
@@ -113,6 +125,26 @@ def test_info_tells_the_whole_without_loading(model: PreTrainedModel, tmp_path: 
     assert info.kept == sum(linear.pattern.kept(*linear.shape) for linear in info.linears)
     assert info.dense_bytes == 4 * info.weights
     assert json.loads(json.dumps(info.to_dict()))["kept"] == info.kept
+
+
+def test_info_tells_what_a_gpu_unpacks(model: PreTrainedModel, tmp_path: Path) -> None:
+    save_packed(model, None, tmp_path / "out", recipe=RECIPE)
+    info = read_info(tmp_path / "out")
+    assert not any(linear.fast_prefill_bytes for linear in info.linears)  # float32, and smaller than a tile
+
+    def linear(pattern: str, rows: int = 4096, columns: int = 4096, dtype: str = "BF16") -> LinearInfo:
+        dense = rows * columns * (2 if dtype == "BF16" else 4)
+        return LinearInfo("layers.0.up", NMPattern.parse(pattern), (rows, columns), dtype, dense // 3, dense)
+
+    found = [linear(pattern).fast_prefill_bytes for pattern in ("2:8", "5:8", "7:8", "8:8", "0:8")]
+    assert found == [4096 * 4096 * 9 // 8, 4096 * 4096 * 2, 0, 0, 0]
+    assert linear("2:8", columns=4104).fast_prefill_bytes == linear("2:8", dtype="F32").fast_prefill_bytes == 0
+    shown = dataclasses.replace(info, linears=(linear("2:8"), linear("7:8"), linear("5:8")))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(packed_report(shown))
+    text = console.export_text()
+    assert "1 linears save too little" in text and "unpacked once" in text
+    assert "2 linears are unpacked on a GPU for every prompt of more than 256 tokens" in text and "52.43 MB" in text
 
 
 def test_info_counts_blocks_as_numbers(tmp_path: Path) -> None:

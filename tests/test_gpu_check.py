@@ -103,6 +103,16 @@ def test_nothing_takes_the_others_along(tmp_path: Path, monkeypatch, capsys):
     assert "a mistake in the check" in capsys.readouterr().out
 
 
+def test_what_needs_long_comes_last_and_is_not_begun_in_vain(tmp_path: Path):
+    weights = [each.weight for each in units.bench_units(dry=False)]
+    assert weights == sorted(weights) and weights[-1] > 1
+    long = units.Unit("bench", "long", 60, lambda limit: {"outcome": "passed"}, least=40)
+    report = check.Report(tmp_path / "result.json", {})
+    for seconds in (30, 50):
+        check.run_part(report, [long], time.monotonic() + seconds)
+    assert [entry["outcome"] for entry in report.content["units"]] == ["not run", "passed"]
+
+
 def test_tests_are_told_one_by_one(tmp_path: Path):
     file = tmp_path / "test_some.py"
     file.write_text(
@@ -118,6 +128,19 @@ def test_tests_are_told_one_by_one(tmp_path: Path):
     file.write_text("import os\ndef test_dies():\n    os.abort()\n")
     died = units.pytest([str(file), "-c", os.devnull])(60)
     assert died["outcome"] == "failed" and died["why"]
+
+
+def test_tests_that_were_over_before_the_end_are_told_too(tmp_path: Path):
+    file = tmp_path / "test_some.py"
+    file.write_text(
+        "import os, pytest\n"
+        "@pytest.mark.parametrize('x', ['a b', 'c'])\ndef test_good(x): pass\n"
+        "def test_bad():\n    assert 1 == 2\n"
+        "def test_dies():\n    os.abort()\n"
+    )
+    result = units.pytest([str(file), "-c", os.devnull])(60)
+    assert result["outcome"] == "failed" and result["passed"] == ["test_good[a b]", "test_good[c]"]
+    assert result["counts"] == {"passed": 2, "failure": 1, "error": 0, "skipped": 0} and "test_bad" in result["why"]
 
 
 @pytest.mark.parametrize(

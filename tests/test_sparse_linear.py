@@ -12,9 +12,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+import msp
 from msp.checkpoint import replace_linears
 from msp.errors import MspError
-from msp.ops import force_backend, nm_select
+from msp.ops import force_backend, nm_linear_tiles, nm_select
 from msp.ops.layouts import from_tiles
 from msp.patterns import NMPattern
 from msp.sparse_linear import SparseLinear, find_linear, patterns_of
@@ -227,6 +228,36 @@ def test_gradients_pass_through_tiles() -> None:
     torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
     assert torch.equal(other.bias.grad, module.bias.grad)
     assert torch.equal(from_tiles(other.values.grad, other.bitmask)[0], module.values.grad)
+
+
+def test_what_many_tokens_need_is_kept_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nm_linear_tiles, "serves", lambda *size: True)
+    seen = []
+
+    def product(*arguments: Any) -> torch.Tensor:
+        seen.append(arguments[-1])
+        return nm_linear_tiles.op(*arguments[:6], *arguments[7:])
+
+    monkeypatch.setattr(nm_linear_tiles, "nm_linear_tiles", product)
+    weight = torch.randn(32, 512).bfloat16()
+    module = SparseLinear.from_packed(nm_select(weight, NMPattern(5, 8)))
+    dense, x = module.weight, torch.randn(3, 512).bfloat16()
+    model = nn.Sequential(module)
+    assert msp.fast_prefill(model) == dense.nbytes
+    with force_backend("reference"):
+        model(x)
+        assert torch.equal(seen[-1], dense) and "0.kept" not in model.state_dict()
+        # it follows casts and loads, and what is trained goes without
+        assert torch.equal(model.half()(x.half()), nn.functional.linear(x.half(), dense.half()))
+        assert torch.equal(seen[-1], dense.half())
+        other = SparseLinear.from_packed(nm_select(torch.randn(32, 512).half(), NMPattern(5, 8)))
+        model.load_state_dict(nn.Sequential(other).state_dict())
+        assert torch.equal(module.kept, other.weight)
+        module.values.requires_grad_()
+        model(x.half())
+        assert seen[-1] is None
+    monkeypatch.undo()
+    assert msp.fast_prefill(model) == 0 and module.kept is None
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from . import gradients
 from .gradients import (
     GROUP_ROWS,
     architecture,
     described,
+    gradient_cases,
     load_tile,
     load_transposed,
     locate_tile,
@@ -91,7 +91,7 @@ def fisher_diag_(acc: torch.Tensor, x: torch.Tensor, g: torch.Tensor) -> None:
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    return gradients.compile_cases(
+    return gradient_cases(
         fisher_diag_kernel,
         "acc_ptr",
         lambda dtype, arch: tile_sizes("diag", dtype, arch, 4096, 4096, 2048),

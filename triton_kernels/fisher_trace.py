@@ -12,12 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from . import gradients
 from .gradients import (
     ENOUGH_PROGRAMS,
     GROUP_ROWS,
     architecture,
     described,
+    gradient_cases,
     load_tile,
     load_transposed,
     locate_tile,
@@ -176,7 +176,7 @@ def gram_blocks(tiles: dict[str, int]) -> tuple[tuple[int, int], tuple[int, int]
 
 def compile_cases() -> Iterator[CompileCase]:
     sizes = ("tokens", "rows", "columns")
-    yield from gradients.compile_cases(
+    yield from gradient_cases(
         fisher_trace_gram_kernel,
         "partial_ptr",
         lambda dtype, arch: gram_tile_sizes(dtype, arch, 2048, 4096, 4),
@@ -184,7 +184,7 @@ def compile_cases() -> Iterator[CompileCase]:
         numbers=(),
         aligned=sizes,
     )
-    yield from gradients.compile_cases(
+    yield from gradient_cases(
         fisher_trace_direct_kernel,
         "partial_ptr",
         lambda dtype, arch: tile_sizes("direct", dtype, arch, 4096, 4096, 2048),

@@ -133,7 +133,7 @@ def product_blocks(tiles: dict[str, int]) -> tuple[tuple[int, int], tuple[int, i
     return (tiles["BLOCK_T"], tiles["BLOCK_K"]), (tiles["BLOCK_T"], tiles["BLOCK_R"])
 
 
-def compile_cases(
+def gradient_cases(
     kernel: Any,
     result: str,
     tiles_of: Callable[[torch.dtype, int], dict[str, int]],

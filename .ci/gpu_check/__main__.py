@@ -24,9 +24,10 @@ from gpu_check.units import PART_NAMES, Result, Unit, every_unit
 
 FINE = ("passed", "missing")
 # Of the time left, the share that a part may use before the parts after it; benchmarks get what is then left.
-SHARES = {"tests": 0.4, "sanitizer": 0.4, "bench": 1.0}
-# Tests and sanitizers may run beside one another, benchmarks never.
-TOGETHER = {"tests": 4, "sanitizer": 4, "bench": 1}
+SHARES = {"tests": 0.35, "sanitizer": 0.35, "bench": 1.0}
+# Tests and sanitizers may run beside one another, benchmarks never. What takes their time is Python and compilers.
+MANY = max(2, min(8, (os.cpu_count() or 1) // 2))
+TOGETHER = {"tests": MANY, "sanitizer": MANY, "bench": 1}
 LEAST_SECONDS = 8.0
 
 
@@ -68,7 +69,7 @@ def run_part(report: Report, units: list[Unit], deadline: float) -> None:
         share = left if together > 1 else max(left * unit.weight / weights, 4 * LEAST_SECONDS)
         limit = min(unit.limit, share, left)
         known = {"part": unit.part, "name": unit.name}
-        if limit < LEAST_SECONDS:
+        if limit < max(LEAST_SECONDS, unit.least):
             return {**known, "outcome": "not run", "why": "the time was up"}
         start = time.monotonic()
         try:
@@ -85,7 +86,7 @@ def run_part(report: Report, units: list[Unit], deadline: float) -> None:
 def machine() -> dict[str, Any]:
     done = run([sys.executable, str(Path(__file__).with_name("machine.py"))], 120)
     if done.code != 0:
-        return {"device": None, "error": done.tail(3)}
+        return {"device": None, "error": done.tail(1)}
     found: dict[str, Any] = json.loads(done.out.strip().splitlines()[-1])
     return found
 

@@ -1,8 +1,12 @@
-"""Calls one op with every kernel it has, on the shapes of ``tests/ops/cases.py``, for a sanitizer to watch."""
+"""Calls one op with every kernel it has, on the shapes of ``tests/ops/cases.py``, for a sanitizer to watch.
+
+``sanitized.py OP UNTIL``: small shapes first, and no further call after ``UNTIL`` (seconds since 1970).
+"""
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -14,14 +18,16 @@ from msp.errors import UsageError
 from msp.ops import available_backends, force_backend
 
 
-def main(op: str) -> None:
+def main(op: str, until: float) -> None:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     kernels = [name for name in available_backends(op) if name in (("cuda", "triton") if on_gpu else ("cpu",))]
-    generator, called = torch.Generator(), 0
-    for case in every_case():
-        if case.op != op or case.dtype != torch.bfloat16:
-            continue
+    generator, called, told = torch.Generator(), 0, ""
+    cases = [case for case in every_case() if case.op == op and case.dtype == torch.bfloat16]
+    for index, case in enumerate(sorted(cases, key=lambda case: case.large)):
+        if time.time() > until:
+            told = f" on {index} of {len(cases)} shapes, then the time was up"
+            break
         prepared = case.prepare(generator, case.dtype, device)
         for backend in kernels:
             try:
@@ -32,8 +38,8 @@ def main(op: str) -> None:
             if on_gpu:
                 torch.cuda.synchronize()
             called += 1
-    print(f"{called} calls of {op} by {', '.join(kernels)}")
+    print(f"{called} calls of {op} by {', '.join(kernels)}{told}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], float(sys.argv[2]))

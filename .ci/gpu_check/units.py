@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,8 +22,11 @@ HERE = Path(__file__).resolve().parent
 # what an op's kernels are called where that is not the op's name
 KERNELS = {"nm_linear": ("spmm", "gemv", "skinny")}
 TOOLS = ("memcheck", "racecheck")
-# benchmarks with many more rows than the others get as many times their share of the time
-WEIGHTS = {"nm_spmm": 4.0}
+# benchmarks with many more rows than the others get as many times their share of the time, and come after them, for
+# what those leave
+WEIGHTS = {"nm_linear": 2.0, "nm_select": 2.0, "decode": 4.0, "nm_spmm": 5.0}
+# two models are made and compiled before anything is measured
+LEAST = {"decode": 90.0}
 PART_NAMES = ("tests", "sanitizer", "bench")
 SANITIZER_FOUND = 99
 
@@ -32,7 +36,8 @@ class Unit:
     """``run`` gets its limit in seconds and gives at least an ``outcome``.
 
     Outcomes are passed, failed, timeout, cut short (by itself, with what it had) and missing (a tool or a test).
-    ``weight`` is its share of the time among units that run one after another.
+    ``weight`` is its share of the time among units that run one after another; with less than ``least`` seconds it
+    is not begun.
     """
 
     part: str
@@ -40,6 +45,7 @@ class Unit:
     limit: float
     run: Callable[[float], Result]
     weight: float = 1.0
+    least: float = 0.0
 
     def asked_for(self, words: Iterable[str]) -> bool:
         """Whether ``ONLY`` wants it: its part and its op, where parts or ops are named."""
@@ -62,15 +68,15 @@ def every_unit(dry: bool) -> list[Unit]:
 
 
 def test_units(dry: bool) -> list[Unit]:
-    """A file of ``tests/ops`` each, the device tests by op, and what is marked ``gpu`` anywhere else."""
+    """The device tests by op, then a file of ``tests/ops`` each, and what is marked ``gpu`` anywhere else."""
     folder = ROOT / "tests" / "ops"
-    units = [
+    device = str(folder / "test_device.py")
+    units = [Unit("tests", f"device {op}", 120, pytest([device, "-k", op])) for op in every_op()]
+    units += [
         Unit("tests", path.stem.removeprefix("test_"), 120, pytest([str(path)]))
         for path in sorted(folder.glob("test_*.py"))
         if path.stem != "test_device" and not path.stem.endswith("_cpu")
     ]
-    device = str(folder / "test_device.py")
-    units += [Unit("tests", f"device {op}", 120, pytest([device, "-k", op])) for op in every_op()]
     if not dry:
         marked = ["tests", "-m", "gpu", f"--ignore={folder}", f"--ignore={ROOT / 'tests' / 'build'}"]
         units.append(Unit("tests", "marked gpu", 120, pytest(marked)))
@@ -81,9 +87,9 @@ def pytest(arguments: list[str]) -> Callable[[float], Result]:
     def run_pytest(limit: float) -> Result:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "report.xml"
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={path}"]
+            command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--junitxml={path}"]
             done = run([*command, *arguments], limit)
-            report = read_report(path) if path.is_file() else {}
+            report = read_report(path) if path.is_file() else read_printed(done.out)
         # 5: no test was selected
         result: Result = {"outcome": "passed" if done.code in (0, 5) else outcome_of(done), **report}
         wrong = {**report.get("failure", {}), **report.get("error", {})}
@@ -111,6 +117,18 @@ def read_report(path: Path) -> Result:
     return {"counts": counts, "seeds": sorted(seeds), "passed": passed, **others}
 
 
+def read_printed(out: str) -> Result:
+    """The same of a run that ended before its report, from what ``pytest -v`` had printed until then."""
+    printed = re.findall(r"^\S+?::(.+) (PASSED|FAILED|ERROR|SKIPPED)\b", out, re.MULTILINE)
+    passed = [name for name, outcome in printed if outcome == "PASSED"]
+    others = {
+        key: {name: "" for name, outcome in printed if outcome == word}
+        for key, word in (("failure", "FAILED"), ("error", "ERROR"), ("skipped", "SKIPPED"))
+    }
+    counts = {"passed": len(passed), **{key: len(names) for key, names in others.items()}}
+    return {"counts": counts, "passed": passed, **others}
+
+
 def sanitizer_units(dry: bool) -> list[Unit]:
     return [Unit("sanitizer", f"{tool} {op}", 120, sanitizer(tool, op, dry)) for tool in TOOLS for op in every_op()]
 
@@ -122,16 +140,18 @@ def find_sanitizer() -> str | None:
 
 
 def sanitizer(tool: str, op: str, dry: bool) -> Callable[[float], Result]:
-    script = [sys.executable, str(HERE / "sanitized.py"), op]
-
     def run_sanitizer(limit: float) -> Result:
         found = find_sanitizer()
+        # it stops between calls, before it is stopped
+        script = [sys.executable, str(HERE / "sanitized.py"), op, f"{time.time() + 0.8 * limit:.0f}"]
         if dry:
             command = script
         elif found is None:
             return {"outcome": "missing", "why": "compute-sanitizer is not installed"}
         else:
-            command = [found, "--tool", tool, "--error-exitcode", str(SANITIZER_FOUND), *script]
+            # calls of the driver that fail, as torch's looks for what it does not have, are no errors of the kernels
+            options = ["--tool", tool, "--error-exitcode", str(SANITIZER_FOUND), "--report-api-errors", "no"]
+            command = [found, *options, *script]
         # each tensor an allocation of its own, or a step past its end would be one into its neighbour
         done = run(command, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         if "Device not supported" in done.out + done.errors:
@@ -152,7 +172,8 @@ def sanitizer(tool: str, op: str, dry: bool) -> Callable[[float], Result]:
 def bench_units(dry: bool) -> list[Unit]:
     folder = ROOT / "benchmarks"
     ops = [path.stem.removeprefix("bench_") for path in sorted((folder / "gpu").glob("bench_*.py"))]
-    return [Unit("bench", op, 180, bench(op, dry), WEIGHTS.get(op, 1.0)) for op in ops]
+    units = [Unit("bench", op, 500, bench(op, dry), WEIGHTS.get(op, 1.0), LEAST.get(op, 0.0)) for op in ops]
+    return sorted(units, key=lambda unit: unit.weight)
 
 
 def bench(op: str, dry: bool) -> Callable[[float], Result]:

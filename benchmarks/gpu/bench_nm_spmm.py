@@ -54,14 +54,30 @@ def cusparselt(inputs: Rotation[Inputs]) -> Call | Missing:
     """The product by the algorithm, and the split of K, that cuSPARSELt's own search finds fastest for the shape."""
     if not torch.backends.cusparselt.is_available():
         return Missing("this torch has no cuSPARSELt")
-    compressed = [torch._cslt_compress(one.dense) for one in inputs.items]
-    tokens = [one.x.t() for one in inputs.items]
-    found = torch._C._cusparselt.mm_search(compressed[0], tokens[0], None, None, None, True)
-    options = dict(zip(("alg_id", "split_k", "split_k_mode"), found, strict=False))
+    try:
+        compressed = [torch._cslt_compress(one.dense) for one in inputs.items]
+        tokens = [one.x.t() for one in inputs.items]
+        # compressed, dense, bias, alpha, out_dtype, transpose_result; the largest algorithm's number comes last
+        found = torch._C._cusparselt.mm_search(compressed[0], tokens[0], None, None, None, True)
+        options = dict(zip(("alg_id", "split_k", "split_k_mode"), found, strict=False))
+
+        def call(turn: int) -> Tensor:
+            at = turn % len(tokens)
+            return torch._cslt_sparse_mm(compressed[at], tokens[at], transpose_result=True, **options)
+
+        error = relative_error(call(0), F.linear(inputs[0].x, inputs[0].dense))
+    except Exception as problem:  # a peer that does not serve must not cost our own rows
+        return Missing(f"{type(problem).__name__}: {problem}".split("\n")[0])
+    return call if error <= BOUND else Missing(f"its product is off by {error:.2g}")
+
+
+def dense(context: Context, inputs: Rotation[Inputs], library: str) -> Call:
+    """torch's product by one of NVIDIA's libraries, which takes what its own heuristics choose."""
 
     def call(turn: int) -> Tensor:
-        at = turn % len(tokens)
-        return torch._cslt_sparse_mm(compressed[at], tokens[at], transpose_result=True, **options)
+        if not context.dry:
+            torch.backends.cuda.preferred_blas_library(library)
+        return F.linear(inputs[turn].x, inputs[turn].dense)
 
     return call
 
@@ -89,7 +105,8 @@ def row(context: Context, pattern: str, kept: bool, rows: int, columns: int, tok
     moved = 2 * tokens * (rows + columns) + rows * columns * 9 // 8
     inputs = context.rotate(lambda: make(context, pattern, rows, columns, tokens), moved)
     ours = kept_in_order(context, inputs) if kept else packed_each_time(inputs)
-    peers: dict[str, Call | Missing] = {"cuBLASLt": lambda turn: F.linear(inputs[turn].x, inputs[turn].dense)}
+    libraries = ("cuBLAS", "cuBLASLt")
+    peers: dict[str, Call | Missing] = {name: dense(context, inputs, name.lower()) for name in libraries}
     figures: list[str] = []
     if kept:
         peers["cuSPARSELt"] = cusparselt(inputs)
@@ -110,10 +127,8 @@ def row(context: Context, pattern: str, kept: bool, rows: int, columns: int, tok
 
 
 def rows(context: Context) -> Iterator[Row]:
-    # what the sum is compared with must not itself be rounded to tf32, nor the dense peer be cuBLAS's older library
+    # what the sum is compared with must not itself be rounded to tf32
     torch.backends.cuda.matmul.allow_tf32 = False
-    if not context.dry:
-        torch.backends.cuda.preferred_blas_library("cublaslt")
     with context.backend("cuda"):
         for tokens in context.sizes(TOKENS, small=[3, 70]):
             for shape in context.sizes(SHAPES, small=[(48, 64)]):

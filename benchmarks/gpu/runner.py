@@ -50,7 +50,7 @@ HERE = Path(__file__).resolve().parent
 # Inputs rotate through so many times the L2 cache, and at least through two sets.
 ROTATED_CACHES = 4
 # A row is sampled about so long in all, at least and at most so many times.
-ROW_SECONDS = 0.25
+ROW_SECONDS = 0.15
 FEWEST_SAMPLES, MOST_SAMPLES = 7, 101
 
 T = TypeVar("T")

@@ -76,6 +76,15 @@ def compiled_module(name: str) -> Any | None:
         return None
 
 
+def cuda_serves(function: str) -> bool:
+    """Whether ``msp._cuda`` has this function and can run on the GPUs here.
+
+    It has a CUDA runtime of its own, which may ask for a newer driver than torch's.
+    """
+    compiled: Any = compiled_module("msp._cuda")
+    return hasattr(compiled, function) and torch.cuda.is_available() and bool(compiled.usable())
+
+
 def triton_is_interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter; to be set before Triton is first imported."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
@@ -142,7 +151,7 @@ class Op(Generic[P, T]):
             "reference": always,
             "triton": _triton_available,
             "cpu": lambda: hasattr(compiled_module("msp._cpu"), self.name),
-            "cuda": lambda: hasattr(compiled_module("msp._cuda"), self.name) and torch.cuda.is_available(),
+            "cuda": functools.partial(cuda_serves, self.name),
         }
         self._backends[backend] = _Backend(function, available or defaults[backend], supports)
 

@@ -21,9 +21,10 @@ How = Literal["gather", "expand", "spmm", "unpack"]
 GATHER_TOKENS = 2
 # Patterns that have no expansion gather on in passes over the weight, as long as these read less than a dense product.
 GATHER_PASS = 4
-# Expansion once for every 32 tokens, until unpacking all is cheaper.
-EXPAND_TOKENS = 256
-# Sparse tensor cores need their own fragment order, made for each product: it pays from here on.
+# Expansion once for every 32 tokens, until unpacking all is cheaper; where that was done before (``fast_prefill``),
+# until the product with the fragments of sparse tensor cores is, or the dense one.
+EXPAND_TOKENS, EXPAND_TOKENS_BEFORE_SPMM, EXPAND_TOKENS_BEFORE_DENSE = 256, 64, 96
+# Sparse tensor cores need their own fragment order: where it is made for each product, it pays from here on.
 SPMM_TOKENS = 1024
 # Above this share of the dense bytes a weight is kept dense on the device.
 DENSE_SHARE = 0.85
@@ -70,28 +71,43 @@ def stays_dense(pattern: NMPattern, itemsize: int = 2) -> bool:
     return packed_share(pattern, itemsize) > DENSE_SHARE
 
 
+def kept_bytes(pattern: NMPattern, rows: int, columns: int) -> int:
+    """Most bytes of what ``nm_linear_tiles.for_many_tokens`` makes of a weight of 16 bits.
+
+    Fragments have 9 bits a weight and are padded to 128 x 256. What is compliant by choice alone has them too, where
+    this says the dense size.
+    """
+    if pattern.always_compliant:
+        return math.ceil(rows / 128) * math.ceil(columns / 256) * (128 * 256 * 9 // 8)
+    return 2 * rows * columns
+
+
 def can_expand(pattern: NMPattern) -> bool:
     """Whether a byte permutation can place a group's values."""
     return pattern.m <= 8 or pattern.n <= 4
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(tokens: int, rows: int, columns: int, pattern: NMPattern, compliant: bool, device: Device) -> Plan:
+def plan(
+    tokens: int, rows: int, columns: int, pattern: NMPattern, compliant: bool, device: Device, kept: bool = False
+) -> Plan:
     """The table, first line that holds.
 
     Args:
         tokens: of the product with a ``[rows, columns]`` weight.
         compliant: whether 2:4 sparse tensor cores can multiply with it and their kernel is there.
+        kept: whether what many tokens need is at hand (``nm_linear_tiles.for_many_tokens``).
     """
     passes = math.ceil(tokens / GATHER_PASS)
+    before = EXPAND_TOKENS_BEFORE_SPMM if compliant else EXPAND_TOKENS_BEFORE_DENSE
     if tokens <= GATHER_TOKENS:
         return _cut("gather", tokens, tokens, rows, columns, device)
-    if can_expand(pattern) and tokens <= EXPAND_TOKENS:
+    if can_expand(pattern) and tokens <= (before if kept else EXPAND_TOKENS):
         at_once = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
         return _cut("expand", at_once, tokens, rows, columns, device)
     if passes * packed_share(pattern) <= 1:
         return _cut("gather", GATHER_PASS, tokens, rows, columns, device)
-    if compliant and tokens >= SPMM_TOKENS:
+    if compliant and (kept or tokens >= SPMM_TOKENS):
         return Plan("spmm")
     return Plan("unpack")
 

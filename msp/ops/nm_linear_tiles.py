@@ -12,17 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msp.ops._dispatch import Op, compiled_module, define
+from msp.ops._dispatch import Op, compiled_module, cuda_serves, define
 from msp.ops.layouts import from_tiles, has_tiles, to_tiles
 from msp.ops.nm_linear import check
 from msp.ops.nm_linear import triton as triton_of_rows
 from msp.ops.nm_linear_plan import Plan, device_limits, plan
+from msp.ops.nm_spmm import nm_spmm, nm_spmm_packed, pack
 from msp.ops.packed import VALUE_DTYPES, unpack, unpack_bits
 from msp.patterns import NMPattern
 
 
 def reference(
-    x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, compliant: bool
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    compliant: bool,
+    kept: Tensor | None,
 ) -> Tensor:
     return F.linear(x, unpack(*from_tiles(values, bitmask), x.shape[-1]), bias)
 
@@ -30,33 +38,61 @@ def reference(
 op = Op("nm_linear_tiles", reference)
 
 
-def _available() -> bool:
-    return hasattr(compiled_module("msp._cuda"), "nm_linear") and torch.cuda.is_available()
-
-
 def serves(pattern: NMPattern, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a weight on this device should lie in tiles."""
-    return device.type == "cuda" and has_tiles(pattern, rows, columns, dtype) and _available()
+    return device.type == "cuda" and has_tiles(pattern, rows, columns, dtype) and cuda_serves("nm_linear")
+
+
+def for_many_tokens(values: Tensor, bitmask: Tensor, columns: int, pattern: NMPattern, compliant: bool) -> Tensor:
+    """What a product of many tokens makes of a weight in tiles, for those who would keep it (``kept``).
+
+    Returns:
+        Of a compliant weight its fragments for sparse tensor cores, uint8; else the dense ``[R, K]``.
+    """
+    rows_values, rows_bitmask = from_tiles(values, bitmask)
+    if compliant:
+        return pack(rows_values, rows_bitmask, columns, pattern.n, pattern.m)
+    return unpack(rows_values, rows_bitmask, columns)
 
 
 @op.backend("triton")
-def triton(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, compliant: bool) -> Tensor:
+def triton(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    compliant: bool,
+    kept: Tensor | None,
+) -> Tensor:
     return triton_of_rows(x, *from_tiles(values, bitmask), bias, n, m)
 
 
 @op.backend(
-    "cuda", available=_available, supports=lambda x, values, bitmask, bias, n, m, compliant: x.dtype.itemsize == 2
+    "cuda",
+    available=lambda: cuda_serves("nm_linear"),
+    supports=lambda x, values, bitmask, bias, n, m, compliant, kept: x.dtype.itemsize == 2,
 )
-def cuda(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, compliant: bool) -> Tensor:
+def cuda(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    compliant: bool,
+    kept: Tensor | None,
+) -> Tensor:
     columns, rows = x.shape[-1], values.shape[0]
-    pattern = NMPattern(n, m)
-    chosen = plan(x.numel() // columns, rows, columns, pattern, compliant, device_limits(x.device))
-    if chosen.how == "unpack":
-        return _unpacked(x, values, bitmask, bias, n, m)
+    pattern, tokens = NMPattern(n, m), x.numel() // columns
+    chosen = plan(tokens, rows, columns, pattern, compliant, device_limits(x.device), kept is not None)
     if chosen.how == "spmm":
-        from msp.ops.nm_spmm import nm_spmm
-
+        if kept is not None:
+            return nm_spmm_packed(x, kept, bias, rows)
         return nm_spmm(x, *from_tiles(values, bitmask), bias, n, m)
+    if chosen.how == "unpack":
+        return F.linear(x, kept, bias) if kept is not None else _unpacked(x, values, bitmask, bias, n, m)
     return _few_tokens(x, values, bitmask, bias, pattern, chosen)
 
 
@@ -107,31 +143,47 @@ def _unpacked(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n
 
 
 def _implementation(
-    x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, columns: int, compliant: bool
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    columns: int,
+    compliant: bool,
+    kept: Tensor | None = None,
 ) -> Tensor:
     check(x, values, bitmask, bias, n, m, columns)
     if x.numel() == 0:
         return x.new_zeros(*x.shape[:-1], values.shape[0])
-    return op(x, values, bitmask, bias, n, m, compliant)
+    return op(x, values, bitmask, bias, n, m, compliant, kept)
 
 
 def _fake(
-    x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, columns: int, compliant: bool
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    columns: int,
+    compliant: bool,
+    kept: Tensor | None = None,
 ) -> Tensor:
     check(x, values, bitmask, bias, n, m, columns)
     return x.new_empty(*x.shape[:-1], values.shape[0])
 
 
 nm_linear_tiles = define(
-    "nm_linear_tiles(Tensor x, Tensor values, Tensor bitmask, Tensor? bias, int n, int m, int columns, bool compliant)"
-    " -> Tensor",
+    "nm_linear_tiles(Tensor x, Tensor values, Tensor bitmask, Tensor? bias, int n, int m, int columns, bool compliant, "
+    "Tensor? kept=None) -> Tensor",
     _implementation,
     _fake,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, bitmask, _, _, _, ctx.columns, _ = inputs
+    x, values, bitmask, ctx.columns = *inputs[:3], inputs[6]
     ctx.save_for_backward(values, bitmask, x if values.requires_grad else None)
 
 
@@ -146,7 +198,7 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     if needs_values:
         kept = (flat.t() @ x.reshape(-1, ctx.columns))[unpack_bits(rows_bitmask, ctx.columns)]
         grad_values = to_tiles(kept.view(values.shape), rows_bitmask)[0]
-    return grad_x, grad_values, None, flat.sum(0) if needs_bias else None, None, None, None, None
+    return grad_x, grad_values, None, flat.sum(0) if needs_bias else None, None, None, None, None, None
 
 
 torch.library.register_autograd(nm_linear_tiles, _backward, setup_context=_setup_context)

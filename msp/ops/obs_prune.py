@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from msp.ops._checks import require_finite
-from msp.ops._dispatch import Op, compiled_module
+from msp.ops._dispatch import Op, compiled_module, cuda_serves
 from msp.ops.nm_select import nm_select
 from msp.ops.packed import PackedWeight, check_matrix
 from msp.patterns import NMPattern
@@ -62,11 +62,7 @@ def cpu(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> t
     return updated, kept
 
 
-def _has_blocks() -> bool:
-    return hasattr(compiled_module("msp._cuda"), "obs_prune_block") and torch.cuda.is_available()
-
-
-@op.backend("cuda", available=_has_blocks)
+@op.backend("cuda", available=lambda: cuda_serves("obs_prune_block"))
 def cuda(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> tuple[Tensor, Tensor]:
     # The kernel's blocks are of one size: which changes rounding only.
     compiled = compiled_module("msp._cuda")

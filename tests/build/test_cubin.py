@@ -10,6 +10,7 @@ from pathlib import Path
 
 import cubins
 import pytest
+import torch
 from plans import plan_of
 
 # dtypes, group sizes and kinds of score
@@ -20,6 +21,7 @@ def test_module_imports_without_a_driver(module: Path) -> None:
     import msp._cuda
 
     assert msp._cuda.archs()
+    assert torch.cuda.is_available() or not msp._cuda.usable()
     if shutil.which("readelf"):
         command = ["readelf", "--dynamic", str(module)]
         needed = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -29,7 +29,7 @@ from msp.ops import (
     obs_prune,
 )
 from msp.ops.layouts import to_tiles
-from msp.ops.nm_linear_tiles import nm_linear_tiles
+from msp.ops.nm_linear_tiles import for_many_tokens, nm_linear_tiles
 from msp.ops.nm_spmm import nm_spmm
 from msp.patterns import NMPattern
 
@@ -199,9 +199,12 @@ def on_sparse_tensor_cores(x, packed, bias):
 
 
 def in_tiles(x, packed, bias):
-    n, m = packed.pattern.n, packed.pattern.m
-    tiles = to_tiles(packed.values, packed.bitmask)
-    return nm_linear_tiles(x, *tiles, bias, n, m, packed.shape[1], n <= 2)
+    """An odd number of tokens finds what many need made before, as ``fast_prefill`` does."""
+    (n, m), columns = (packed.pattern.n, packed.pattern.m), packed.shape[1]
+    tiles, compliant, kept = to_tiles(packed.values, packed.bitmask), n <= 2, None
+    if x.is_cuda and x.shape[0] % 2 and x.dtype != torch.float32:
+        kept = for_many_tokens(*tiles, columns, packed.pattern, compliant)
+    return nm_linear_tiles(x, *tiles, bias, n, m, columns, compliant, kept)
 
 
 @dataclass(frozen=True)
@@ -268,7 +271,8 @@ PREPARED = {
         functools.partial(product, compliant=False, multiply=in_tiles),
         [(1, 16, 256, "2:8"), (2, 48, 512, "3:16"), (9, 32, 256, "4:8")],
         [
-            *((tokens, 144, 2816, "2:8") for tokens in (1, 2, 3, 8, 16, 33, 64, 257, 1025)),
+            *((tokens, 144, 2816, "2:8") for tokens in (1, 2, 3, 8, 16, 33, 64, 67, 257, 258, 1025, 1026)),
+            *((tokens, 144, 2816, "5:8") for tokens in (99, 300, 301)),
             *((tokens, 4096, 512, "4:8") for tokens in (1, 8, 32, 100)),
             *((tokens, 64, 14336, "9:16") for tokens in (1, 4, 40)),
             *((tokens, 80, 1280, pattern) for tokens in (1, 7) for pattern in ("1:8", "7:8", "1:4", "3:4", "4:32")),

@@ -181,11 +181,11 @@ def test_every_op_has_a_reference(op):
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Installs a stand-in for ``msp._cpu``, or its absence."""
+    """Installs a stand-in for ``msp._cpu`` or another, or its absence."""
 
-    def install(module):
+    def install(module, name="msp._cpu"):
         # None makes the import fail, as on a machine without it
-        monkeypatch.setitem(sys.modules, "msp._cpu", module)
+        monkeypatch.setitem(sys.modules, name, module)
         _dispatch.compiled_module.cache_clear()
 
     yield install
@@ -208,6 +208,18 @@ def test_works_without_the_compiled_module(compiled):
 def test_a_compiled_module_without_the_op_does_not_serve_it(compiled):
     compiled(types.ModuleType("msp._cpu"))
     assert "cpu" not in available_backends("nm_select")
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_cuda_kernels_serve_where_the_driver_is_new_enough_for_them(usable, compiled, monkeypatch):
+    module = types.ModuleType("msp._cuda")
+    module.nm_select = module.obs_prune_block = None
+    module.usable = lambda: usable
+    compiled(module, "msp._cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for op in ("nm_select", "obs_prune"):
+        assert ("cuda" in available_backends(op)) == usable
+    assert "cuda" not in available_backends("nm_rank")  # which this module lacks
 
 
 def test_nm_select_calls_its_binding_as_agreed(compiled):

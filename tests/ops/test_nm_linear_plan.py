@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from msp.ops.nm_linear_plan import Device, can_expand, packed_share, plan, shared_bytes, stays_dense
+from msp.ops.nm_linear_plan import Device, can_expand, kept_bytes, packed_share, plan, shared_bytes, stays_dense
 from msp.patterns import GROUP_SIZES, NMPattern
 
 H200 = Device(132, 228 << 10)
@@ -38,6 +38,26 @@ PATTERNS = [NMPattern(n, m) for m in GROUP_SIZES for n in range(1, m)]
 def test_table(pattern, compliant, expected):
     found = [plan(tokens, 4096, 4096, NMPattern.parse(pattern), compliant, H200).how for tokens in TOKENS]
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "compliant", "expected"),
+    [
+        ("2:8", True, ["gather"] * 2 + ["expand"] * 9 + ["spmm"] * 6),
+        ("4:8", False, ["gather"] * 2 + ["expand"] * 10 + ["unpack"] * 5),
+        ("6:32", True, ["gather"] * 7 + ["spmm"] * 10),
+    ],
+)
+def test_table_where_what_many_tokens_need_is_kept(pattern, compliant, expected):
+    found = [plan(tokens, 4096, 4096, NMPattern.parse(pattern), compliant, H200, True).how for tokens in TOKENS]
+    assert found == expected
+
+
+def test_bytes_of_what_is_kept():
+    compiled = pytest.importorskip("msp._cuda")
+    for rows, columns in [*SHAPES, (144, 1280)]:
+        assert kept_bytes(NMPattern(2, 8), rows, columns) == compiled.nm_spmm_fragment_bytes(rows, columns)
+        assert kept_bytes(NMPattern(5, 8), rows, columns) == 2 * rows * columns
 
 
 @pytest.mark.parametrize("device", [H200, A100, RTX_4090], ids=["H200", "A100", "RTX 4090"])

@@ -10,8 +10,10 @@ import emulated
 import pytest
 import torch
 
-from msp.ops import PackedWeight, nm_select
+from msp.ops import PackedWeight, nm_linear_tiles, nm_select
 from msp.ops import nm_spmm as module
+from msp.ops.layouts import to_tiles
+from msp.ops.nm_linear_plan import Device, kept_bytes
 from msp.patterns import NMPattern
 
 KERNELS = ["nm_spmm.cu", "nm_spmm_pack.cu", "nm_spmm_sm80.cu", "nm_spmm_sm90.cu", "nm_spmm_sum.cu"]
@@ -95,11 +97,11 @@ def on(emulate):
     return on
 
 
-def make(rows, columns, pattern, dtype, seed=0, device="cpu"):
+def make(rows, columns, pattern, dtype, seed=0, device="cpu", compliant=True):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator).to(dtype)
     bias = torch.randn(rows, generator=generator).to(device, dtype)
-    return nm_select(weight, NMPattern.parse(pattern), compliant=True).to(device), bias, generator
+    return nm_select(weight, NMPattern.parse(pattern), compliant=compliant).to(device), bias, generator
 
 
 def multiply(x, packed, bias=None):
@@ -302,3 +304,16 @@ def test_refuses_what_does_not_fit(error, message, call, emulate):
 
 
 PARTS = torch.zeros(9, 32).half(), torch.full((9, 8), 0x33, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("pattern", ["2:8", "5:8"])
+def test_what_was_kept_for_many_tokens_serves_them(pattern, emulate, monkeypatch):
+    emulate(9)
+    monkeypatch.setattr(nm_linear_tiles, "device_limits", lambda device: Device(4, 228 << 10))
+    packed, bias, generator = make(48, 512, pattern, torch.bfloat16, compliant=pattern == "2:8")
+    tiles, compliant = to_tiles(packed.values, packed.bitmask), pattern == "2:8"
+    kept = nm_linear_tiles.for_many_tokens(*tiles, 512, packed.pattern, compliant)
+    assert kept.nbytes <= kept_bytes(packed.pattern, 48, 512)
+    x = torch.randn(100, 512, generator=generator).bfloat16()
+    y = nm_linear_tiles.cuda(x, *tiles, bias, packed.pattern.n, 8, compliant, kept)
+    assert_product(y, x, packed, bias)
