@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from itertools import accumulate, pairwise
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
@@ -14,11 +15,13 @@ from torch.nn import functional
 from msp import ops
 from msp.allocators.levels import Levels
 from msp.evaluate import Reference, Sums
-from msp.model import Linear, device_of
+from msp.gates import GatedModel
+from msp.model import Linear, Structure, device_of
 from msp.patterns import NMPattern, Unit
 from msp.search.database import PackedLevels
-from msp.search.fitness import Job
+from msp.search.fitness import Job, Key
 
+HIDDEN_BYTES = 4 << 30
 Ranks = Mapping[int, Tensor]
 """Of one linear, for every M it may have: uint8 ``[R, K]`` from ``ops.nm_rank``."""
 Candidates = Mapping[str, Ranks] | Mapping[str, PackedLevels]
@@ -92,6 +95,13 @@ class CandidateModel(AbstractContextManager["CandidateModel"]):
         for name, linear in self._linears.items():
             self.model.set_submodule(name, linear.module)
 
+    def shared(self, one: Key, two: Key) -> int:
+        """In how many blocks from the first on two candidates are the same."""
+        for unit, first, second in zip(self._units, one, two, strict=True):
+            if first != second:
+                return unit.block
+        return self._units[-1].block + 1
+
     def apply(self, levels: Sequence[int] | Levels) -> None:
         for unit, level in zip(self._units, levels, strict=True):
             for name in unit.linears:
@@ -113,23 +123,78 @@ def precision(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 class LocalRunner:
-    """Runs jobs in this process, one after another.
+    """Runs jobs in this process; candidates that agree up to a block share what comes out of it.
+
+    They run in the order of their levels, so that hidden states are kept from one candidate for the next ones only,
+    on the model's device.
 
     Args:
         candidates: the model with ranked linears, entered.
         reference: the dense model's predictions on all fitness tokens, or the user's loss on them.
+        structure: the model's blocks; without them every candidate is run from the first one.
+        hidden_bytes: what hidden states may take.
     """
 
-    def __init__(self, candidates: CandidateModel, reference: Reference) -> None:
+    def __init__(
+        self,
+        candidates: CandidateModel,
+        reference: Reference,
+        structure: Structure | None = None,
+        *,
+        hidden_bytes: int = HIDDEN_BYTES,
+    ) -> None:
         self._candidates = candidates
         self._reference = reference
+        self._gates = None if structure is None else GatedModel(candidates.model, structure)
+        self._hidden_bytes = hidden_bytes
+        self.count = [0, 0]
 
     @property
     def batches(self) -> int:
         return self._reference.batches
 
+    @torch.inference_mode()
     def run(self, jobs: Sequence[Job]) -> list[Sums]:
-        return [self._run(job) for job in jobs]
+        if self._gates is None or len(jobs) < 2:
+            return [self._run(job) for job in jobs]
+        order = sorted(range(len(jobs)), key=lambda number: jobs[number].levels)
+        ordered = [jobs[number] for number in order]
+        shared = [0, *(self._candidates.shared(one.levels, two.levels) for one, two in pairwise(ordered))]
+        held: dict[tuple[int, int], Tensor] = {}
+        found = {}
+        with self._gates:
+            for place, job in enumerate(ordered):
+                depths = accumulate(shared[place + 1 :], min)
+                wanted = {
+                    (batch, depth)
+                    for later, depth in zip(ordered[place + 1 :], depths, strict=True)
+                    for batch in later.batches
+                    if depth
+                }
+                found[order[place]] = self._resume(job, held, wanted)
+        return [found[number] for number in range(len(jobs))]
+
+    def _resume(self, job: Job, held: dict[tuple[int, int], Tensor], wanted: Set[tuple[int, int]]) -> Sums:
+        self._candidates.apply(job.levels)
+        total = Sums()
+        n = len(self._gates.structure.blocks)
+        for batch in job.batches:
+            depth = max((depth for other, depth in held if other == batch), default=0)
+            entering = held.get((batch, depth))
+            for key in [key for key in held if key[0] == batch and key not in wanted]:
+                del held[key]
+            room = self._hidden_bytes - sum(state.nbytes for state in held.values())
+
+            def keep(depth: int, state: Tensor, batch: int = batch) -> None:
+                if (batch, depth) in wanted and state.nbytes <= room:
+                    held[batch, depth] = state
+
+            self.count[0] += n - depth
+            self.count[1] += n
+            with precision(self._candidates.model):
+                logits = self._gates.resume(depth, self._reference.tokens(batch), entering, keep)
+                total += self._reference.compare(batch, logits)
+        return total
 
     def _run(self, job: Job) -> Sums:
         self._candidates.apply(job.levels)
