@@ -14,13 +14,15 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import __version__ as transformers_version
 
@@ -38,7 +40,9 @@ __all__ = [
     "PackedInfo",
     "check_headers",
     "check_output",
+    "in_dtype",
     "manifest_of",
+    "packed_shards",
     "read_headers",
     "read_info",
     "replace_linears",
@@ -128,25 +132,106 @@ def save_packed(
     Raises:
         MspError: see ``check_output``; no packed linears; or the files cannot be written.
     """
-    target = check_output(out, force)
     manifest = manifest_of(model, recipe)
     json.dumps(manifest.to_dict())
-    _attach_manifest(model, manifest)
+    with new_folder(out, force) as (partial, target):
+        _attach_manifest(model, manifest)
+        # Tensors keep the names of their modules, as the manifest does, also where published files differ.
+        model.save_pretrained(partial, max_shard_size=max_shard_size, save_original_format=False)
+        _describe(partial, tokenizer, target.name)
+    return target
+
+
+def _describe(folder: Path, tokenizer: Any, name: str) -> None:
+    """Put the tokenizer and the model card beside the weights."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(model_card(read_info(folder), name), encoding="utf-8")
+
+
+class PackedShards:
+    """A packed checkpoint that is written a block at a time, a file each.
+
+    Args:
+        folder: to write to, which is there.
+        name: of the model.
+        blocks: how many there will be.
+        dtype: of weights as stored.
+    """
+
+    def __init__(self, folder: Path, name: str, blocks: int, dtype: torch.dtype) -> None:
+        self._folder = folder
+        self._name = name
+        self._files = [f"model-{number + 1:05}-of-{blocks + 1:05}.safetensors" for number in range(blocks + 1)]
+        self._dtype = dtype
+        self._weight_map: dict[str, str] = {}
+        self._bytes = 0
+
+    def write(self, module: nn.Module, prefix: str) -> None:
+        """Store a block, whose linears are packed, under the names that begin with ``prefix``."""
+        with in_dtype(module, self._dtype):
+            tensors = {f"{prefix}{name}": tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}
+        file = self._files[len(set(self._weight_map.values()))]
+        save_file(tensors, self._folder / file, metadata={"format": "pt"})
+        self._weight_map |= dict.fromkeys(tensors, file)
+        self._bytes += sum(tensor.nbytes for tensor in tensors.values())
+
+    def finish(self, model: Any, tokenizer: Any, recipe: Mapping[str, Any]) -> None:
+        """Store all else of ``model``, which has a ``SparseLinear`` on no device for each packed linear."""
+        _attach_manifest(model, manifest_of(model, recipe))
+        model.hf_quantizer = None  # transformers would ask it for the weights of the whole model
+        with in_dtype(model, self._dtype):
+            rest = {name: tensor for name, tensor in model.state_dict().items() if name not in self._weight_map}
+            # one file, which the blocks' stand beside
+            model.save_pretrained(self._folder, state_dict=rest, max_shard_size="1TB", save_original_format=False)
+        whole = self._folder / "model.safetensors"
+        self._weight_map |= dict.fromkeys(read_headers([whole]), self._files[-1])
+        self._bytes += whole.stat().st_size - _header_bytes(whole)
+        whole.rename(self._folder / self._files[-1])
+        index = {"metadata": {"total_size": self._bytes}, "weight_map": self._weight_map}
+        (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+        _describe(self._folder, tokenizer, self._name)
+
+
+@contextmanager
+def packed_shards(out: str | Path, blocks: int, dtype: torch.dtype, *, force: bool = False) -> Iterator[PackedShards]:
+    """Shards of a checkpoint at ``out``, which is there when the context ends, and not before; see ``save_packed``."""
+    with new_folder(out, force) as (partial, target):
+        yield PackedShards(partial, target.name, blocks, dtype)
+
+
+@contextmanager
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Parameters in ``dtype`` for the length of the context; buffers (position tables) are left alone."""
+    before = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    try:
+        for name, parameter in model.named_parameters():
+            if name in before:
+                parameter.data = parameter.data.to(dtype)
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            if name in before:
+                parameter.data = parameter.data.to(before[name])
+
+
+@contextmanager
+def new_folder(out: str | Path, force: bool = False) -> Iterator[tuple[Path, Path]]:
+    """A hidden directory beside ``out``, and ``out`` itself, links resolved, into whose place it is renamed in the end.
+
+    Raises:
+        MspError: see ``check_output``; or what is done in the context cannot be written. ``out`` is as before then.
+    """
+    target = check_output(out, force)
     partial = _sibling(target, "partial")
     try:
         partial.mkdir(parents=True)
-        # Tensors keep the names of their modules, as the manifest does, also where published files differ.
-        model.save_pretrained(partial, max_shard_size=max_shard_size, save_original_format=False)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        card = model_card(read_info(partial), target.name)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        yield partial, target
         _put_in_place(partial, target)
     except (OSError, SafetensorError) as error:
         raise MspError(f"{out} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return target
 
 
 def _sibling(target: Path, suffix: str) -> Path:

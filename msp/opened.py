@@ -128,7 +128,7 @@ def open_model(
     device = find_device(options.device)
     if options.stream:
         if not may_stream:
-            raise UsageError("only a search can stream a model: this needs it in memory")
+            raise UsageError("only search and prune can stream a model: this needs it in memory")
         if not isinstance(model, (str, Path)):
             raise UsageError("a model that is in memory need not be streamed: stream takes a directory or a hub id")
         with progress.stage("Loading all but the blocks"):

@@ -8,7 +8,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Container, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from msp.calibration import stream_statistics
 from msp.data import TokenSets
 from msp.errors import UsageError
 from msp.evaluate import DenseReference, Reference
-from msp.model import Structure, check_finite, device_of
+from msp.model import Block, Structure, check_finite, device_of
 from msp.ops import PackedWeight
 from msp.patterns import Allocation
 from msp.plan import Plan
@@ -216,21 +216,30 @@ class Workbench:
 
         The linears become ``SparseLinear`` for the length of the context; the dense model is then restored.
         """
+        with ExitStack() as stack:
+            for block, statistics in self._stream(pruner.needs, sequential=True):
+                stack.enter_context(self.packed(block, statistics, allocation, pruner))
+            yield self.model
+
+    @contextmanager
+    def packed(
+        self, block: Block, statistics: Mapping[str, LinearStatistics], allocation: Allocation, pruner: Pruner
+    ) -> Iterator[None]:
+        """Within the context the linears of ``block`` are pruned, and ``SparseLinear``."""
         replaced = []
         try:
-            for block, statistics in self._stream(pruner.needs, sequential=True):
-                for linear in block.linears:
-                    if linear.name not in self.unit_of or allocation[linear.name].is_dense:
-                        continue
-                    entry = self._complete(linear.name, statistics[linear.name], pruner)
-                    pattern = allocation[linear.name]
-                    packed = pruner.prune(linear.weight.contiguous(), entry, pattern, name=linear.name, warn=_warn)
-                    packed = self._rounded(packed)
-                    block.module.set_submodule(linear.kind, SparseLinear.from_packed(packed, linear.bias))
-                    replaced.append((block, linear))
-            yield self.model
+            for linear in block.linears:
+                if linear.name not in self.unit_of or allocation[linear.name].is_dense:
+                    continue
+                entry = self._complete(linear.name, statistics[linear.name], pruner)
+                pattern = allocation[linear.name]
+                packed = pruner.prune(linear.weight.contiguous(), entry, pattern, name=linear.name, warn=_warn)
+                packed = self._rounded(packed)
+                block.module.set_submodule(linear.kind, SparseLinear.from_packed(packed, linear.bias))
+                replaced.append(linear)
+            yield
         finally:
-            for block, linear in replaced:
+            for linear in replaced:
                 block.module.set_submodule(linear.kind, linear.module)
 
     def _rounded(self, packed: PackedWeight) -> PackedWeight:

@@ -281,6 +281,26 @@ class OneSearch:
     work_dir: WorkDir = None
 
 
+class Streaming:
+    """For a model that does not fit in memory."""
+
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream", help="The model does not fit in memory: hold one block at a time.", rich_help_panel=RUN
+        ),
+    ] = False
+    hidden_bytes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help="With --stream: memory for the hidden states that wait for the next block (4GB). More means that the "
+            "blocks are read less often.",
+            rich_help_panel=RUN,
+        ),
+    ] = None
+
+
 def takes(*groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Gives a verb, ahead of its own optional parameters, the options of ``groups``; it gets them as ``**options``."""
 

@@ -12,7 +12,7 @@ import os
 import socket
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from msp.data import first_line
 from msp.errors import MspError, UsageError
-from msp.evaluate import Sums
+from msp.evaluate import Sums, summed
 from msp.model import device_of
 from msp.progress import Progress
 from msp.search.candidates import forward_in_bf16
@@ -144,7 +144,7 @@ class RayRunner:
             else:
                 left.remove(ended)
                 found[ended.number] |= zip(ended.job.batches, sums, strict=True)
-        return [_total(sums[batch] for batch in job.batches) for job, sums in zip(jobs, found, strict=True)]
+        return [summed(sums[batch] for batch in job.batches) for job, sums in zip(jobs, found, strict=True)]
 
     def await_worker(self) -> None:
         """Until the first worker can run something."""
@@ -211,13 +211,6 @@ class RayRunner:
 def _to(device: str, own: Any) -> Any:
     """Rank codes of one linear, or its packed weights, on ``device``."""
     return type(own)({key: codes.to(device) for key, codes in own.items()})
-
-
-def _total(parts: Iterable[Sums]) -> Sums:
-    total = Sums()
-    for part in parts:
-        total += part
-    return total
 
 
 @contextmanager
