@@ -155,49 +155,48 @@ class PackedShards:
     Args:
         folder: to write to, which is there.
         name: of the model.
-        blocks: how many there will be.
         dtype: of weights as stored.
     """
 
-    def __init__(self, folder: Path, name: str, blocks: int, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, name: str, dtype: torch.dtype) -> None:
         self._folder = folder
         self._name = name
-        self._files = [f"model-{number + 1:05}-of-{blocks + 1:05}.safetensors" for number in range(blocks + 1)]
         self._dtype = dtype
-        self._weight_map: dict[str, str] = {}
-        self._bytes = 0
+        self._blocks: list[Path] = []
 
     def write(self, module: nn.Module, prefix: str) -> None:
         """Store a block, whose linears are packed, under the names that begin with ``prefix``."""
         with in_dtype(module, self._dtype):
             tensors = {f"{prefix}{name}": tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}
-        file = self._files[len(set(self._weight_map.values()))]
-        save_file(tensors, self._folder / file, metadata={"format": "pt"})
-        self._weight_map |= dict.fromkeys(tensors, file)
-        self._bytes += sum(tensor.nbytes for tensor in tensors.values())
+        file = self._folder / f"block-{len(self._blocks)}.safetensors"
+        save_file(tensors, file, metadata={"format": "pt"})
+        self._blocks.append(file)
 
     def finish(self, model: Any, tokenizer: Any, recipe: Mapping[str, Any]) -> None:
         """Store all else of ``model``, which has a ``SparseLinear`` on no device for each packed linear."""
         _attach_manifest(model, manifest_of(model, recipe))
         model.hf_quantizer = None  # transformers would ask it for the weights of the whole model
+        written = read_headers(self._blocks)
         with in_dtype(model, self._dtype):
-            rest = {name: tensor for name, tensor in model.state_dict().items() if name not in self._weight_map}
-            # one file, which the blocks' stand beside
+            rest = {name: tensor for name, tensor in model.state_dict().items() if name not in written}
             model.save_pretrained(self._folder, state_dict=rest, max_shard_size="1TB", save_original_format=False)
-        whole = self._folder / "model.safetensors"
-        self._weight_map |= dict.fromkeys(read_headers([whole]), self._files[-1])
-        self._bytes += whole.stat().st_size - _header_bytes(whole)
-        whole.rename(self._folder / self._files[-1])
-        index = {"metadata": {"total_size": self._bytes}, "weight_map": self._weight_map}
+        files = [*self._blocks, self._folder / "model.safetensors"]
+        shards = {file: f"model-{number:05}-of-{len(files):05}.safetensors" for number, file in enumerate(files, 1)}
+        index = {
+            "metadata": {"total_size": sum(file.stat().st_size - _header_bytes(file) for file in files)},
+            "weight_map": {name: shards[header.file] for name, header in read_headers(files).items()},
+        }
+        for file, shard in shards.items():
+            file.rename(self._folder / shard)
         (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
         _describe(self._folder, tokenizer, self._name)
 
 
 @contextmanager
-def packed_shards(out: str | Path, blocks: int, dtype: torch.dtype, *, force: bool = False) -> Iterator[PackedShards]:
+def packed_shards(out: str | Path, dtype: torch.dtype, *, force: bool = False) -> Iterator[PackedShards]:
     """Shards of a checkpoint at ``out``, which is there when the context ends, and not before; see ``save_packed``."""
     with new_folder(out, force) as (partial, target):
-        yield PackedShards(partial, target.name, blocks, dtype)
+        yield PackedShards(partial, target.name, dtype)
 
 
 @contextmanager

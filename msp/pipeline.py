@@ -99,8 +99,7 @@ def prune(
         shards = None
         if isinstance(bench, StreamedWorkbench):
             assert output is not None
-            depth = len(opened.structure.blocks)
-            shards = stack.enter_context(packed_shards(output, depth, opened.loaded.stored_dtype, force=force))
+            shards = stack.enter_context(packed_shards(output, opened.loaded.stored_dtype, force=force))
             with clock("prune"):
                 packed, sums, on_fitness = bench.prune_to(shards, allocation, pruner, reference, fitness)
         else:

@@ -241,9 +241,8 @@ def test_what_does_not_go_with_streaming_is_said_at_once(tmp_path: Path) -> None
     with pytest.raises(UsageError, match="in memory"):
         pipeline.search(build("llama"), sparsity=0.5, stream=True)
     for whole in (
-        lambda absent: msp.prune(absent, sparsity=0.5, stream=True),
         lambda absent: msp.compare(absent, sparsity=0.5, allocators=["uniform"], stream=True),
         lambda absent: pipeline.sensitivity(absent, stream=True),
     ):
-        with pytest.raises(UsageError, match="only a search can stream"):
+        with pytest.raises(UsageError, match="only search and prune can stream"):
             whole(tmp_path / "absent")
