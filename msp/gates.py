@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_map
 
 from msp.model import Structure, device_of
 
-
 Keep = Callable[[int, Tensor], None]
+"""Hears of the hidden states behind so many blocks."""
 
 
 class _Reached(Exception):
@@ -107,7 +107,7 @@ class GatedModel(AbstractContextManager["GatedModel"]):
 
         Args:
             hidden: may be left out for ``depth`` 0; the first blocks must have run before.
-            keep: called with 1 ... and the hidden states behind so many blocks, for every block that runs.
+            keep: hears of what every block gives that runs.
         """
         self._active, self._entering, self._keep = depth, hidden, keep
         try:

@@ -86,7 +86,7 @@ def prune(
         plan = opened.plan(settings, listener)
         tokens = opened.tokens(settings, settings.seed)
     pruner = get_pruner(settings.pruner)
-    bench = opened.bench(plan, tokens, listener)
+    bench = opened.bench(plan, tokens, settings, listener)
     with clock("evaluate"):
         reference = bench.predictions(tokens.test, "Dense test predictions")
     with clock("allocate"):
@@ -184,7 +184,7 @@ def search_all(
         opened = open_model(model, first, tokenizer, listener, may_stream=True)
         plans = [opened.plan(each, listener) for each in settings]
         tokens = opened.tokens(first, first.seed)
-    bench = opened.bench(plans[0], tokens, listener)
+    bench = opened.bench(plans[0], tokens, first, listener)
     shared = _problem(bench, get_pruner(first.pruner), first, first.seed)
     relative: list[float] | None = None
     for each, plan in zip(settings, plans, strict=True):
@@ -300,7 +300,7 @@ def compare(
         for seed in seeds:
             tokens = opened.tokens(settings, seed)
             reference = reference or opened.test_reference(tokens, listener)
-            bench = opened.bench(plan, tokens, listener)
+            bench = opened.bench(plan, tokens, settings, listener)
             for pruner_name, pruner in methods:
                 problem = _problem(bench, pruner, settings, seed)
                 for name, allocator in chosen:

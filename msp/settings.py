@@ -56,7 +56,8 @@ class PruneOptions:
         ray_address: of a Ray cluster to run them on, ``auto`` or ``host:port``; without ``workers`` on all of it.
         work_dir: where a search keeps its checkpoint and its database; ``resume`` goes on from them.
         stream: the model does not fit in memory: hold one block at a time (``search`` and ``prune``, docs/search.md).
-        hidden_bytes: with ``stream``, host memory for hidden states: a number, or a text like ``"4GB"``.
+        hidden_bytes: memory for hidden states, a number, or a text like ``"4GB"``: with ``stream`` on the host, for
+            those that wait for the next block; else on the model's device, for those that candidates share.
     """
 
     sparsity: float | None

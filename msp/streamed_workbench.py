@@ -7,7 +7,6 @@ import tempfile
 import weakref
 from collections.abc import Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,32 +31,23 @@ from msp.streamed import streamed_fisher_traces, streamed_logits
 from msp.workbench import Workbench
 
 
-@dataclass(frozen=True)
-class Streaming:
-    """What a streamed model may take.
+class StreamedWorkbench(Workbench):
+    """``Workbench`` without what takes as much memory as the model; arguments and answers are the same.
 
-    Attributes:
-        hidden_bytes: host memory for the hidden states of a search, or of Fisher traces.
-        folder: where rank codes go; None for the system's place for temporary files.
+    ``hidden_bytes`` is host memory here, and also for Fisher traces; rank codes go into ``folder``, or where the
+    system has its temporary files.
     """
 
-    hidden_bytes: int
-    folder: Path | None = None
-
-
-class StreamedWorkbench(Workbench):
-    """``Workbench`` without what takes as much memory as the model; arguments and answers are the same."""
-
-    def __init__(self, *args: Any, streaming: Streaming, **options: Any) -> None:
+    def __init__(self, *args: Any, folder: Path | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._streaming = streaming
+        self._folder = folder
 
     def _measure_traces(self) -> dict[str, float]:
         return streamed_fisher_traces(
             self.model,
             self.structure,
             self.tokens.calibration,
-            hidden_bytes=self._streaming.hidden_bytes,
+            hidden_bytes=self._hidden_bytes,
             device=self._device,
             progress=self.progress,
         )
@@ -70,7 +60,7 @@ class StreamedWorkbench(Workbench):
 
     def _room_for_ranks(self) -> MutableMapping[str, Ranks]:
         """A folder for rank codes that goes with this workbench; ``MspError`` where they do not fit."""
-        beside = self._streaming.folder
+        beside = self._folder
         folder = Path(tempfile.mkdtemp(prefix="msp-ranks-")) if beside is None else beside / "ranks"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -142,7 +132,7 @@ class StreamedWorkbench(Workbench):
             cast(Mapping[str, Ranks], candidates),
             self.plan.units,
             reference,
-            hidden_bytes=self._streaming.hidden_bytes,
+            hidden_bytes=self._hidden_bytes,
             progress=self.progress,
         )
         return nullcontext(runner)

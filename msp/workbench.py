@@ -27,7 +27,7 @@ from msp.patterns import Allocation
 from msp.plan import Plan
 from msp.progress import Progress
 from msp.pruners import LinearStatistics, Pruner
-from msp.search.candidates import Candidates, Ranks, forward_in_bf16
+from msp.search.candidates import HIDDEN_BYTES, Candidates, Ranks, forward_in_bf16
 from msp.search.database import LevelDatabase, PackedLevels
 from msp.search.distributed import Workers
 from msp.search.evolution import Fitness
@@ -51,6 +51,7 @@ class Workbench:
         name: names the model in checkpoints of the search.
         stored_dtype: dtype that packed values are rounded to before anything is measured.
         device: where single blocks are calibrated.
+        hidden_bytes: what the hidden states of candidates may take.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Workbench:
         stored_dtype: torch.dtype,
         device: torch.device,
         progress: Progress,
+        hidden_bytes: int = HIDDEN_BYTES,
     ) -> None:
         self.model = model
         self.structure = structure
@@ -73,6 +75,7 @@ class Workbench:
         self.name = name
         self._stored_dtype = stored_dtype
         self._device = device
+        self._hidden_bytes = hidden_bytes
         self._batch_size = batch_size(device, tokens.window)
         self.unit_of = {name: unit for unit in plan.units for name in unit.linears}
         self.linears = [linear for linear in structure.linears if linear.name in self.unit_of]
@@ -207,7 +210,7 @@ class Workbench:
         self, candidates: Candidates, reference: Reference, workers: Workers | None = None
     ) -> AbstractContextManager[Runner]:
         """Runs candidates on the fitness tokens, here or on ``workers``."""
-        setting = Setting(self.model, self.structure.linears, candidates, self.plan.units, reference)
+        setting = Setting(self.model, self.structure, candidates, self.plan.units, reference, self._hidden_bytes)
         return open_runner(setting, workers, self.progress)
 
     @contextmanager

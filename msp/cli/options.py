@@ -294,8 +294,8 @@ class Streaming:
         str | None,
         typer.Option(
             metavar="BYTES",
-            help="With --stream: memory for the hidden states that wait for the next block (4GB). More means that the "
-            "blocks are read less often.",
+            help="Memory for hidden states (4GB). With --stream, those that wait for the next block: more means that "
+            "the blocks are read less often. Else those that candidates with the same first layers share.",
             rich_help_panel=RUN,
         ),
     ] = None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from itertools import accumulate, pairwise
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, partial
+from itertools import accumulate, pairwise
 from types import TracebackType
 from typing import Any
 
@@ -21,7 +22,11 @@ from msp.patterns import NMPattern, Unit
 from msp.search.database import PackedLevels
 from msp.search.fitness import Job, Key
 
-HIDDEN_BYTES = 4 << 30
+# What hidden states may take where nobody says it.
+HIDDEN_BYTES = 4_000_000_000
+
+State = tuple[int, int]
+"""A batch, and behind how many blocks."""
 Ranks = Mapping[int, Tensor]
 """Of one linear, for every M it may have: uint8 ``[R, K]`` from ``ops.nm_rank``."""
 Candidates = Mapping[str, Ranks] | Mapping[str, PackedLevels]
@@ -95,8 +100,8 @@ class CandidateModel(AbstractContextManager["CandidateModel"]):
         for name, linear in self._linears.items():
             self.model.set_submodule(name, linear.module)
 
-    def shared(self, one: Key, two: Key) -> int:
-        """In how many blocks from the first on two candidates are the same."""
+    def blocks_alike(self, one: Key, two: Key) -> int:
+        """In how many blocks from the first on two candidates have the same levels."""
         for unit, first, second in zip(self._units, one, two, strict=True):
             if first != second:
                 return unit.block
@@ -125,78 +130,75 @@ def precision(model: nn.Module) -> AbstractContextManager[Any]:
 class LocalRunner:
     """Runs jobs in this process; candidates that agree up to a block share what comes out of it.
 
-    They run in the order of their levels, so that hidden states are kept from one candidate for the next ones only,
-    on the model's device.
+    Candidates run in the order of their levels, so hidden states, on the model's device, are held only between one
+    and the next that begin alike.
 
     Args:
         candidates: the model with ranked linears, entered.
         reference: the dense model's predictions on all fitness tokens, or the user's loss on them.
-        structure: the model's blocks; without them every candidate is run from the first one.
-        hidden_bytes: what hidden states may take.
+        structure: the blocks of the model.
+        hidden_bytes: what hidden states may take; where they do not fit, blocks run again.
     """
 
     def __init__(
         self,
         candidates: CandidateModel,
         reference: Reference,
-        structure: Structure | None = None,
+        structure: Structure,
         *,
         hidden_bytes: int = HIDDEN_BYTES,
     ) -> None:
         self._candidates = candidates
         self._reference = reference
-        self._gates = None if structure is None else GatedModel(candidates.model, structure)
+        self._gates = GatedModel(candidates.model, structure)
         self._hidden_bytes = hidden_bytes
-        self.count = [0, 0]
 
     @property
     def batches(self) -> int:
         return self._reference.batches
 
-    @torch.inference_mode()
     def run(self, jobs: Sequence[Job]) -> list[Sums]:
-        if self._gates is None or len(jobs) < 2:
-            return [self._run(job) for job in jobs]
         order = sorted(range(len(jobs)), key=lambda number: jobs[number].levels)
         ordered = [jobs[number] for number in order]
-        shared = [0, *(self._candidates.shared(one.levels, two.levels) for one, two in pairwise(ordered))]
-        held: dict[tuple[int, int], Tensor] = {}
-        found = {}
-        with self._gates:
+        alike = [self._candidates.blocks_alike(one.levels, two.levels) for one, two in pairwise(ordered)]
+        states: dict[State, Tensor] = {}
+        sums: dict[int, Sums] = {}
+        with torch.inference_mode(), self._gates:
+            if any(alike) and not self._from_block_to_block:
+                alike = [0] * len(alike)
             for place, job in enumerate(ordered):
-                depths = accumulate(shared[place + 1 :], min)
-                wanted = {
-                    (batch, depth)
-                    for later, depth in zip(ordered[place + 1 :], depths, strict=True)
-                    for batch in later.batches
-                    if depth
-                }
-                found[order[place]] = self._resume(job, held, wanted)
-        return [found[number] for number in range(len(jobs))]
+                later = zip(ordered[place + 1 :], accumulate(alike[place:], min), strict=True)
+                wanted = {(batch, depth) for other, depth in later for batch in other.batches if depth}
+                sums[order[place]] = self._run(job, states, wanted)
+                states = {key: state for key, state in states.items() if key in wanted}
+        return [sums[number] for number in range(len(jobs))]
 
-    def _resume(self, job: Job, held: dict[tuple[int, int], Tensor], wanted: Set[tuple[int, int]]) -> Sums:
+    def _run(self, job: Job, states: dict[State, Tensor], wanted: Set[State]) -> Sums:
+        """Start from the deepest of ``states``, which all belong to the job, and add those that are ``wanted``."""
+
+        def keep(batch: int, depth: int, state: Tensor) -> None:
+            held = sum(other.nbytes for other in states.values())
+            if (batch, depth) in wanted and held + state.nbytes <= self._hidden_bytes:
+                states[batch, depth] = state
+
         self._candidates.apply(job.levels)
         total = Sums()
-        n = len(self._gates.structure.blocks)
         for batch in job.batches:
-            depth = max((depth for other, depth in held if other == batch), default=0)
-            entering = held.get((batch, depth))
-            for key in [key for key in held if key[0] == batch and key not in wanted]:
-                del held[key]
-            room = self._hidden_bytes - sum(state.nbytes for state in held.values())
-
-            def keep(depth: int, state: Tensor, batch: int = batch) -> None:
-                if (batch, depth) in wanted and state.nbytes <= room:
-                    held[batch, depth] = state
-
-            self.count[0] += n - depth
-            self.count[1] += n
+            depth = max((depth for other, depth in states if other == batch), default=0)
             with precision(self._candidates.model):
-                logits = self._gates.resume(depth, self._reference.tokens(batch), entering, keep)
+                tokens, entering = self._reference.tokens(batch), states.get((batch, depth))
+                logits = self._gates.resume(depth, tokens, entering, partial(keep, batch))
                 total += self._reference.compare(batch, logits)
         return total
 
-    def _run(self, job: Job) -> Sums:
-        self._candidates.apply(job.levels)
+    @cached_property
+    def _from_block_to_block(self) -> bool:
+        """Whether each block alone gives what it gives in a whole forward: not if it uses more than hidden states."""
+        tokens, states = self._reference.tokens(0), dict[int, Tensor]()
         with precision(self._candidates.model):
-            return self._reference.sums(self._candidates.model, job.batches)
+            self._gates.resume(0, tokens, None, states.__setitem__)
+            self._gates.resume(0, tokens.flip(-1), None, lambda *_: None)  # what a block remembers is of these now
+            return all(
+                torch.equal(self._gates.block(depth, tokens, states[depth]), states[depth + 1])
+                for depth in range(1, len(states))
+            )

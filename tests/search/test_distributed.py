@@ -58,14 +58,15 @@ def setting(family: str = "llama", dtype: torch.dtype = torch.float32) -> Settin
     seed = int(np.random.default_rng().integers(1 << 30))
     print("seed", seed)
     model = build(family, seed, dtype)
-    linears = [linear for linear in find_structure(model).linears if linear.shape[1] % GROUP == 0]
+    structure = find_structure(model)
+    linears = [linear for linear in structure.linears if linear.shape[1] % GROUP == 0]
     ranks = {linear.name: {GROUP: ops.nm_rank(linear.weight.contiguous(), GROUP)} for linear in linears}
     units = [
-        Unit(linear.name, (linear.name,), linear.shape[0] * linear.shape[1], GROUP, 0, linear.kind)
+        Unit(linear.name, (linear.name,), linear.shape[0] * linear.shape[1], GROUP, linear.block, linear.kind)
         for linear in linears
     ]
     reference = DenseReference(model, tokens(2 * BATCHES - 1, 17, seed), batch_size=2)
-    return Setting(model, linears, ranks, units, reference)
+    return Setting(model, structure, ranks, units, reference)
 
 
 def jobs(of: Setting, count: int) -> list[Job]:
@@ -180,7 +181,7 @@ def test_errors_and_deaths_that_running_again_does_not_mend(ray) -> None:
 @needs_ray
 def test_a_worker_that_cannot_begin_is_an_error(ray) -> None:
     parts = setting()
-    parts.linears[0].module.weight = None
+    parts.structure.linears[0].module.weight = None
     with pytest.raises(MspError, match="cannot begin"), open_runner(parts, Workers(1)):
         pass
 

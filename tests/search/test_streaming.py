@@ -105,7 +105,7 @@ def test_candidates_measure_what_they_do_in_memory(folder: Path, tmp_path: Path)
     reference = DenseReference(model, text, batch_size=2)
     jobs = random_jobs(units, reference.batches)
     with CandidateModel(model, structure.linears, ranks, units) as candidates:
-        expected = LocalRunner(candidates, reference).run(jobs)
+        expected = LocalRunner(candidates, reference, structure).run(jobs)
 
     loaded, stored = load_stored(folder, device=CPU)
     counted = Counted(stored)
