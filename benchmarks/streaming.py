@@ -2,10 +2,11 @@
 
     python benchmarks/streaming.py [search | prune] [--layers 32] [--hidden 1024] [--limit 1.2]
 
-Writes ``benchmarks/results/streaming.json`` of a search, ``streaming-prune.json`` of SparseGPT to an allocation. Every run has a process of its own. The limit is RLIMIT_DATA, which the
-kernel holds against all private writable pages a process has asked for, touched or not: what it has allocated, and
-the mapped weight files as long as they are open. What is resident is sampled every 10 ms: ``anonymous`` pages are
-held; pages of mapped files are clean, so the kernel takes them back whenever it needs room.
+Writes ``benchmarks/results/streaming.json`` of a search, ``streaming-prune.json`` of SparseGPT to an allocation. Every
+run has a process of its own. The limit is RLIMIT_DATA, which the kernel holds against all private writable pages a
+process has asked for, touched or not: what it has allocated, and the mapped weight files as long as they are open. What
+is resident is sampled every 10 ms: ``anonymous`` pages are held; pages of mapped files are clean, so the kernel takes
+them back whenever it needs room.
 """
 
 from __future__ import annotations

@@ -33,8 +33,17 @@ from msp.search.runners import Setting, open_runner
 PARTS_PER_WORKER = 4
 # A part that has cost so many workers their lives is not tried again.
 DEATHS = 3
-# Read when Ray is imported. Nothing is sent anywhere, and warnings meant for Ray's developers are not shown.
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+# Read when Ray is imported and started. Nothing is sent anywhere, and warnings meant for Ray's developers are not shown.
+# Ray has a minute of patience with a worker that imports torch, and half of one with a machine that does not answer: too
+# little where all processors are busy.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_gcs_server_request_timeout_seconds": "600",
+    "RAY_health_check_timeout_ms": "60000",
+    "RAY_health_check_failure_threshold": "10",
+}
 CONNECT_SECONDS = 5
 
 
@@ -241,11 +250,16 @@ def ray_runner(setting: Setting, workers: Workers, progress: Progress) -> Iterat
         yield runner
 
 
+def prepare_environment() -> None:
+    """Set what of ``ENVIRONMENT`` is not set yet."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 @contextmanager
 def _session(workers: Workers, threads: int) -> Iterator[Any]:
     """Ray, connected: where this process already is, to the cluster asked for, or to one that lives as long as this."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    prepare_environment()
     import ray
 
     if ray.is_initialized():
@@ -259,7 +273,7 @@ def _session(workers: Workers, threads: int) -> Iterator[Any]:
         if colon:  # Ray itself would try for a minute
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # bare ones too, where its processes do not come up in time
         raise MspError(f"Ray cannot be reached at {options['address']}: {first_line(error)}") from error
     try:
         yield ray
