@@ -33,8 +33,8 @@ from msp.search.runners import Setting, open_runner
 PARTS_PER_WORKER = 4
 # A part that has cost so many workers their lives is not tried again.
 DEATHS = 3
-# Read when Ray is imported and started. Nothing is sent anywhere, warnings meant for Ray's developers are not shown, and
-# processes may take long to start or to answer, as they do where all processors are busy.
+# Read when Ray is imported and started. Nothing is sent anywhere, warnings meant for Ray's developers are not shown,
+# and processes may take long to start or to answer, as they do where all processors are busy.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
