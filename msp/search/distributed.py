@@ -34,10 +34,12 @@ PARTS_PER_WORKER = 4
 # A part that has cost so many workers their lives is not tried again.
 DEATHS = 3
 # Read when Ray is imported and started. Nothing is sent anywhere, warnings meant for Ray's developers are not shown,
-# and processes may take long to start or to answer, as they do where all processors are busy.
+# workers are no nicer than this process (Ray's niceness of 15 gets nothing done beside other work), and all may take
+# long to start or to answer.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",
     "RAY_worker_register_timeout_seconds": "600",
     "RAY_gcs_server_request_timeout_seconds": "600",
     "RAY_health_check_timeout_ms": "60000",
