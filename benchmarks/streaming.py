@@ -87,7 +87,7 @@ def run(verb: str, stream: bool, limit: int, folder: Path) -> dict[str, Any]:
     options: dict[str, Any] = {"stream": True, "hidden_bytes": "32MB", "work_dir": folder / "work"} if stream else {}
     options |= {"calibration": str(folder / "tokens.safetensors"), **OPTIONS[verb]}
     if verb == "prune":
-        options |= {"allocation": folder / "recipe.yaml", "output": folder / "packed"}
+        options |= {"allocation": folder / "recipe.yaml", "output": folder / f"packed-{stream}"}
     found: Any
     try:
         found = getattr(msp.pipeline, verb)(folder / "model", **options)
