@@ -193,9 +193,16 @@ class PackedShards:
 
 
 @contextmanager
-def packed_shards(out: str | Path, dtype: torch.dtype, *, force: bool = False) -> Iterator[PackedShards]:
-    """Shards of a checkpoint at ``out``, which is there when the context ends, and not before; see ``save_packed``."""
+def packed_shards(out: str | Path, dtype: torch.dtype, size: int, *, force: bool = False) -> Iterator[PackedShards]:
+    """Shards of a checkpoint at ``out``, which is there when the context ends, and not before.
+
+    Raises:
+        MspError: see ``save_packed``; or there is no room for ``size`` bytes.
+    """
     with new_folder(out, force) as (partial, target):
+        free = shutil.disk_usage(partial).free
+        if size > free:
+            raise MspError(f"{out}: the packed model takes {size:,} bytes, and {free:,} are free there")
         yield PackedShards(partial, target.name, dtype)
 
 

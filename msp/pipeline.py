@@ -99,7 +99,8 @@ def prune(
         shards = None
         if isinstance(bench, StreamedWorkbench):
             assert output is not None
-            shards = stack.enter_context(packed_shards(output, opened.loaded.stored_dtype, force=force))
+            size = opened.bytes_of(allocation)["packed"]
+            shards = stack.enter_context(packed_shards(output, opened.loaded.stored_dtype, size, force=force))
             with clock("prune"):
                 packed, sums, on_fitness = bench.prune_to(shards, allocation, pruner, reference, fitness)
         else:

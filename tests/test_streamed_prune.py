@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -159,4 +160,8 @@ def test_a_failed_run_leaves_what_was_there(tmp_path: Path, text: str, monkeypat
     monkeypatch.setattr(PackedShards, "write", fails)
     with pytest.raises(msp.MspError, match=r"cannot be written.*No space left"):
         msp.prune(tmp_path / "dense", output=out, force=True, stream=True, **options, pruner="magnitude")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(msp.MspError, match=r"takes [\d,]+ bytes, and 1,000 are free"):
+        msp.prune(tmp_path / "dense", output=out, force=True, stream=True, **options)
     assert same(before, weights(out)) and {path.name for path in tmp_path.iterdir()} == {"dense", "out", "a.json"}

@@ -187,8 +187,9 @@ class LocalRunner:
             depth = max((depth for other, depth in states if other == batch), default=0)
             with precision(self._candidates.model):
                 tokens, entering = self._reference.tokens(batch), states.get((batch, depth))
-                logits = self._gates.resume(depth, tokens, entering, partial(keep, batch))
-                total += self._reference.compare(batch, logits)
+                total += self._reference.compare(
+                    batch, self._gates.resume(depth, tokens, entering, partial(keep, batch))
+                )
         return total
 
     @cached_property
