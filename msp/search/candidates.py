@@ -194,12 +194,13 @@ class LocalRunner:
 
     @cached_property
     def _from_block_to_block(self) -> bool:
-        """Whether each block alone gives what it gives in a whole forward: not if it uses more than hidden states."""
-        tokens, states = self._reference.tokens(0), dict[int, Tensor]()
+        """Whether single blocks give what a whole forward gives: not if one uses more than hidden states."""
+        tokens = self._reference.tokens(0)
+        # Other tokens go through each block behind these, and take the place of whatever it remembers.
+        both, states = (tokens, tokens.flip(-1)), list[Tensor | None]([None, None])
         with precision(self._candidates.model):
-            self._gates.resume(0, tokens, None, states.__setitem__)
-            self._gates.resume(0, tokens.flip(-1), None, lambda *_: None)  # what a block remembers is of these now
-            return all(
-                torch.equal(self._gates.block(depth, tokens, states[depth]), states[depth + 1])
-                for depth in range(1, len(states))
-            )
+            whole = self._gates.resume(0, tokens, None, lambda *_: None)
+            for block in self._gates.structure.blocks:
+                states = [self._gates.block(block.index, each, state) for each, state in zip(both, states, strict=True)]
+            assert states[0] is not None
+            return torch.equal(self._gates.logits(tokens, states[0]), whole)
