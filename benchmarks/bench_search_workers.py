@@ -30,13 +30,14 @@ GROUP, CANDIDATES, WINDOW, WINDOWS = 8, 8, 256, 8
 def setting() -> Setting:
     """Rank codes by magnitude, random tokens: what is measured depends on neither."""
     model = load_model(MODEL).model
-    linears = find_structure(model).linears
+    structure = find_structure(model)
+    linears = structure.linears
     ranks = {linear.name: {GROUP: ops.nm_rank(linear.weight.contiguous(), GROUP)} for linear in linears}
     units = [
         Unit(linear.name, (linear.name,), linear.weight.numel(), GROUP, linear.block, linear.kind) for linear in linears
     ]
     windows = torch.randint(3, model.config.vocab_size, (WINDOWS, WINDOW))
-    return Setting(model, linears, ranks, units, DenseReference(model, windows, batch_size=WINDOWS))
+    return Setting(model, structure, ranks, units, DenseReference(model, windows, batch_size=WINDOWS))
 
 
 def test_two_workers(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:

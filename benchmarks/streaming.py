@@ -1,11 +1,12 @@
-"""A search on a model larger than the memory it may take: streamed, and not streamed under the same limit.
+"""A model larger than the memory it may take: streamed, and not streamed under the same limit.
 
-    python benchmarks/streaming.py [--layers 32] [--hidden 1024] [--limit 1.2]
+    python benchmarks/streaming.py [search | prune] [--layers 32] [--hidden 1024] [--limit 1.2]
 
-Writes ``benchmarks/results/streaming.json``. Every run has a process of its own. The limit is RLIMIT_DATA, which the
-kernel holds against all private writable pages a process has asked for, touched or not: what it has allocated, and
-the mapped weight files as long as they are open. What is resident is sampled every 10 ms: ``anonymous`` pages are
-held; pages of mapped files are clean, so the kernel takes them back whenever it needs room.
+Writes ``benchmarks/results/streaming.json`` of a search, ``streaming-prune.json`` of SparseGPT to an allocation. Every
+run has a process of its own. The limit is RLIMIT_DATA, which the kernel holds against all private writable pages a
+process has asked for, touched or not: what it has allocated, and the mapped weight files as long as they are open. What
+is resident is sampled every 10 ms: ``anonymous`` pages are held; pages of mapped files are clean, so the kernel takes
+them back whenever it needs room.
 """
 
 from __future__ import annotations
@@ -22,17 +23,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results" / "streaming.json"
+RESULTS = Path(__file__).resolve().parent / "results"
+FILES = {"search": "streaming.json", "prune": "streaming-prune.json"}
 VOCABULARY = 8192
-SEARCH: dict[str, Any] = {
-    "sparsity": 0.75,
+TEXT: dict[str, Any] = {
     "window": 64,
     "calibration_tokens": 64,
     "fitness_tokens": 64,
     "test_tokens": 64,
-    "evaluations": 16,
     "device": "cpu",
 }
+OPTIONS: dict[str, dict[str, Any]] = {
+    "search": {**TEXT, "sparsity": 0.75, "evaluations": 16},
+    "prune": {**TEXT, "pruner": "sparsegpt"},
+}
+RECIPE = """
+pruning_stage:
+  pruning_modifiers:
+    NMPruningModifier:
+      patterns: {"re:.*": "2:8"}
+"""
 
 
 class Peaks(threading.Thread):
@@ -56,8 +66,8 @@ class Peaks(threading.Thread):
             self.seen[field] = max(self.seen[field], int(status[field].split()[0]) * 1024)
 
 
-def run(stream: bool, limit: int, folder: Path) -> dict[str, Any]:
-    """One search in this process."""
+def run(verb: str, stream: bool, limit: int, folder: Path) -> dict[str, Any]:
+    """One search, or one pruning to 2:8, in this process."""
     import msp.pipeline
     from msp.search.streaming import StreamingRunner
 
@@ -75,14 +85,18 @@ def run(stream: bool, limit: int, folder: Path) -> dict[str, Any]:
     peaks.start()
     start = time.perf_counter()
     options: dict[str, Any] = {"stream": True, "hidden_bytes": "32MB", "work_dir": folder / "work"} if stream else {}
+    options |= {"calibration": str(folder / "tokens.safetensors"), **OPTIONS[verb]}
+    if verb == "prune":
+        options |= {"allocation": folder / "recipe.yaml", "output": folder / f"packed-{stream}"}
+    found: Any
     try:
-        found = msp.pipeline.search(
-            folder / "model", calibration=str(folder / "tokens.safetensors"), **SEARCH, **options
-        )
+        found = getattr(msp.pipeline, verb)(folder / "model", **options)
     except (MemoryError, RuntimeError, msp.MspError) as error:
         return record | {"failed": str(error).splitlines()[0][:200]}
-    record |= {"seconds": time.perf_counter() - start, "peak": peaks.seen, "best": found.history[-1]["best"]}
-    record |= {"candidates": found.history[-1]["evaluations"]}
+    record |= {"seconds": time.perf_counter() - start, "peak": peaks.seen}
+    if verb == "prune":
+        return record | {"kl": found.kl, "bytes": found.bytes}
+    record |= {"best": found.history[-1]["best"], "candidates": found.history[-1]["evaluations"]}
     if runners:
         record |= {"block_loads": runners[0].loads, "hidden_bytes": runners[0].peak_bytes}
     return record
@@ -108,18 +122,20 @@ def make(folder: Path, layers: int, hidden: int) -> int:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder / "model", max_shard_size="100MB")
     save_tokens(torch.randint(0, VOCABULARY, (20_000,)), folder / "tokens.safetensors")
+    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def in_process(*arguments: object) -> Any:
+def in_process(verb: str, *arguments: object) -> Any:
     done = subprocess.run(
-        [sys.executable, __file__, "--child", *map(str, arguments)], check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, verb, "--child", *map(str, arguments)], check=True, stdout=subprocess.PIPE, text=True
     )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", nargs="?", choices=FILES, default="search")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--limit", type=float, default=1.2, help="in GB")
@@ -131,16 +147,16 @@ def main() -> None:
         done = (
             make(Path(folder), *map(int, numbers))
             if step == "make"
-            else run(step == "stream", int(numbers[0]), Path(folder))
+            else run(options.verb, step == "stream", int(numbers[0]), Path(folder))
         )
         print(json.dumps(done))
         return
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     limit = int(options.limit * 1e9)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        size = in_process("make", name, options.layers, options.hidden)
+        size = in_process(options.verb, "make", name, options.layers, options.hidden)
         print(f"model: {size:,} bytes, limit: {limit:,}", flush=True)
-        runs = [in_process(step, name, held) for step, held in (("stream", limit), ("whole", limit))]
+        runs = [in_process(options.verb, step, name, held) for step, held in (("stream", limit), ("whole", limit))]
     for record in runs:
         print(record, flush=True)
     content = {
@@ -149,10 +165,10 @@ def main() -> None:
         "model_bytes": size,
         "layers": options.layers,
         "hidden": options.hidden,
-        "search": SEARCH,
+        options.verb: OPTIONS[options.verb],
         "runs": runs,
     }
-    RESULTS.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (RESULTS / FILES[options.verb]).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,11 @@ class BlockStream:
                 self._hidden[batch] = output.to("cpu")
             yield
 
+    def pass_through(self, index: int) -> None:
+        """Bring every batch behind block ``index``."""
+        for _ in self.run(index, advance=True):
+            pass
+
     def logits(self) -> Iterator[torch.Tensor]:
         """``[B, T, V]`` of every batch, when all blocks have been advanced."""
         for batch, tokens in enumerate(self._batches):

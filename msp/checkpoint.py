@@ -14,13 +14,15 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import __version__ as transformers_version
 
@@ -39,7 +41,9 @@ __all__ = [
     "PackedInfo",
     "check_headers",
     "check_output",
+    "in_dtype",
     "manifest_of",
+    "packed_shards",
     "read_headers",
     "read_info",
     "replace_linears",
@@ -129,25 +133,112 @@ def save_packed(
     Raises:
         MspError: see ``check_output``; no packed linears; or the files cannot be written.
     """
-    target = check_output(out, force)
     manifest = manifest_of(model, recipe)
     json.dumps(manifest.to_dict())
-    _attach_manifest(model, manifest)
+    with new_folder(out, force) as (partial, target):
+        _attach_manifest(model, manifest)
+        # Tensors keep the names of their modules, as the manifest does, also where published files differ.
+        model.save_pretrained(partial, max_shard_size=max_shard_size, save_original_format=False)
+        _describe(partial, tokenizer, target.name)
+    return target
+
+
+def _describe(folder: Path, tokenizer: Any, name: str) -> None:
+    """Put the tokenizer and the model card beside the weights."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(model_card(read_info(folder), name), encoding="utf-8")
+
+
+class PackedShards:
+    """A packed checkpoint that is written a block at a time, a file each.
+
+    Args:
+        folder: to write to, which is there.
+        name: of the model.
+        dtype: of weights as stored.
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: torch.dtype) -> None:
+        self._folder = folder
+        self._name = name
+        self._dtype = dtype
+        self._blocks: list[Path] = []
+
+    def write(self, module: nn.Module, prefix: str) -> None:
+        """Store a block, whose linears are packed, under the names that begin with ``prefix``."""
+        with in_dtype(module, self._dtype):
+            tensors = {f"{prefix}{name}": tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}
+        file = self._folder / f"block-{len(self._blocks)}.safetensors"
+        save_file(tensors, file, metadata={"format": "pt"})
+        self._blocks.append(file)
+
+    def finish(self, model: Any, tokenizer: Any, recipe: Mapping[str, Any]) -> None:
+        """Store all else of ``model``, which has a ``SparseLinear`` on no device for each packed linear."""
+        _attach_manifest(model, manifest_of(model, recipe))
+        model.hf_quantizer = None  # transformers would ask it for the weights of the whole model
+        written = read_headers(self._blocks)
+        with in_dtype(model, self._dtype):
+            rest = {name: tensor for name, tensor in model.state_dict().items() if name not in written}
+            model.save_pretrained(self._folder, state_dict=rest, max_shard_size="1TB", save_original_format=False)
+        files = [*self._blocks, self._folder / "model.safetensors"]
+        shards = {file: f"model-{number:05}-of-{len(files):05}.safetensors" for number, file in enumerate(files, 1)}
+        index = {
+            "metadata": {"total_size": sum(file.stat().st_size - _header_bytes(file) for file in files)},
+            "weight_map": {name: shards[header.file] for name, header in read_headers(files).items()},
+        }
+        for file, shard in shards.items():
+            file.rename(self._folder / shard)
+        (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+        _describe(self._folder, tokenizer, self._name)
+
+
+@contextmanager
+def packed_shards(out: str | Path, dtype: torch.dtype, size: int, *, force: bool = False) -> Iterator[PackedShards]:
+    """Shards of a checkpoint at ``out``, which is there when the context ends, and not before.
+
+    Raises:
+        MspError: see ``save_packed``; or there is no room for ``size`` bytes.
+    """
+    with new_folder(out, force) as (partial, target):
+        free = shutil.disk_usage(partial).free
+        if size > free:
+            raise MspError(f"{out}: the packed model takes {size:,} bytes, and {free:,} are free there")
+        yield PackedShards(partial, target.name, dtype)
+
+
+@contextmanager
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Parameters in ``dtype`` for the length of the context; buffers (position tables) are left alone."""
+    before = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    try:
+        for name, parameter in model.named_parameters():
+            if name in before:
+                parameter.data = parameter.data.to(dtype)
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            if name in before:
+                parameter.data = parameter.data.to(before[name])
+
+
+@contextmanager
+def new_folder(out: str | Path, force: bool = False) -> Iterator[tuple[Path, Path]]:
+    """A hidden directory beside ``out``, and ``out`` itself, links resolved, into whose place it is renamed in the end.
+
+    Raises:
+        MspError: see ``check_output``; or what is done in the context cannot be written. ``out`` is as before then.
+    """
+    target = check_output(out, force)
     partial = _sibling(target, "partial")
     try:
         partial.mkdir(parents=True)
-        # Tensors keep the names of their modules, as the manifest does, also where published files differ.
-        model.save_pretrained(partial, max_shard_size=max_shard_size, save_original_format=False)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        card = model_card(read_info(partial), target.name)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        yield partial, target
         _put_in_place(partial, target)
     except (OSError, SafetensorError) as error:
         raise MspError(f"{out} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return target
 
 
 def _sibling(target: Path, suffix: str) -> Path:

@@ -46,6 +46,14 @@ class Sums:
         return self
 
 
+def summed(parts: Iterable[Sums]) -> Sums:
+    """The sum of ``parts``, added up in their order."""
+    total = Sums()
+    for part in parts:
+        total += part
+    return total
+
+
 class Reference(ABC):
     """What models are measured against on ``windows``, int64 ``[S, T]``, ``batch_size`` sequences at a time."""
 
@@ -64,11 +72,20 @@ class Reference(ABC):
     @torch.inference_mode()
     def sums(self, model: Any, batches: Iterable[int]) -> Sums:
         """What ``compare`` says of ``model`` on ``batches``, by their numbers, summed."""
-        sums = Sums()
-        for batch in batches:
-            tokens = self.tokens(batch).to(device_of(model))
-            sums += self.compare(batch, model(input_ids=tokens, use_cache=False).logits)
-        return sums
+        device = device_of(model)
+        return summed(
+            self.compare(batch, model(input_ids=self.tokens(batch).to(device), use_cache=False).logits)
+            for batch in batches
+        )
+
+    def total(self, model: Any, *, progress: Progress | None = None, label: str = "Evaluating") -> Sums:
+        """``sums`` over all batches."""
+        total = Sums()
+        with (progress or NoProgress()).stage(label, self.batches) as advance:
+            for batch in range(self.batches):
+                total += self.sums(model, [batch])
+                advance(batch + 1)
+        return total
 
     @abstractmethod
     def compare(self, batch: int, logits: torch.Tensor) -> Sums:
@@ -134,11 +151,10 @@ class DenseReference(Reference):
 
     def measure(self, model: Any, *, progress: Progress | None = None, label: str = "Evaluating") -> Quality:
         """Perplexity of ``model`` on all windows, and its KL from the dense one."""
-        total = Sums()
-        with (progress or NoProgress()).stage(label, self.batches) as advance:
-            for index in range(self.batches):
-                total += self.sums(model, [index])
-                advance(index + 1)
+        return self.quality_of(self.total(model, progress=progress, label=label))
+
+    def quality_of(self, total: Sums) -> Quality:
+        """Of a model that has ``total`` on all windows."""
         return Quality(_perplexity(total.loss, total.predicted), total.divergence / total.predicted, total.predicted)
 
 

@@ -18,6 +18,9 @@ from torch.utils._pytree import tree_map
 
 from msp.model import Structure, device_of
 
+Keep = Callable[[int, Tensor], None]
+"""Hears of the hidden states behind so many blocks."""
+
 
 class _Reached(Exception):
     """What was wanted is there: nothing behind it is run."""
@@ -61,6 +64,8 @@ class GatedModel(AbstractContextManager["GatedModel"]):
         self._active = 0
         self._entering: Tensor | None = None
         self._output: Tensor | None = None
+        # Hears of what every block gives while all from the active one on are run.
+        self._keep: Keep | None = None
 
     def __enter__(self) -> GatedModel:
         for block in self.structure.blocks:
@@ -97,6 +102,20 @@ class GatedModel(AbstractContextManager["GatedModel"]):
         logits: Tensor = self._forward(tokens).logits
         return logits
 
+    def resume(self, depth: int, tokens: Tensor, hidden: Tensor | None, keep: Keep) -> Tensor:
+        """``[B, T, V]`` from the hidden states behind ``depth`` blocks, in one forward.
+
+        Args:
+            hidden: may be left out for ``depth`` 0; the first blocks must have run before.
+            keep: hears of what every block gives that runs.
+        """
+        self._active, self._entering, self._keep = depth, hidden, keep
+        try:
+            logits: Tensor = self._forward(tokens).logits
+        finally:
+            self._keep = None
+        return logits
+
     def _forward(self, tokens: Tensor) -> Any:
         try:
             return self.model(input_ids=tokens.to(device_of(self.model)), use_cache=False)
@@ -105,21 +124,26 @@ class GatedModel(AbstractContextManager["GatedModel"]):
 
     def _at_gate(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        if index > self._active:
+        if index > self._active and self._keep is None:
             self._output = hidden
             raise _Reached
         if index < self._active:
             behind_blocks = self._active == len(self.structure.blocks)
             return self._wrap[index](self._entering if behind_blocks else hidden)
         args, kwargs = tree_map(self._to_device, (args, kwargs))
-        if self._entering is not None and args:
-            args = (self._entering, *args[1:])
-        elif self._entering is not None:
-            kwargs["hidden_states"] = self._entering
+        if index == self._active and self._entering is not None:
+            if args:
+                args = (self._entering, *args[1:])
+            else:
+                kwargs["hidden_states"] = self._entering
         output = self.structure.blocks[index].module(*args, **kwargs)
         if len(self._wrap) == index:
             self._wrap.append(_wrapper_like(output))
-        self._output = output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, tuple) else output
+        if self._keep is not None:
+            self._keep(index + 1, hidden)
+            return output
+        self._output = hidden
         raise _Reached
 
     def _to_device(self, leaf: Any) -> Any:

@@ -20,7 +20,7 @@ from msp.progress import Progress
 from msp.settings import PruneOptions
 from msp.sparse_linear import SparseLinear
 from msp.stored import load_stored
-from msp.streamed_workbench import StreamedWorkbench, Streaming
+from msp.streamed_workbench import StreamedWorkbench
 from msp.workbench import Workbench, batch_size
 
 
@@ -32,7 +32,7 @@ class Opened:
     structure: Structure
     device: torch.device
     decode_table: DecodeTable | None = None
-    streaming: Streaming | None = None
+    streamed: bool = False
 
     @property
     def model(self) -> Any:
@@ -93,15 +93,16 @@ class Opened:
         dense = tensor_bytes(self.model, self.loaded.stored_dtype)
         return {"dense": dense, "packed": goal.other_bytes + linears}
 
-    def bench(self, plan: Plan, tokens: TokenSets, progress: Progress) -> Workbench:
+    def bench(self, plan: Plan, tokens: TokenSets, options: PruneOptions, progress: Progress) -> Workbench:
         about: dict[str, Any] = {
             "name": self.loaded.source,
             "stored_dtype": self.loaded.stored_dtype,
             "device": self.device,
             "progress": progress,
+            "hidden_bytes": parse_bytes(options.hidden_bytes),
         }
-        if self.streaming is not None:
-            return StreamedWorkbench(self.model, self.structure, plan, tokens, streaming=self.streaming, **about)
+        if self.streamed:
+            return StreamedWorkbench(self.model, self.structure, plan, tokens, folder=options.work_dir, **about)
         return Workbench(self.model, self.structure, plan, tokens, **about)
 
     def test_reference(self, tokens: TokenSets, progress: Progress) -> DenseReference:
@@ -128,13 +129,12 @@ def open_model(
     device = find_device(options.device)
     if options.stream:
         if not may_stream:
-            raise UsageError("only a search can stream a model: this needs it in memory")
+            raise UsageError("only search and prune can stream a model: this needs it in memory")
         if not isinstance(model, (str, Path)):
             raise UsageError("a model that is in memory need not be streamed: stream takes a directory or a hub id")
         with progress.stage("Loading all but the blocks"):
             loaded, structure = load_stored(model, dtype=options.dtype, device=device)
-        streaming = Streaming(parse_bytes(options.hidden_bytes), options.work_dir)
-        return Opened(loaded, structure, device, streaming=streaming)
+        return Opened(loaded, structure, device, streamed=True)
     if isinstance(model, (str, Path)):
         with progress.stage("Loading the model"):
             loaded = load_model(model, dtype=options.dtype, device=device)

@@ -16,12 +16,14 @@ import torch
 
 from msp import __version__
 from msp.allocators import Allocated, Problem, get_allocator
-from msp.checkpoint import check_output, replace_linears, save_packed
+from msp.checkpoint import check_output, in_dtype, packed_shards, replace_linears, save_packed
 from msp.data import DEFAULT_EVALUATION, read_windows
 from msp.errors import MspError, UsageError
-from msp.evaluate import DenseReference, Quality, Sums, perplexity
+from msp.evaluate import DenseReference, Quality, Reference, Sums, perplexity
 from msp.model import find_device, load_model
 from msp.opened import Opened, open_model, tensor_bytes, vocabulary_size, window_of
+from msp.ops import PackedWeight
+from msp.patterns import Allocation
 from msp.plan import Plan
 from msp.progress import NoProgress, Progress
 from msp.pruners import Pruner, get_pruner
@@ -31,6 +33,7 @@ from msp.search.fitness import key_of
 from msp.sensitivity import fisher_traces
 from msp.settings import PruneOptions
 from msp.sparse_linear import SparseLinear, note_pattern
+from msp.streamed_workbench import StreamedWorkbench
 from msp.workbench import Workbench, batch_size
 
 
@@ -74,39 +77,49 @@ def prune(
     settings = _options(sparsity, options)
     if output is not None:
         check_output(output, force)
+    elif settings.stream:
+        raise UsageError("a streamed model is packed on disk, block by block: stream needs an output")
     listener = progress or NoProgress()
     clock = _Stopwatch()
     with clock("load"):
-        opened = open_model(model, settings, tokenizer, listener)
+        opened = open_model(model, settings, tokenizer, listener, may_stream=True)
         plan = opened.plan(settings, listener)
         tokens = opened.tokens(settings, settings.seed)
     pruner = get_pruner(settings.pruner)
-    bench = opened.bench(plan, tokens, listener)
+    bench = opened.bench(plan, tokens, settings, listener)
     with clock("evaluate"):
-        reference = opened.test_reference(tokens, listener)
+        reference = bench.predictions(tokens.test, "Dense test predictions")
     with clock("allocate"):
         problem = _problem(bench, pruner, settings, settings.seed)
         found = _allocate(problem, settings)
         allocation = problem.allocation(found.levels)
     dense_bytes = tensor_bytes(opened.model, opened.loaded.stored_dtype)
+    fitness = bench.reference(settings.measure) if found.history else None
     with ExitStack() as stack:
-        with clock("prune"):
-            pruned = stack.enter_context(bench.pruned(allocation, pruner))
-        with clock("evaluate"):
-            quality = reference.measure(pruned, progress=listener)
-            searched = _search_fitness(bench, pruned, found, settings)
-        packed = {name: module.packed for name, module in pruned.named_modules() if isinstance(module, SparseLinear)}
-    for name, pattern in allocation.items():
-        if pattern.is_dense:
-            note_pattern(opened.model.get_submodule(name), pattern)
-    replace_linears(opened.model, packed)
-    bytes_ = {"dense": dense_bytes, "packed": tensor_bytes(opened.model, opened.loaded.stored_dtype)}
-    recipe = _recipe(settings, opened, bench, plan, found)
-    recipe |= {"perplexity": _both(reference.quality, quality), "kl": quality.kl, "bytes": bytes_}
-    recipe |= {"search_fitness": searched}
-    if output is not None:
-        with clock("save"), _in_dtype(opened.model, opened.loaded.stored_dtype):
-            save_packed(opened.model, opened.loaded.tokenizer, output, recipe=recipe, force=force)
+        shards = None
+        if isinstance(bench, StreamedWorkbench):
+            assert output is not None
+            size = opened.bytes_of(allocation)["packed"]
+            shards = stack.enter_context(packed_shards(output, opened.loaded.stored_dtype, size, force=force))
+            with clock("prune"):
+                packed, sums, on_fitness = bench.prune_to(shards, allocation, pruner, reference, fitness)
+        else:
+            packed, sums, on_fitness = _pruned(bench, allocation, pruner, reference, fitness, clock)
+        quality, searched = reference.quality_of(sums), _search_fitness(found, on_fitness, settings)
+        for name, pattern in allocation.items():
+            if pattern.is_dense:
+                note_pattern(opened.model.get_submodule(name), pattern)
+        replace_linears(opened.model, packed)
+        bytes_ = {"dense": dense_bytes, "packed": tensor_bytes(opened.model, opened.loaded.stored_dtype)}
+        recipe = _recipe(settings, opened, bench, plan, found)
+        recipe |= {"perplexity": _both(reference.quality, quality), "kl": quality.kl, "bytes": bytes_}
+        recipe |= {"search_fitness": searched}
+        if shards is not None:
+            with clock("save"):
+                shards.finish(opened.model, opened.loaded.tokenizer, recipe)
+        elif output is not None:
+            with clock("save"), in_dtype(opened.model, opened.loaded.stored_dtype):
+                save_packed(opened.model, opened.loaded.tokenizer, output, recipe=recipe, force=force)
     return PruneResult(
         **_spending(plan, problem, found),
         allocation=allocation,
@@ -119,7 +132,7 @@ def prune(
         history=[asdict(step) for step in found.history],
         sensitivities=bench.traces,
         recipe=recipe,
-        model=opened.model,
+        model=None if settings.stream else opened.model,
         tokenizer=opened.loaded.tokenizer,
         search_fitness=searched,
     )
@@ -172,7 +185,7 @@ def search_all(
         opened = open_model(model, first, tokenizer, listener, may_stream=True)
         plans = [opened.plan(each, listener) for each in settings]
         tokens = opened.tokens(first, first.seed)
-    bench = opened.bench(plans[0], tokens, listener)
+    bench = opened.bench(plans[0], tokens, first, listener)
     shared = _problem(bench, get_pruner(first.pruner), first, first.seed)
     relative: list[float] | None = None
     for each, plan in zip(settings, plans, strict=True):
@@ -212,15 +225,30 @@ def _problem(bench: Workbench, pruner: Pruner, settings: PruneOptions, seed: int
     )
 
 
-def _search_fitness(bench: Workbench, pruned: Any, found: Allocated, settings: PruneOptions) -> dict[str, float] | None:
+def _pruned(
+    bench: Workbench,
+    allocation: Allocation,
+    pruner: Pruner,
+    test: DenseReference,
+    fitness: Reference | None,
+    clock: _Stopwatch,
+) -> tuple[dict[str, PackedWeight], Sums, Sums | None]:
+    """``StreamedWorkbench.prune_to`` of a model in memory; it is the dense one again afterwards."""
+    with ExitStack() as stack:
+        with clock("prune"):
+            model = stack.enter_context(bench.pruned(allocation, pruner))
+        with clock("evaluate"):
+            sums, on_fitness = test.total(model, progress=bench.progress), None
+            if fitness is not None:
+                on_fitness = fitness.total(model, progress=bench.progress, label="Evaluating on fitness tokens")
+        packed = {name: module.packed for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    return packed, sums, on_fitness
+
+
+def _search_fitness(found: Allocated, total: Sums | None, settings: PruneOptions) -> dict[str, float] | None:
     """What the search measured of the candidate it found, and the same of the model pruned to its levels."""
-    if not found.history:
+    if total is None:
         return None
-    reference, total = bench.reference(settings.measure), Sums()
-    with bench.progress.stage("Evaluating on fitness tokens", reference.batches) as advance:
-        for batch in range(reference.batches):
-            total += reference.sums(pruned, [batch])
-            advance(batch + 1)
     loss = total.divergence if settings.measure == "kl" else total.loss
     return {"candidate": found.history[-1].best, "pruned": loss / total.predicted}
 
@@ -273,7 +301,7 @@ def compare(
         for seed in seeds:
             tokens = opened.tokens(settings, seed)
             reference = reference or opened.test_reference(tokens, listener)
-            bench = opened.bench(plan, tokens, listener)
+            bench = opened.bench(plan, tokens, settings, listener)
             for pruner_name, pruner in methods:
                 problem = _problem(bench, pruner, settings, seed)
                 for name, allocator in chosen:
@@ -364,21 +392,6 @@ def _options(sparsity: float | None, options: dict[str, Any]) -> PruneOptions:
         raise UsageError(str(error).replace("PruneOptions.__init__() ", "")) from error
     settings.check()
     return settings
-
-
-@contextmanager
-def _in_dtype(model: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Parameters in ``dtype`` for the length of the context; buffers (position tables) are left alone."""
-    before = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.is_floating_point()}
-    try:
-        for name, parameter in model.named_parameters():
-            if name in before:
-                parameter.data = parameter.data.to(dtype)
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            if name in before:
-                parameter.data = parameter.data.to(before[name])
 
 
 def _both(dense: Quality, pruned: Quality) -> dict[str, float]:

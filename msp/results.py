@@ -54,7 +54,7 @@ class PruneResult(Found):
 
     Attributes:
         perplexity: of the ``dense`` and the ``pruned`` model on the test tokens; ``kl`` per token, in nats.
-        model: the packed model, ``tokenizer`` beside it.
+        model: the packed model, None where it was streamed; ``tokenizer`` beside it.
         search_fitness: on the fitness tokens, in nats a token, what the search measured of the ``candidate`` it found,
             and the same of the model once it is ``pruned`` block by block; None for allocators that do not search.
     """

@@ -59,8 +59,9 @@ class PruneOptions:
         workers: processes that a search runs candidates in, through Ray; without it, in this one.
         ray_address: of a Ray cluster to run them on, ``auto`` or ``host:port``; without ``workers`` on all of it.
         work_dir: where a search keeps its checkpoint and its database; ``resume`` goes on from them.
-        stream: the model does not fit in memory: hold one block at a time (``search`` alone, docs/search.md).
-        hidden_bytes: with ``stream``, host memory for hidden states: a number, or a text like ``"4GB"``.
+        stream: the model does not fit in memory: hold one block at a time (``search`` and ``prune``, docs/search.md).
+        hidden_bytes: memory for hidden states, a number, or a text like ``"4GB"``: with ``stream`` on the host, for
+            those that wait for the next block; else on the model's device, for those that candidates share.
     """
 
     sparsity: float | None
@@ -138,7 +139,7 @@ class PruneOptions:
             raise UsageError("fisher and fisher-knapsack keep a float32 per weight: they do not go with stream")
         if self.workers is not None or self.ray_address is not None:
             raise UsageError("each of the workers holds the whole model: they do not go with stream")
-        if self.database(pruner):
+        if self.allocation is None and self.database(pruner):
             raise UsageError(
                 f"stream makes no level database, which candidates of {self.pruner} come from here: "
                 "ask for candidates ranks"

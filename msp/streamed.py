@@ -37,8 +37,7 @@ def streamed_logits(
         with (progress or NoProgress()).stage("Blocks", len(structure.blocks)) as advance:
             for block in structure.blocks:
                 with block.on(gates.device):
-                    for _ in stream.run(block.index, advance=True):
-                        pass
+                    stream.pass_through(block.index)
                 advance(block.index + 1)
         yield from stream.logits()
 

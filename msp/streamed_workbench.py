@@ -7,51 +7,47 @@ import tempfile
 import weakref
 from collections.abc import Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 
+from msp.calibration import BlockStream, gather
+from msp.checkpoint import PackedShards
 from msp.errors import MspError, UsageError
-from msp.evaluate import DenseReference, Reference
+from msp.evaluate import DenseReference, Reference, Sums, summed
 from msp.gates import GatedModel
+from msp.model import Linear, check_finite
+from msp.ops import PackedWeight
+from msp.patterns import Allocation, NMPattern
 from msp.pruners import Pruner
 from msp.search.candidates import Candidates, Ranks
 from msp.search.database import PackedLevels
 from msp.search.distributed import Workers
 from msp.search.fitness import Runner
 from msp.search.streaming import StoredRanks, StreamingRunner
+from msp.sparse_linear import SparseLinear
 from msp.streamed import streamed_fisher_traces, streamed_logits
 from msp.workbench import Workbench
 
 
-@dataclass(frozen=True)
-class Streaming:
-    """What a streamed model may take.
+class StreamedWorkbench(Workbench):
+    """``Workbench`` without what takes as much memory as the model; arguments and answers are the same.
 
-    Attributes:
-        hidden_bytes: host memory for the hidden states of a search, or of Fisher traces.
-        folder: where rank codes go; None for the system's place for temporary files.
+    ``hidden_bytes`` is host memory here, and also for Fisher traces; rank codes go into ``folder``, or where the
+    system has its temporary files.
     """
 
-    hidden_bytes: int
-    folder: Path | None = None
-
-
-class StreamedWorkbench(Workbench):
-    """``Workbench`` without what takes as much memory as the model; arguments and answers are the same."""
-
-    def __init__(self, *args: Any, streaming: Streaming, **options: Any) -> None:
+    def __init__(self, *args: Any, folder: Path | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._streaming = streaming
+        self._folder = folder
 
     def _measure_traces(self) -> dict[str, float]:
         return streamed_fisher_traces(
             self.model,
             self.structure,
             self.tokens.calibration,
-            hidden_bytes=self._streaming.hidden_bytes,
+            hidden_bytes=self._hidden_bytes,
             device=self._device,
             progress=self.progress,
         )
@@ -64,7 +60,7 @@ class StreamedWorkbench(Workbench):
 
     def _room_for_ranks(self) -> MutableMapping[str, Ranks]:
         """A folder for rank codes that goes with this workbench; ``MspError`` where they do not fit."""
-        beside = self._streaming.folder
+        beside = self._folder
         folder = Path(tempfile.mkdtemp(prefix="msp-ranks-")) if beside is None else beside / "ranks"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -76,6 +72,49 @@ class StreamedWorkbench(Workbench):
                 f"rank codes take {needed:,} bytes on disk, and {folder} has {free:,}: choose another work_dir"
             )
         return StoredRanks(folder)
+
+    def prune_to(
+        self,
+        shards: PackedShards,
+        allocation: Allocation,
+        pruner: Pruner,
+        test: DenseReference,
+        fitness: Reference | None,
+    ) -> tuple[dict[str, PackedWeight], Sums, Sums | None]:
+        """Prune block by block, each calibrated behind its pruned predecessors, and store each before the next one.
+
+        Host memory: a hidden state for each token of calibration, ``test`` and ``fitness``.
+
+        Returns:
+            The packed weights on no device; and what ``test`` and ``fitness``, where it is given, say of the model.
+        """
+        gates = GatedModel(self.model, self.structure, self._device)
+        calibration = BlockStream(gates, self.tokens.calibration, batch_size=self._batch_size)
+        references = [test] if fitness is None else [test, fitness]
+        measured = [BlockStream(gates, each.windows, batch_size=each.batch_size) for each in references]
+        with gates:
+            with self.progress.stage("Pruning", len(self.structure.blocks)) as advance:
+                for block in self.structure.blocks:
+                    with block.on(gates.device):
+                        check_finite(block.linears)
+                        with gather(block.linears, pruner.needs) as statistics:
+                            for _ in calibration.run(block.index, advance=False):
+                                pass
+                        with self.packed(block, statistics, allocation, pruner):
+                            for stream in (calibration, *measured):
+                                stream.pass_through(block.index)
+                            shards.write(block.module, f"{block.name}.")
+                    advance(block.index + 1)
+            sums = [
+                summed(each.compare(batch, logits) for batch, logits in enumerate(stream.logits()))
+                for each, stream in zip(references, measured, strict=True)
+            ]
+        packed = {
+            linear.name: _on_no_device(linear, allocation[linear.name])
+            for linear in self.linears
+            if not allocation[linear.name].is_dense
+        }
+        return packed, sums[0], sums[1] if fitness is not None else None
 
     def predictions(self, windows: Tensor, label: str) -> DenseReference:
         size = self._batch_size
@@ -93,7 +132,12 @@ class StreamedWorkbench(Workbench):
             cast(Mapping[str, Ranks], candidates),
             self.plan.units,
             reference,
-            hidden_bytes=self._streaming.hidden_bytes,
+            hidden_bytes=self._hidden_bytes,
             progress=self.progress,
         )
         return nullcontext(runner)
+
+
+def _on_no_device(linear: Linear, pattern: NMPattern) -> PackedWeight:
+    rows, columns = linear.shape
+    return SparseLinear(columns, rows, pattern, device="meta", dtype=linear.weight.dtype).packed

@@ -8,7 +8,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Container, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ from msp.calibration import stream_statistics
 from msp.data import TokenSets
 from msp.errors import UsageError
 from msp.evaluate import DenseReference, Reference
-from msp.model import Structure, check_finite, device_of
+from msp.model import Block, Structure, check_finite, device_of
 from msp.ops import PackedWeight
 from msp.patterns import Allocation
 from msp.plan import Plan
 from msp.progress import Progress
 from msp.pruners import LinearStatistics, Pruner
-from msp.search.candidates import Candidates, Ranks, forward_in_bf16
+from msp.search.candidates import HIDDEN_BYTES, Candidates, Ranks, forward_in_bf16
 from msp.search.database import LevelDatabase, PackedLevels
 from msp.search.distributed import Workers
 from msp.search.evolution import Fitness
@@ -51,6 +51,7 @@ class Workbench:
         name: names the model in checkpoints of the search.
         stored_dtype: dtype that packed values are rounded to before anything is measured.
         device: where single blocks are calibrated.
+        hidden_bytes: what the hidden states of candidates may take.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Workbench:
         stored_dtype: torch.dtype,
         device: torch.device,
         progress: Progress,
+        hidden_bytes: int = HIDDEN_BYTES,
     ) -> None:
         self.model = model
         self.structure = structure
@@ -73,6 +75,7 @@ class Workbench:
         self.name = name
         self._stored_dtype = stored_dtype
         self._device = device
+        self._hidden_bytes = hidden_bytes
         self._batch_size = batch_size(device, tokens.window)
         self.unit_of = {name: unit for unit in plan.units for name in unit.linears}
         self.linears = [linear for linear in structure.linears if linear.name in self.unit_of]
@@ -207,7 +210,7 @@ class Workbench:
         self, candidates: Candidates, reference: Reference, workers: Workers | None = None
     ) -> AbstractContextManager[Runner]:
         """Runs candidates on the fitness tokens, here or on ``workers``."""
-        setting = Setting(self.model, self.structure.linears, candidates, self.plan.units, reference)
+        setting = Setting(self.model, self.structure, candidates, self.plan.units, reference, self._hidden_bytes)
         return open_runner(setting, workers, self.progress)
 
     @contextmanager
@@ -216,21 +219,30 @@ class Workbench:
 
         The linears become ``SparseLinear`` for the length of the context; the dense model is then restored.
         """
+        with ExitStack() as stack:
+            for block, statistics in self._stream(pruner.needs, sequential=True):
+                stack.enter_context(self.packed(block, statistics, allocation, pruner))
+            yield self.model
+
+    @contextmanager
+    def packed(
+        self, block: Block, statistics: Mapping[str, LinearStatistics], allocation: Allocation, pruner: Pruner
+    ) -> Iterator[None]:
+        """Within the context the linears of ``block`` are pruned, and ``SparseLinear``."""
         replaced = []
         try:
-            for block, statistics in self._stream(pruner.needs, sequential=True):
-                for linear in block.linears:
-                    if linear.name not in self.unit_of or allocation[linear.name].is_dense:
-                        continue
-                    entry = self._complete(linear.name, statistics[linear.name], pruner)
-                    pattern = allocation[linear.name]
-                    packed = pruner.prune(linear.weight.contiguous(), entry, pattern, name=linear.name, warn=_warn)
-                    packed = self._rounded(packed)
-                    block.module.set_submodule(linear.kind, SparseLinear.from_packed(packed, linear.bias))
-                    replaced.append((block, linear))
-            yield self.model
+            for linear in block.linears:
+                if linear.name not in self.unit_of or allocation[linear.name].is_dense:
+                    continue
+                entry = self._complete(linear.name, statistics[linear.name], pruner)
+                pattern = allocation[linear.name]
+                packed = pruner.prune(linear.weight.contiguous(), entry, pattern, name=linear.name, warn=_warn)
+                packed = self._rounded(packed)
+                block.module.set_submodule(linear.kind, SparseLinear.from_packed(packed, linear.bias))
+                replaced.append(linear)
+            yield
         finally:
-            for block, linear in replaced:
+            for linear in replaced:
                 block.module.set_submodule(linear.kind, linear.module)
 
     def _rounded(self, packed: PackedWeight) -> PackedWeight:

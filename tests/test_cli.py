@@ -350,7 +350,7 @@ EARLY = [
     (["search", "M", "-o", "OUT", "--sparsity", "0.5", "--budget-bytes", "1MB"], 2, "one of them"),
     (["search", "M", "-o", "OUT", "--stream", "--pruner", "sparsegpt"], 2, "ask for candidates ranks"),
     (["search", "M", "-o", "OUT", "--stream", "-s", "0.5,0.6", "--workers", "2"], 2, "do not go with stream"),
-    (["prune", "M", "-o", "OUT", "--stream"], 2, "--stream"),
+    (["prune", "M", "-o", "OUT", "--stream", "--workers", "2"], 2, "do not go with stream"),
     (["search", "M", "-o", "OUT", "--sparsity", "half"], 2, "is not a number"),
     (["measure", "M", "-o", "OUT", "--patterns", "3:7"], 2, "4, 8, 16, 32"),
     (["measure", "M", "-o", "OUT", "--device", "abacus"], 2, "abacus"),

@@ -293,6 +293,26 @@ class OneSearch:
     work_dir: WorkDir = None
 
 
+class Streaming:
+    """For a model that does not fit in memory."""
+
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream", help="The model does not fit in memory: hold one block at a time.", rich_help_panel=RUN
+        ),
+    ] = False
+    hidden_bytes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help="Memory for hidden states (4GB). With --stream, those that wait for the next block: more means that "
+            "the blocks are read less often. Else those that candidates with the same first layers share.",
+            rich_help_panel=RUN,
+        ),
+    ] = None
+
+
 def takes(*groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Gives a verb, ahead of its own optional parameters, the options of ``groups``; it gets them as ``**options``."""
 

@@ -21,6 +21,7 @@ from msp.cli.options import (
     Model,
     OneSearch,
     Searching,
+    Streaming,
     takes,
 )
 from msp.cli.running import calm_libraries, running
@@ -60,26 +61,6 @@ class SeveralBudgets:
         ),
     ] = None
     decode_table: DecodeTable = None
-
-
-class Streaming:
-    """For a model that does not fit in memory."""
-
-    stream: Annotated[
-        bool,
-        typer.Option(
-            "--stream", help="The model does not fit in memory: hold one block at a time.", rich_help_panel=RUN
-        ),
-    ] = False
-    hidden_bytes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BYTES",
-            help="With --stream: memory for the hidden states that wait for the next block (4GB). More means that the "
-            "blocks are read less often.",
-            rich_help_panel=RUN,
-        ),
-    ] = None
 
 
 @app.command()

@@ -32,6 +32,7 @@ from msp.cli.options import (
     Picture,
     Searching,
     Seed,
+    Streaming,
     TestTokens,
     Window,
     takes,
@@ -92,7 +93,7 @@ def with_budget(**options: Any) -> dict[str, Any]:
 
 
 @app.command()
-@takes(Budgets, Levels, Methods, Searching, OneSearch)
+@takes(Budgets, Levels, Methods, Searching, OneSearch, Streaming)
 def prune(
     model: Model,
     output: Annotated[

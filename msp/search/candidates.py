@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, partial
+from itertools import accumulate, pairwise
 from types import TracebackType
 from typing import Any
 
@@ -14,11 +16,17 @@ from torch.nn import functional
 from msp import ops
 from msp.allocators.levels import Levels
 from msp.evaluate import Reference, Sums
-from msp.model import Linear, device_of
+from msp.gates import GatedModel
+from msp.model import Linear, Structure, device_of
 from msp.patterns import NMPattern, Unit
 from msp.search.database import PackedLevels
-from msp.search.fitness import Job
+from msp.search.fitness import Job, Key
 
+# What hidden states may take where nobody says it.
+HIDDEN_BYTES = 4_000_000_000
+
+State = tuple[int, int]
+"""A batch, and behind how many blocks."""
 Ranks = Mapping[int, Tensor]
 """Of one linear, for every M it may have: uint8 ``[R, K]`` from ``ops.nm_rank``."""
 Candidates = Mapping[str, Ranks] | Mapping[str, PackedLevels]
@@ -92,6 +100,13 @@ class CandidateModel(AbstractContextManager["CandidateModel"]):
         for name, linear in self._linears.items():
             self.model.set_submodule(name, linear.module)
 
+    def blocks_alike(self, one: Key, two: Key) -> int:
+        """In how many blocks from the first on two candidates have the same levels."""
+        for unit, first, second in zip(self._units, one, two, strict=True):
+            if first != second:
+                return unit.block
+        return self._units[-1].block + 1
+
     def apply(self, levels: Sequence[int] | Levels) -> None:
         for unit, level in zip(self._units, levels, strict=True):
             for name in unit.linears:
@@ -113,25 +128,79 @@ def precision(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 class LocalRunner:
-    """Runs jobs in this process, one after another.
+    """Runs jobs in this process; candidates that agree up to a block share what comes out of it.
+
+    Candidates run in the order of their levels, so hidden states, on the model's device, are held only between one
+    and the next that begin alike.
 
     Args:
         candidates: the model with ranked linears, entered.
         reference: the dense model's predictions on all fitness tokens, or the user's loss on them.
+        structure: the blocks of the model.
+        hidden_bytes: what hidden states may take; where they do not fit, blocks run again.
     """
 
-    def __init__(self, candidates: CandidateModel, reference: Reference) -> None:
+    def __init__(
+        self,
+        candidates: CandidateModel,
+        reference: Reference,
+        structure: Structure,
+        *,
+        hidden_bytes: int = HIDDEN_BYTES,
+    ) -> None:
         self._candidates = candidates
         self._reference = reference
+        self._gates = GatedModel(candidates.model, structure)
+        self._hidden_bytes = hidden_bytes
 
     @property
     def batches(self) -> int:
         return self._reference.batches
 
     def run(self, jobs: Sequence[Job]) -> list[Sums]:
-        return [self._run(job) for job in jobs]
+        order = sorted(range(len(jobs)), key=lambda number: jobs[number].levels)
+        ordered = [jobs[number] for number in order]
+        alike = [self._candidates.blocks_alike(one.levels, two.levels) for one, two in pairwise(ordered)]
+        states: dict[State, Tensor] = {}
+        sums: dict[int, Sums] = {}
+        with torch.inference_mode(), self._gates:
+            if any(alike) and not self._from_block_to_block:
+                alike = [0] * len(alike)
+            for place, job in enumerate(ordered):
+                later = zip(ordered[place + 1 :], accumulate(alike[place:], min), strict=True)
+                wanted = {(batch, depth) for other, depth in later for batch in other.batches if depth}
+                sums[order[place]] = self._run(job, states, wanted)
+                states = {key: state for key, state in states.items() if key in wanted}
+        return [sums[number] for number in range(len(jobs))]
 
-    def _run(self, job: Job) -> Sums:
+    def _run(self, job: Job, states: dict[State, Tensor], wanted: Set[State]) -> Sums:
+        """Start from the deepest of ``states``, which all belong to the job, and add those that are ``wanted``."""
+
+        def keep(batch: int, depth: int, state: Tensor) -> None:
+            held = sum(other.nbytes for other in states.values())
+            if (batch, depth) in wanted and held + state.nbytes <= self._hidden_bytes:
+                states[batch, depth] = state
+
         self._candidates.apply(job.levels)
+        total = Sums()
+        for batch in job.batches:
+            depth = max((depth for other, depth in states if other == batch), default=0)
+            with precision(self._candidates.model):
+                tokens, entering = self._reference.tokens(batch), states.get((batch, depth))
+                total += self._reference.compare(
+                    batch, self._gates.resume(depth, tokens, entering, partial(keep, batch))
+                )
+        return total
+
+    @cached_property
+    def _from_block_to_block(self) -> bool:
+        """Whether single blocks give what a whole forward gives: not if one uses more than hidden states."""
+        tokens = self._reference.tokens(0)
+        # Other tokens go through each block behind these, and take the place of whatever it remembers.
+        both, states = (tokens, tokens.flip(-1)), list[Tensor | None]([None, None])
         with precision(self._candidates.model):
-            return self._reference.sums(self._candidates.model, job.batches)
+            whole = self._gates.resume(0, tokens, None, lambda *_: None)
+            for block in self._gates.structure.blocks:
+                states = [self._gates.block(block.index, each, state) for each, state in zip(both, states, strict=True)]
+            assert states[0] is not None
+            return torch.equal(self._gates.logits(tokens, states[0]), whole)

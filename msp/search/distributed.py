@@ -12,7 +12,7 @@ import os
 import socket
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from msp.data import first_line
 from msp.errors import MspError, UsageError
-from msp.evaluate import Sums
+from msp.evaluate import Sums, summed
 from msp.model import device_of
 from msp.progress import Progress
 from msp.search.candidates import forward_in_bf16
@@ -33,8 +33,18 @@ from msp.search.runners import Setting, open_runner
 PARTS_PER_WORKER = 4
 # A part that has cost so many workers their lives is not tried again.
 DEATHS = 3
-# Read when Ray is imported. Nothing is sent anywhere, and warnings meant for Ray's developers are not shown.
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+# Read when Ray is imported and started. Nothing is sent anywhere, warnings meant for Ray's developers are not shown,
+# workers are no nicer than this process (Ray's niceness of 15 gets nothing done beside other work), and all may take
+# long to start or to answer.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_gcs_server_request_timeout_seconds": "600",
+    "RAY_health_check_timeout_ms": "60000",
+    "RAY_health_check_failure_threshold": "10",
+}
 CONNECT_SECONDS = 5
 
 
@@ -144,7 +154,7 @@ class RayRunner:
             else:
                 left.remove(ended)
                 found[ended.number] |= zip(ended.job.batches, sums, strict=True)
-        return [_total(sums[batch] for batch in job.batches) for job, sums in zip(jobs, found, strict=True)]
+        return [summed(sums[batch] for batch in job.batches) for job, sums in zip(jobs, found, strict=True)]
 
     def await_worker(self) -> None:
         """Until the first worker can run something."""
@@ -213,13 +223,6 @@ def _to(device: str, own: Any) -> Any:
     return type(own)({key: codes.to(device) for key, codes in own.items()})
 
 
-def _total(parts: Iterable[Sums]) -> Sums:
-    total = Sums()
-    for part in parts:
-        total += part
-    return total
-
-
 @contextmanager
 def ray_runner(setting: Setting, workers: Workers, progress: Progress) -> Iterator[RayRunner]:
     """A runner on ``workers``, each on a device of the kind the model is on; meanwhile this process has it on the CPU.
@@ -248,11 +251,16 @@ def ray_runner(setting: Setting, workers: Workers, progress: Progress) -> Iterat
         yield runner
 
 
+def prepare_environment() -> None:
+    """Set what of ``ENVIRONMENT`` is not set yet."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 @contextmanager
 def _session(workers: Workers, threads: int) -> Iterator[Any]:
     """Ray, connected: where this process already is, to the cluster asked for, or to one that lives as long as this."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    prepare_environment()
     import ray
 
     if ray.is_initialized():
@@ -266,7 +274,7 @@ def _session(workers: Workers, threads: int) -> Iterator[Any]:
         if colon:  # Ray itself would try for a minute
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # bare ones too, where its processes do not come up in time
         raise MspError(f"Ray cannot be reached at {options['address']}: {first_line(error)}") from error
     try:
         yield ray

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from msp.evaluate import Reference
-from msp.model import Linear
+from msp.model import Structure
 from msp.patterns import Unit
 from msp.progress import NoProgress, Progress
-from msp.search.candidates import CandidateModel, Candidates, LocalRunner
+from msp.search.candidates import HIDDEN_BYTES, CandidateModel, Candidates, LocalRunner
 from msp.search.fitness import Runner
 
 if TYPE_CHECKING:
@@ -23,10 +23,11 @@ class Setting:
     """What candidates are made of and measured on: the dense model, rank codes or a database, units, the reference."""
 
     model: Any
-    linears: Sequence[Linear]
+    structure: Structure
     ranks: Candidates
     units: Sequence[Unit]
     reference: Reference
+    hidden_bytes: int = HIDDEN_BYTES
 
 
 @contextmanager
@@ -38,5 +39,6 @@ def open_runner(setting: Setting, workers: Workers | None = None, progress: Prog
         with ray_runner(setting, workers, progress or NoProgress()) as runner:
             yield runner
     else:
-        with CandidateModel(setting.model, setting.linears, setting.ranks, setting.units) as candidates:
-            yield LocalRunner(candidates, setting.reference)
+        structure = setting.structure
+        with CandidateModel(setting.model, structure.linears, setting.ranks, setting.units) as candidates:
+            yield LocalRunner(candidates, setting.reference, structure, hidden_bytes=setting.hidden_bytes)

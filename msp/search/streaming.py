@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from msp.evaluate import Reference, Sums
+from msp.evaluate import Reference, Sums, summed
 from msp.gates import GatedModel
 from msp.hidden import HiddenStates
 from msp.model import Block
@@ -106,13 +106,7 @@ class StreamingRunner:
             with torch.inference_mode(), self._gates:
                 for group in self._groups(items):
                     measured |= self._measure(group)
-        results = []
-        for job in jobs:
-            total = Sums()
-            for batch in job.batches:
-                total += measured[batch, job.levels]
-            results.append(total)
-        return results
+        return [summed(measured[batch, job.levels] for batch in job.batches) for job in jobs]
 
     def _groups(self, items: Sequence[Item]) -> list[Sequence[Item]]:
         size = max(1, self._hidden_bytes // self._gates.embedded(self._reference.tokens(0)).nbytes)

@@ -24,13 +24,14 @@ GROUP = 8
 def setting():
     """A tiny Llama, its linears' rank codes by magnitude and a unit for each."""
     model = build("llama")
-    linears = [linear for linear in find_structure(model).linears if linear.shape[1] % GROUP == 0]
+    structure = find_structure(model)
+    linears = structure.linears
     ranks = {linear.name: {GROUP: ops.nm_rank(linear.weight.contiguous(), GROUP)} for linear in linears}
     units = [
-        Unit(linear.name, (linear.name,), linear.shape[0] * linear.shape[1], GROUP, 0, linear.kind)
+        Unit(linear.name, (linear.name,), linear.shape[0] * linear.shape[1], GROUP, linear.block, linear.kind)
         for linear in linears
     ]
-    return model, linears, ranks, units
+    return model, structure, ranks, units
 
 
 def masked(model, ranks, units, levels):
@@ -46,14 +47,14 @@ def drawn(units, seed: int) -> np.ndarray:
 
 
 def test_a_candidate_is_the_masked_dense_model(setting) -> None:
-    model, linears, ranks, units = setting
+    model, structure, ranks, units = setting
     windows = tokens(2, 9, seed=1, vocabulary=model.config.vocab_size)
     before = model(input_ids=windows).logits
-    with CandidateModel(model, linears, ranks, units) as candidate, torch.no_grad():
+    with CandidateModel(model, structure.linears, ranks, units) as candidate, torch.no_grad():
         for seed in range(4):
             levels = drawn(units, seed)
             candidate.apply(levels)
-            want = masked(model_of(candidate, linears), ranks, units, levels)
+            want = masked(model_of(candidate, structure.linears), ranks, units, levels)
             assert torch.equal(candidate.model(input_ids=windows).logits, want(input_ids=windows).logits)
     assert torch.equal(model(input_ids=windows).logits, before)
 
@@ -70,28 +71,28 @@ def model_of(candidate: CandidateModel, linears):
 @pytest.mark.parametrize("tiles", [False, True])
 def test_fitness_is_the_loss_on_all_tokens(setting, measure: str, tiles: bool, monkeypatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: tiles)
-    model, linears, ranks, units = setting
+    model, structure, ranks, units = setting
     assert forward_in_bf16(model) is tiles
     windows = tokens(12, 9, seed=2, vocabulary=model.config.vocab_size)
     reference = DenseReference(model, windows, batch_size=2)
     levels = drawn(units, 7)
     quality = reference.measure(masked(model, ranks, units, levels))
     want = quality.kl if measure == "kl" else np.log(quality.perplexity)
-    with CandidateModel(model, linears, ranks, units) as candidate:
-        fitness = TokenFitness(LocalRunner(candidate, reference), measure=measure)
+    with CandidateModel(model, structure.linears, ranks, units) as candidate:
+        fitness = TokenFitness(LocalRunner(candidate, reference, structure), measure=measure)
         assert fitness([levels], fitness.stages - 1)[0] == pytest.approx(want, rel=2e-2 if tiles else 1e-5)
 
 
 def test_a_later_stage_pays_for_the_rest_only(setting) -> None:
-    model, linears, ranks, units = setting
+    model, structure, ranks, units = setting
     windows = tokens(16, 9, seed=3, vocabulary=model.config.vocab_size)
     reference = DenseReference(model, windows, batch_size=1)
     levels = drawn(units, 8)
-    with CandidateModel(model, linears, ranks, units) as candidate:
-        whole = TokenFitness(LocalRunner(candidate, reference))
+    with CandidateModel(model, structure.linears, ranks, units) as candidate:
+        whole = TokenFitness(LocalRunner(candidate, reference, structure))
         assert whole.stages == 3
         expected = whole([levels], 2)
-        fitness = TokenFitness(LocalRunner(candidate, reference))
+        fitness = TokenFitness(LocalRunner(candidate, reference, structure))
         spent = []
         for stage in range(3):
             found = fitness([levels], stage)
@@ -102,11 +103,11 @@ def test_a_later_stage_pays_for_the_rest_only(setting) -> None:
 
 def test_a_draw_takes_other_tokens_of_the_same_number(setting, monkeypatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    model, linears, ranks, units = setting
+    model, structure, ranks, units = setting
     reference = DenseReference(model, tokens(16, 9, seed=5, vocabulary=model.config.vocab_size), batch_size=1)
     levels = drawn(units, 10)
-    with CandidateModel(model, linears, ranks, units) as candidate:
-        fitness = TokenFitness(LocalRunner(candidate, reference))
+    with CandidateModel(model, structure.linears, ranks, units) as candidate:
+        fitness = TokenFitness(LocalRunner(candidate, reference, structure))
         by_draw = [[fitness([levels], stage, draw)[0] for stage in range(3)] for draw in range(4)]
         candidate.apply(levels)
         parts = [reference.sums(candidate.model, [batch]).divergence / 8 for batch in range(16)]
@@ -121,10 +122,10 @@ def test_a_draw_takes_other_tokens_of_the_same_number(setting, monkeypatch) -> N
 
 def test_a_candidate_that_predicts_nan_loses(setting, monkeypatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    model, linears, ranks, units = setting
+    model, structure, ranks, units = setting
     reference = DenseReference(model, tokens(2, 9, seed=4, vocabulary=model.config.vocab_size))
-    with CandidateModel(model, linears, ranks, units) as candidate:
-        fitness = TokenFitness(LocalRunner(candidate, reference))
+    with CandidateModel(model, structure.linears, ranks, units) as candidate:
+        fitness = TokenFitness(LocalRunner(candidate, reference, structure))
         monkeypatch.setattr(
             candidates.RankedLinear,
             "forward",

@@ -7,13 +7,18 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from families import VOCABULARY, save
+from families import SMALL, VOCABULARY, save
 from typer.testing import CliRunner
 
+from msp import pipeline
 from msp.cli import app
+from msp.data import save_tokens
+from msp.progress import Advance, NoProgress
 
 
 def generations(checkpoint: Path) -> int:
@@ -34,7 +39,7 @@ def test_a_killed_command_loses_at_most_a_generation(tmp_path: Path) -> None:
     checkpoint = tmp_path / "work" / "search.json"
     command = [sys.executable, "-m", "msp", *options, "--evaluations", "1000000"]
     killed = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 900
     while time.monotonic() < deadline and killed.poll() is None and generations(checkpoint) < 3:
         time.sleep(0.02)
     seen = generations(checkpoint)
@@ -55,3 +60,23 @@ def test_a_killed_command_loses_at_most_a_generation(tmp_path: Path) -> None:
     assert len(first["history"]) == before["generation"] + 3
     assert first["history"] == second["history"] and first["allocation"] == second["allocation"]
     assert (tmp_path / "found" / "allocation.json").read_text() == (tmp_path / "whole" / "allocation.json").read_text()
+
+
+def test_a_generation_is_on_disk_before_the_next_one_begins(tmp_path: Path) -> None:
+    model, checkpoint = save("llama", tmp_path / "model"), tmp_path / "work" / "search.json"
+    save_tokens(torch.randint(0, model.config.vocab_size, (4096,)), tmp_path / "tokens.safetensors")
+    seen: list[int] = []
+
+    class Watching(NoProgress):
+        @contextmanager
+        def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
+            def advance(done: int, total: int | None = None, /, **info: object) -> None:
+                if name == "Search":
+                    assert generations(checkpoint) == done
+                    seen.append(done)
+
+            yield advance
+
+    options = {**SMALL, "sparsity": 0.7, "calibration": str(tmp_path / "tokens.safetensors"), "evaluations": 64}
+    pipeline.search(tmp_path / "model", work_dir=checkpoint.parent, progress=Watching(), **options)
+    assert seen == [0, 1, 2, 3, 4]

@@ -105,7 +105,7 @@ def test_candidates_measure_what_they_do_in_memory(folder: Path, tmp_path: Path)
     reference = DenseReference(model, text, batch_size=2)
     jobs = random_jobs(units, reference.batches)
     with CandidateModel(model, structure.linears, ranks, units) as candidates:
-        expected = LocalRunner(candidates, reference).run(jobs)
+        expected = LocalRunner(candidates, reference, structure).run(jobs)
 
     loaded, stored = load_stored(folder, device=CPU)
     counted = Counted(stored)
@@ -241,9 +241,8 @@ def test_what_does_not_go_with_streaming_is_said_at_once(tmp_path: Path) -> None
     with pytest.raises(UsageError, match="in memory"):
         pipeline.search(build("llama"), sparsity=0.5, stream=True)
     for whole in (
-        lambda absent: msp.prune(absent, sparsity=0.5, stream=True),
         lambda absent: msp.compare(absent, sparsity=0.5, allocators=["uniform"], stream=True),
         lambda absent: pipeline.sensitivity(absent, stream=True),
     ):
-        with pytest.raises(UsageError, match="only a search can stream"):
+        with pytest.raises(UsageError, match="only search and prune can stream"):
             whole(tmp_path / "absent")
