@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,9 +49,9 @@ class Evidence:
         yield self.bowl
 
 
-def allocate(name: str, **limits: int):
+def allocate(name: str, **settings: Any):
     evidence = Evidence()
-    problem = Problem(UNITS, BUDGET, evidence, search=SearchSettings(**limits))  # type: ignore[arg-type]
+    problem = Problem(UNITS, BUDGET, evidence, search=SearchSettings(**settings))  # type: ignore[arg-type]
     return get_allocator(name).allocate(problem), evidence.bowl
 
 
@@ -89,7 +90,7 @@ def test_the_paper_has_one_stage_and_fisher_seeds() -> None:
 
 
 def test_ours_empties_runs_of_blocks_and_races_what_comes_of_it() -> None:
-    found, bowl = allocate("msp", evaluations=16)
+    found, bowl = allocate("msp", evaluations=16, constants={"sensitivities": False})
     first = [levels for stage, levels in bowl.seen if stage == 0][:-16]
     empty = [{unit.block for unit, level in zip(UNITS, levels, strict=True) if level} for levels in first]
     runs = [set(range(6)) - blocks for blocks in empty if len(blocks) < 6]
