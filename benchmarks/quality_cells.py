@@ -78,10 +78,8 @@ PRUNERS = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "magnitude": "magnitude",
 VARIANTS: dict[str, dict[str, Any]] = {
     "no FIM seeds": {"seeds": ("ramp", "uniform")},
     "no crossover": {"crossover_rate": 0.0},
-    "no group moves": {"group_rate": 0.0},
     "no emptied blocks": {"emptied": 0},
     "no sensitivities": {"sensitivities": False},
-    "no screening": {"screened": 1},
     "no racing": {"token_shares": (1.0,), "survivors": ()},
 }
 

@@ -19,7 +19,7 @@ from msp.errors import MspError, UsageError
 from msp.model import find_structure
 from msp.patterns import NMPattern
 from msp.plan import Goal, PatternRules, make_plan, parse_time
-from msp.search.operators import shift_group, swap
+from msp.search.operators import swap
 from msp.sparse_linear import SparseLinear
 
 STRUCTURE = find_structure(build("llama"))
@@ -95,10 +95,9 @@ def test_levels_rise_in_time_and_meet_the_budget(unit: str, seed: int) -> None:
         assert [str(p) for p in entry.patterns] == ["0:8", "1:8", "2:8", "3:8", "4:8", "5:8", "8:8"]
     rng = np.random.default_rng(seed)
     levels = levels_from_densities(rng.uniform(0, 1, len(plan.units)).tolist(), plan.units, plan.budget)
-    for move in (swap, shift_group):
-        for _ in range(20):
-            levels = repair(move(levels, plan.units, 1, rng), plan.units, plan.budget, rng=rng)
-            assert plan.budget.is_met(cost(levels, plan.units))
+    for _ in range(40):
+        levels = repair(swap(levels, plan.units, 1, rng), plan.units, plan.budget, rng=rng)
+        assert plan.budget.is_met(cost(levels, plan.units))
 
 
 def test_linears_left_dense_take_their_time() -> None:

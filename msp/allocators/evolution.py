@@ -57,7 +57,7 @@ def fisher_seeds(problem: Problem) -> list[Levels]:
 @register_allocator
 @dataclass(frozen=True)
 class Msp:
-    """The published search made cheaper: races over growing token counts, and moves of whole groups of linears."""
+    """The published search made cheaper and better: races over growing token counts, emptied blocks, sensitivities."""
 
     name: ClassVar[str] = "msp"
 

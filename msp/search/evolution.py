@@ -3,8 +3,8 @@
 As published (MSP, arXiv 2503.11164): individuals are vectors of per-unit levels, the first ones come from the
 Fisher traces, the fittest become parents, single-point crossover and mutation keep the budget. The
 constants are not public; the ones here are this project's. Added to it: candidates are raced (all on
-few tokens, the best on all) and none is measured twice; the first population has individuals with blocks emptied, the
-sensitivity of every unit is measured at the best individual, and children are screened by what was measured before.
+few tokens, the best on all) and none is measured twice; the first population has individuals with blocks emptied, and
+the sensitivity of every unit is measured at the best individual.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from msp.allocators.levels import Levels, levels_from_densities, repair
 from msp.errors import MspError, UsageError
 from msp.patterns import Budget, Unit
 from msp.search.fitness import Key, key_of
-from msp.search.operators import MUTATIONS, crossover
+from msp.search.operators import crossover, swap
 from msp.search.sensitivities import Sensitivities, single_moves
-from msp.search.surrogate import Surrogate
 
 # A density so low that the common shift to the budget does not bring it back.
 EMPTY = 1e6
@@ -67,12 +66,9 @@ class EvolutionOptions:
         token_shares: part of the fitness tokens that each stage of a race measures on, the last one 1.
         survivors: share of the candidates of each stage but the last that goes on to the next one.
         crossover_rate: share of the offspring with two parents.
-        group_rate: share of the mutations that move a block or a kind of linear together.
         emptied: of so many seeds, the best ones, the first population has descendants with runs of blocks emptied.
         sensitivities: measure what a level more or less of every unit does to the best individual, whenever that one is
             much better than the last one measured, and breed a generation from it (``Sensitivities``).
-        screened: children bred for each one that is measured; which ones these are is predicted from what was measured
-            before (``Surrogate``). 1 measures all.
         resample: every generation races on other tokens of the same number, not always on the first ones.
         tokens: no generation begins once this many tokens have been forwarded.
     """
@@ -84,16 +80,14 @@ class EvolutionOptions:
     token_shares: tuple[float, ...] = (1 / 16, 1 / 4, 1.0)
     survivors: tuple[float, ...] = (0.3, 0.3)
     crossover_rate: float = 0.5
-    group_rate: float = 0.3
     emptied: int = 2
     sensitivities: bool = True
-    screened: int = 16
     resample: bool = False
     tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if min(self.population, self.parents, self.offspring, self.screened) < 1 or self.generations < 0:
-            raise UsageError("population, parents, offspring and screened must be at least 1, generations at least 0")
+        if min(self.population, self.parents, self.offspring) < 1 or self.generations < 0:
+            raise UsageError("population, parents and offspring must be at least 1, generations at least 0")
         shares = self.token_shares
         if not shares or shares[-1] != 1 or min(shares) <= 0 or list(shares) != sorted(shares):
             raise UsageError(f"token shares {shares} do not rise from above 0 to 1")
@@ -235,18 +229,7 @@ class Evolution:
         return key_of(levels_from_densities(densities, self._units, self._budget))
 
     def _offspring(self, rng: np.random.Generator) -> list[Key]:
-        """What this generation measures: of the children bred those of the lowest predicted loss, some at random."""
-        count = self._options.offspring
-        if found := self._from_sensitivities(rng):
-            return found
-        bred = self._breed(rng, count * self._options.screened)
-        surrogate = Surrogate(self._units)
-        if len(bred) <= count or not surrogate.fit(self._state.measured):
-            return bred[:count]
-        order = np.argsort(surrogate.predict(bred), kind="stable")
-        best = count - max(1, count // 8)
-        chosen = [*order[:best], *rng.permutation(order[best:])[: count - best]]
-        return [bred[index] for index in chosen]
+        return self._from_sensitivities(rng) or self._breed(rng)
 
     def _from_sensitivities(self, rng: np.random.Generator) -> list[Key]:
         """Children of the best individual by its sensitivities, if these are worth measuring and can be afforded."""
@@ -266,20 +249,19 @@ class Evolution:
         seen = {key for _, key in state.measured}
         return [key for key in found.children(self._options.offspring, rng) if key not in seen]
 
-    def _breed(self, rng: np.random.Generator, count: int) -> list[Key]:
+    def _breed(self, rng: np.random.Generator) -> list[Key]:
         options = self._options
         parents = [np.array(key) for _, key in self._state.population[: options.parents]]
         seen = {key for _, key in self._state.measured}
         found: list[Key] = []
         # Small spaces run dry: give up after a bounded number of duplicates.
-        for _ in range(count * 20):
-            if len(found) == count:
+        for _ in range(options.offspring * 20):
+            if len(found) == options.offspring:
                 break
             child = parents[int(rng.integers(len(parents)))]
             if len(parents) > 1 and rng.random() < options.crossover_rate:
                 child = crossover(child, parents[int(rng.integers(len(parents)))], rng)
-            name = "shift_group" if rng.random() < options.group_rate else "swap"
-            child = MUTATIONS[name](child, self._units, self._step, rng)
+            child = swap(child, self._units, self._step, rng)
             key = key_of(repair(child, self._units, self._budget, rng=rng))
             if key not in seen:
                 seen.add(key)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from msp.allocators.levels import Levels
 from msp.patterns import Unit
-
-Mutation = Callable[[Levels, Sequence[Unit], int, np.random.Generator], Levels]
 
 
 def crossover(first: Levels, second: Levels, rng: np.random.Generator) -> Levels:
@@ -45,27 +43,3 @@ def swap(levels: Levels, units: Sequence[Unit], step: int, rng: np.random.Genera
 def _nearest_rise(unit: Unit, level: int, freed: int) -> int:
     """The level above ``level`` whose further cost is nearest to ``freed``."""
     return min(range(level + 1, unit.top + 1), key=lambda new: abs(unit.costs[new] - unit.costs[level] - freed))
-
-
-def shift_group(levels: Levels, units: Sequence[Unit], step: int, rng: np.random.Generator) -> Levels:
-    """All units of one block, or of one kind in a run of blocks, move together; the others pay.
-
-    Layers of one kind resemble each other, and a change to one of them alone is lost in the noise of
-    a small token set: moving them together is the larger step that swaps would take many turns to.
-    """
-    mutant: Levels = levels.copy()
-    direction = int(rng.choice([-1, 1])) * int(rng.integers(1, step + 1))
-    blocks = sorted({unit.block for unit in units})
-    if rng.random() < 0.4:
-        block = int(rng.choice(blocks))
-        members = [i for i, unit in enumerate(units) if unit.block == block]
-    else:
-        kind = str(rng.choice(sorted({unit.kind for unit in units})))
-        first, last = sorted(int(b) for b in rng.choice(blocks, size=2))
-        members = [i for i, unit in enumerate(units) if unit.kind == kind and first <= unit.block <= last]
-    for index in members:
-        mutant[index] = np.clip(mutant[index] + direction, 0, units[index].top)
-    return mutant
-
-
-MUTATIONS: dict[str, Mutation] = {"swap": swap, "shift_group": shift_group}
