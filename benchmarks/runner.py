@@ -218,17 +218,23 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 
 def search_table(entries: list[dict[str, Any]]) -> str:
-    """Markdown of the rows of ``bench_search.py``."""
-    shares = list(entries[0]["share"])
-    head = ["what", "candidates/s", "tokens/s", *entries[0]["ratio"], *(f"share of {name}" for name in shares), "error"]
+    """Markdown of the rows of ``bench_search.py``, and below it of ``bench_search_workers.py``."""
+    searches = [row for row in entries if "share" in row]
+    workers = [row for row in entries if "share" not in row]
+    if not searches:
+        return table(workers)
+    first = searches[0]
+    shares = list(first["share"])
+    head = ["what", "candidates/s", "tokens/s", *first["ratio"], *(f"share of {name}" for name in shares), "error"]
     lines = [head, ["---"] * len(head)]
-    for row in entries:
+    for row in searches:
         rates = [f"{row['candidates_per_second']:.2f}", f"{row['tokens_per_second']['ours']:,.0f}"]
         peers = [f"{row['tokens_per_second'][name]:,.0f} (**{ratio:.2f}x**)" for name, ratio in row["ratio"].items()]
         lines.append(
             [row["name"], *rates, *peers, *(f"{row['share'][name]:.1%}" for name in shares), f"{row['error']:.1e}"]
         )
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return text + ("\n" + table(workers) if workers else "")
 
 
 def machine_name(processor: str) -> str:
@@ -240,7 +246,7 @@ def machine_name(processor: str) -> str:
 def save(where: dict[str, Any], entries: list[dict[str, Any]]) -> None:
     """Write the results files of this machine and day, and the pages' tables from the newest of every machine."""
     for kind, wanted in (("cpu", False), ("search", True)):
-        mine = [row for row in entries if ("share" in row) == wanted]
+        mine = [row for row in entries if ("candidates_per_second" in row) == wanted]
         if mine:
             name = f"{kind}-{machine_name(where['processor'])}-{datetime.date.today().isoformat()}.json"
             content = json.dumps({"machine": where, "rows": mine}, indent=1) + "\n"

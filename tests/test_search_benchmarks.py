@@ -94,10 +94,13 @@ def test_rows_of_the_search_have_a_file_and_a_table(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(runner, "ROOT", tmp_path)
     (tmp_path / "search-trials.json").write_text("{}")
     where = {"processor": "Some CPU", "isa": "some", "threads": 2, "read_gb_per_second": 10.0, "commit": "abc"}
-    runner.save({**where, "versions": {"torch": "9"}}, [row])
+    two = {"name": "test_two", "median_seconds": 1.0, "error": 0, "ratio": {"one worker": 1.75}}
+    two |= {"candidates_per_second": 4.5}
+    runner.save({**where, "versions": {"torch": "9"}}, [row, two])
     (path,) = tmp_path.glob("search-some-*.json")
-    assert json.loads(path.read_text())["rows"] == [row]
+    assert json.loads(path.read_text())["rows"] == [row, two]
     told = (tmp_path / "docs" / "search.md").read_text()
     assert "| test_search[some] | 3.25 | 9,500 | 10,000 (**0.95x**) | 1.2% | 1.0e-04 |\n<!-- /table:search -->" in told
     assert told.startswith("before") and told.endswith("after\n") and "old" not in told
     assert "old" in (tmp_path / "docs" / "cpu.md").read_text() and not list(tmp_path.glob("cpu-*"))
+    assert "| test_two | 1000.000 ms |  |  | 0.0e+00 | one worker **1.75x** |" in told
