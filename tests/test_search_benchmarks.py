@@ -100,7 +100,7 @@ def test_rows_of_the_search_have_a_file_and_a_table(tmp_path: Path, monkeypatch:
     (path,) = tmp_path.glob("search-some-*.json")
     assert json.loads(path.read_text())["rows"] == [row, two]
     told = (tmp_path / "docs" / "search.md").read_text()
-    assert "| test_search[some] | 3.25 | 9,500 | 10,000 (**0.95x**) | 1.2% | 1.0e-04 |\n<!-- /table:search -->" in told
+    assert "| test_search[some] | 3.25 | 9,500 | 10,000 (**0.95x**) | 1.2% | 1.0e-04 |\n\n" in told
     assert told.startswith("before") and told.endswith("after\n") and "old" not in told
     assert "old" in (tmp_path / "docs" / "cpu.md").read_text() and not list(tmp_path.glob("cpu-*"))
-    assert "| test_two | 1000.000 ms |  |  | 0.0e+00 | one worker **1.75x** |" in told
+    assert "| test_two | 1000.000 ms |  |  | 0.0e+00 | one worker **1.75x** |\n<!-- /table:search -->" in told

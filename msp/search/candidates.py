@@ -195,7 +195,7 @@ class LocalRunner:
     @cached_property
     def _from_block_to_block(self) -> bool:
         """Whether single blocks give what a whole forward gives: not if one uses more than hidden states."""
-        tokens = self._reference.tokens(0)
+        tokens = self._reference.tokens(0)[:1]
         # Other tokens go through each block behind these, and take the place of whatever it remembers.
         both, states = (tokens, tokens.flip(-1)), list[Tensor | None]([None, None])
         with precision(self._candidates.model):
