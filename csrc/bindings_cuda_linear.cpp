@@ -79,8 +79,7 @@ void linear(uintptr_t x, uintptr_t values, uintptr_t bitmask, uintptr_t bias, ui
 
 // What each weight of a group has of its own: pointers of values, bitmask, bias, y and partial sums, rows,
 // group size, n.
-using OwnArguments =
-    std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int, int, int>;
+using OwnArguments = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int, int, int>;
 
 void linear_group(uintptr_t x, const std::vector<OwnArguments>& own, int dtype_code, int tokens, int columns,
                   int stripes, int splits, uintptr_t stream) {

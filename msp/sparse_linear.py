@@ -31,8 +31,8 @@ class SparseLinear(nn.Module):
 
     On a CUDA device ``settle`` puts values and bitmask into another order for the kernels (``layout``), of the same
     size, or unpacks a weight that would save next to nothing. ``packed``, ``weight`` and the state dict stay canonical.
-    ``kept`` is what products of many tokens need besides, where ``fast_prefill`` asked for it. ``shared`` are the linears
-    that are called with the same input, where ``fast_decode`` found some.
+    ``kept`` is what products of many tokens need besides, where ``fast_prefill`` asked for it. ``shared`` are the
+    linears that are called with the same input, where ``fast_decode`` found some.
 
     A new module has values of zero at the first N positions of every group; ``from_packed`` is how to
     get one with content, and loading a state dict checks the positions before any kernel sees them.

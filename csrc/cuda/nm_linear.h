@@ -41,8 +41,8 @@ int64_t nm_linear_shared_bytes(const NmLinear& op);
 // waiting. Returns what went wrong, or an empty string.
 std::string nm_linear_cuda(const NmLinear& op, void* stream);
 
-// Products of the same activations with several weights, which may differ in rows and pattern. `blocks` is how
-// many blocks each takes: filled in by the launch.
+// Products of the same activations with several weights, which may differ in rows and pattern. `blocks` is
+// how many blocks each takes: filled in by the launch.
 struct NmLinearGroup {
     static constexpr int kMost = 4;
     NmLinear linears[kMost];

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from msp.errors import UsageError
 from msp.ops import nm_linear_tiles as single
 from msp.ops._dispatch import Op, compiled_module, cuda_serves, define
 from msp.ops.nm_linear import check
@@ -101,11 +100,11 @@ def _check(
     columns: int,
 ) -> None:
     if not 1 <= len(values) <= MOST:
-        raise UsageError(f"{len(values)} weights in a group: 1 to {MOST} are served")
+        raise ValueError(f"{len(values)} weights in a group: 1 to {MOST} are served")
     for own in zip(values, bitmasks, biases, n, m, strict=True):
         check(x, *own, columns)
     if not 1 <= x.numel() // columns <= MOST_TOKENS:
-        raise UsageError(f"x of shape {list(x.shape)} has not 1 to {MOST_TOKENS} tokens of {columns}")
+        raise ValueError(f"x of shape {list(x.shape)} has not 1 to {MOST_TOKENS} tokens of {columns}")
 
 
 def _implementation(

@@ -107,14 +107,17 @@ def test_every_cut_of_the_work(library, form, at_once, tokens, rows, tiles, stri
 
 
 @contextlib.contextmanager
-def device_replaced(monkeypatch, library, splits=1) -> Iterator[list[tuple[int, int]]]:
-    """``msp._cuda`` by the emulated kernels, and what else only a device has; yields the launches' forms and weights."""
-    launches: list[tuple[int, int]] = []
+def device_replaced(monkeypatch, library, splits=1) -> Iterator[list[tuple[int, int, int]]]:
+    """``msp._cuda`` by the emulated kernels, and what else only a device has.
+
+    Yields the form of each launch, how many weights it was for and the splits.
+    """
+    launches: list[tuple[int, int, int]] = []
 
     def nm_linear(*arguments):
         *pointers, dtype, tokens, rows, columns, group_size, n, form, at_once, stripes, splits, _ = arguments
         sizes = (tokens, rows, columns, group_size, n, form, at_once, stripes, splits, dtype)
-        launches.append((form, 1))
+        launches.append((form, 1, splits))
         found = emulated.call(
             library.emulated_nm_linear,
             *(ctypes.c_void_p(pointer or None) for pointer in pointers),
@@ -130,7 +133,7 @@ def device_replaced(monkeypatch, library, splits=1) -> Iterator[list[tuple[int, 
             for *_, rows, group_size, n in own
             for size in (tokens, rows, columns, group_size, n, GATHER, tokens, stripes, splits, dtype)
         ]
-        launches.append((GATHER, len(own)))
+        launches.append((GATHER, len(own), splits))
         found = emulated.call(
             library.emulated_nm_linear_group,
             ctypes.c_void_p(x),
@@ -158,8 +161,8 @@ def device_replaced(monkeypatch, library, splits=1) -> Iterator[list[tuple[int, 
     [
         (1, ("2:8", "1:8", "3:8"), (64, 32, 32), 1, torch.bfloat16),
         (2, ("2:4", "5:16"), (16, 48), 1, torch.half),
-        (1, ("2:32", "4:8", "1:16", "30:32"), (16, 16, 32, 16), 3, torch.bfloat16),
-        (2, ("2:8",), (32,), 2, torch.half),
+        (1, ("2:32", "4:8", "1:16", "30:32"), (16, 16, 32, 16), 6, torch.bfloat16),
+        (2, ("2:8",), (32,), 11, torch.half),
     ],
 )
 def test_a_group_is_each_of_its_products(library, monkeypatch, tokens, patterns, rows, splits, dtype) -> None:
@@ -169,13 +172,15 @@ def test_a_group_is_each_of_its_products(library, monkeypatch, tokens, patterns,
         nm_select(torch.randn(count, columns, generator=generator).to(dtype), NMPattern.parse(pattern))
         for pattern, count in zip(patterns, rows, strict=True)
     ]
-    biases = [torch.randn(count, generator=generator).to(dtype) if at % 2 == 0 else None for at, count in enumerate(rows)]
+    biases = [
+        torch.randn(count, generator=generator).to(dtype) if at % 2 == 0 else None for at, count in enumerate(rows)
+    ]
     x = torch.randn(1, tokens, columns, generator=generator).to(dtype)
     tiles = [tuple(map(aligned, to_tiles(one.values, one.bitmask))) for one in packed]
     n, m = [one.pattern.n for one in packed], [one.pattern.m for one in packed]
     with device_replaced(monkeypatch, library, splits) as launches:
         found = group_file.cuda(x, [one[0] for one in tiles], [one[1] for one in tiles], biases, n, m)
-        assert launches == [(GATHER, len(patterns))]
+        assert launches == [(GATHER, len(patterns), splits)]
         for at, y in enumerate(found):
             alone = op_file.cuda(x, *tiles[at], biases[at], n[at], m[at], False, None)
             assert y.shape == (1, tokens, rows[at]) and torch.equal(y, alone)
@@ -288,7 +293,7 @@ def test_the_op_calls_the_kernels_as_they_want_it(library, monkeypatch, tokens, 
     n, m = packed.pattern.n, packed.pattern.m
     with device_replaced(monkeypatch, library) as launches:
         y = op_file.cuda(x, *to_tiles(packed.values, packed.bitmask), bias, n, m, False, None)
-    assert launches == [(GATHER if tokens <= 2 or pattern == "5:16" else EXPAND, 1)]
+    assert launches == [(GATHER if tokens <= 2 or pattern == "5:16" else EXPAND, 1, launches[0][2])]
     assert y.shape == (1, tokens, 96) and y.dtype == torch.bfloat16
     exact = x.double() @ packed.unpack().double().T + bias.double()
     torch.testing.assert_close(y.double(), exact, rtol=1e-2, atol=1e-2 * float(exact.std()))

@@ -11,8 +11,8 @@
 extern "C" {
 
 // sizes: tokens, rows, columns, group_size, n, form, tokens_at_once, stripes, splits, dtype
-static msp::NmLinear allowed(const void* x, const void* values, const void* bitmask, const void* bias, void* y,
-                             float* partials, const int* sizes) {
+static msp::NmLinear allowed(const void* x, const void* values, const void* bitmask, const void* bias,
+                             void* y, float* partials, const int* sizes) {
     const msp::NmLinear op{x,
                            values,
                            bitmask,
@@ -55,8 +55,8 @@ const char* emulated_nm_linear_group(const void* x, void* const* pointers, const
         msp::NmLinearGroup group{};
         for (; group.count < count; ++group.count) {
             void* const* own = pointers + 5 * group.count;
-            group.linears[group.count] = allowed(x, own[0], own[1], own[2], own[3], static_cast<float*>(own[4]),
-                                                 sizes + 10 * group.count);
+            group.linears[group.count] = allowed(x, own[0], own[1], own[2], own[3],
+                                                 static_cast<float*>(own[4]), sizes + 10 * group.count);
         }
         const std::string error = msp::nm_linear_group_cuda(group, nullptr);
         if (!error.empty()) throw emulation::Failure(error);
