@@ -1,7 +1,11 @@
 // The bindings of nm_linear: argument checks, then one call.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
 
 #include "bindings.h"
 #include "cuda/nm_linear.h"
@@ -21,14 +25,14 @@ LinearForm require_form(int form, int group_size, int n, int tokens_at_once) {
     return static_cast<LinearForm>(form);
 }
 
-const void* in_sixteens(uintptr_t address, const char* name) {
+const void* in_sixteens(uintptr_t address, const char* name, bool needed) {
     require(address % 16 == 0, std::string(name) + "_ptr is not a multiple of 16");
-    return pointer<const uint64_t>(address, name, true);
+    return pointer<const uint64_t>(address, name, needed);
 }
 
-void linear(uintptr_t x, uintptr_t values, uintptr_t bitmask, uintptr_t bias, uintptr_t y, uintptr_t partials,
-            int dtype_code, int tokens, int rows, int columns, int group_size, int n, int form,
-            int tokens_at_once, int stripes, int splits, uintptr_t stream) {
+NmLinear linear_arguments(uintptr_t x, uintptr_t values, uintptr_t bitmask, uintptr_t bias, uintptr_t y,
+                          uintptr_t partials, int dtype_code, int tokens, int rows, int columns,
+                          int group_size, int n, int form, int tokens_at_once, int stripes, int splits) {
     const Dtype dtype = require_dtype(dtype_code);
     require(dtype != Dtype::kFloat32, "dtype_code 0 (float32) has no kernel");
     require_format(dtype_code, rows, columns, group_size);
@@ -41,29 +45,60 @@ void linear(uintptr_t x, uintptr_t values, uintptr_t bitmask, uintptr_t bias, ui
     require(
         splits >= 1 && splits <= columns / kTileColumns,
         "splits " + std::to_string(splits) + " is outside 1 ... " + std::to_string(columns / kTileColumns));
-    if (tokens == 0 || rows == 0) return;
-    const NmLinear op{in_sixteens(x, "x"),
-                      in_sixteens(values, "values"),
-                      in_sixteens(bitmask, "bitmask"),
-                      elements(bias, dtype, "bias", false),
-                      elements(y, dtype, "y", true),
-                      pointer<float>(partials, "partials", splits > 1),
-                      dtype,
-                      tokens,
-                      rows,
-                      columns,
-                      group_size,
-                      n,
-                      require_form(form, group_size, n, tokens_at_once),
-                      tokens_at_once,
-                      stripes,
-                      splits};
+    const bool any = tokens > 0 && rows > 0;
+    return NmLinear{in_sixteens(x, "x", any),
+                    in_sixteens(values, "values", any),
+                    in_sixteens(bitmask, "bitmask", any),
+                    elements(bias, dtype, "bias", false),
+                    elements(y, dtype, "y", any),
+                    pointer<float>(partials, "partials", any && splits > 1),
+                    dtype,
+                    tokens,
+                    rows,
+                    columns,
+                    group_size,
+                    n,
+                    require_form(form, group_size, n, tokens_at_once),
+                    tokens_at_once,
+                    stripes,
+                    splits};
+}
+
+void linear(uintptr_t x, uintptr_t values, uintptr_t bitmask, uintptr_t bias, uintptr_t y, uintptr_t partials,
+            int dtype_code, int tokens, int rows, int columns, int group_size, int n, int form,
+            int tokens_at_once, int stripes, int splits, uintptr_t stream) {
+    const NmLinear op = linear_arguments(x, values, bitmask, bias, y, partials, dtype_code, tokens, rows,
+                                         columns, group_size, n, form, tokens_at_once, stripes, splits);
     std::string error;
     {
         py::gil_scoped_release without_gil;
         error = nm_linear_cuda(op, reinterpret_cast<void*>(stream));
     }
     if (!error.empty()) throw std::runtime_error("nm_linear: " + error);
+}
+
+// What each weight of a group has of its own: pointers of values, bitmask, bias, y and partial sums, rows,
+// group size, n.
+using OwnArguments = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int, int, int>;
+
+void linear_group(uintptr_t x, const std::vector<OwnArguments>& own, int dtype_code, int tokens, int columns,
+                  int stripes, int splits, uintptr_t stream) {
+    require(!own.empty() && own.size() <= NmLinearGroup::kMost,
+            std::to_string(own.size()) + " weights are not 1 ... " + std::to_string(NmLinearGroup::kMost));
+    require(tokens == 1 || tokens == 2, "tokens " + std::to_string(tokens) + " is not one of 1, 2");
+    NmLinearGroup group{};
+    for (const auto& [values, bitmask, bias, y, partials, rows, group_size, n] : own) {
+        require(rows > 0, "rows " + std::to_string(rows) + " is not positive");
+        group.linears[group.count++] =
+            linear_arguments(x, values, bitmask, bias, y, partials, dtype_code, tokens, rows, columns,
+                             group_size, n, static_cast<int>(LinearForm::kGather), tokens, stripes, splits);
+    }
+    std::string error;
+    {
+        py::gil_scoped_release without_gil;
+        error = nm_linear_group_cuda(group, reinterpret_cast<void*>(stream));
+    }
+    if (!error.empty()) throw std::runtime_error("nm_linear_group: " + error);
 }
 
 }  // namespace
@@ -79,6 +114,12 @@ void bind_linear(py::module_& module) {
         "tensor cores, 8, 16 or 32. stripes: groups of 16 rows of a block. splits: parts of the columns; "
         "where more than 1, partials [splits, tokens, rows] fp32 is scratch memory. A null bias is none. "
         "Allocates nothing, waits for nothing, and adds up in an order that these sizes fix.");
+
+    module.def(
+        "nm_linear_group", linear_group, "x_ptr"_a, "own"_a, "dtype_code"_a, "tokens"_a, "columns"_a,
+        "stripes"_a, "splits"_a, "stream"_a,
+        "What nm_linear gathers for 1 or 2 tokens, to the last bit, of up to four weights in one launch.\n\n"
+        "own: of each weight (values_ptr, bitmask_ptr, bias_ptr, y_ptr, partials_ptr, rows, group_size, n).");
 
     module.def(
         "nm_linear_shared_bytes",

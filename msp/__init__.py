@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from msp.patterns import Allocation, Budget, NMPattern
     from msp.pipeline import compare, prune
     from msp.results import CompareResult, ParetoResult, PruneResult, SearchResult
-    from msp.sparse_linear import SparseLinear, fast_prefill
+    from msp.sparse_linear import SparseLinear, fast_decode, fast_prefill
 
 __version__ = "0.1.0"
 
@@ -35,6 +35,7 @@ _HOME = {
     "SparseLinear": "msp.sparse_linear",
     "UsageError": "msp.errors",
     "compare": "msp.pipeline",
+    "fast_decode": "msp.sparse_linear",
     "fast_prefill": "msp.sparse_linear",
     "load_model": "msp.model",
     "pareto": "msp.pareto_curve",
@@ -59,6 +60,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "compare",
+    "fast_decode",
     "fast_prefill",
     "load_model",
     "pareto",

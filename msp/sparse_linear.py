@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from msp.errors import MspError
 from msp.ops import PackedWeight, nm_linear_tiles
 from msp.ops.layouts import from_tiles, to_tiles
 from msp.ops.nm_linear import product
+from msp.ops.nm_linear_group import MOST, MOST_TOKENS, nm_linear_group
 from msp.ops.nm_linear_plan import stays_dense
 from msp.ops.nm_spmm import is_compliant
 from msp.ops.packed import unpack, unpack_bits
@@ -29,7 +31,8 @@ class SparseLinear(nn.Module):
 
     On a CUDA device ``settle`` puts values and bitmask into another order for the kernels (``layout``), of the same
     size, or unpacks a weight that would save next to nothing. ``packed``, ``weight`` and the state dict stay canonical.
-    ``kept`` is what products of many tokens need besides, where ``fast_prefill`` asked for it.
+    ``kept`` is what products of many tokens need besides, where ``fast_prefill`` asked for it. ``shared`` are the
+    linears that are called with the same input, where ``fast_decode`` found some.
 
     A new module has values of zero at the first N positions of every group; ``from_packed`` is how to
     get one with content, and loading a state dict checks the positions before any kernel sees them.
@@ -64,6 +67,7 @@ class SparseLinear(nn.Module):
         self.keeps = False
         # no buffer: it is made anew wherever the module goes, and what offloads modules takes None for a tensor
         self.kept: Tensor | None = None
+        self.shared: SharedInput | None = None
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False)
         else:
@@ -126,6 +130,8 @@ class SparseLinear(nn.Module):
     def _set_layout(self, layout: Literal["rows", "tiles", "dense"]) -> None:
         if layout == self.layout:
             return
+        if self.shared is not None:
+            self.shared.part()
         values, bitmask = (part.detach() for part in self._canonical())
         if layout == "tiles":
             self.compliant = self.pattern.always_compliant or is_compliant(bitmask, self.pattern.m)
@@ -138,6 +144,8 @@ class SparseLinear(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseLinear:
         self.kept = None  # made anew where it is wanted
+        if self.shared is not None:
+            self.shared.part()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.settle()
         return self
@@ -150,6 +158,8 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pattern = self.pattern
         if self.layout == "tiles":
+            if self.shared is not None and (found := self.shared.product(self, x)) is not None:
+                return found
             # values that are trained leave it behind
             kept = None if self.values.requires_grad else self.kept
             y: Tensor = nm_linear_tiles.nm_linear_tiles(
@@ -196,6 +206,93 @@ class SparseLinear(nn.Module):
             dict(state_dict), prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self.settle()
+
+
+class SharedInput:
+    """Packed linears that a model calls with the same tensor, in this order: q/k/v, or gate/up.
+
+    For a token or two without gradients the first call computes the products of all in one launch
+    (``nm_linear_group``), and each of the other calls takes its own.
+    """
+
+    def __init__(self, linears: Sequence[SparseLinear]) -> None:
+        self.linears = tuple(linears)
+        # The input, and what was not yet asked for. One attribute: another thread may replace it at any time.
+        self.waiting: tuple[Tensor, dict[int, Tensor]] | None = None
+        for linear in linears:
+            linear.shared = self
+
+    def part(self) -> None:
+        """Each by itself again, as when one of them goes elsewhere."""
+        for linear in self.linears:
+            linear.shared = None
+
+    def product(self, linear: SparseLinear, x: Tensor) -> Tensor | None:
+        """What ``linear`` makes of ``x``, or None where it has to be computed alone."""
+        if linear is self.linears[0]:
+            return self._all(x)
+        waiting = self.waiting
+        if waiting is None or waiting[0] is not x:
+            return None
+        y = waiting[1].pop(self.linears.index(linear), None)
+        if not waiting[1]:
+            self.waiting = None
+        return y
+
+    def _all(self, x: Tensor) -> Tensor | None:
+        columns = self.linears[0].in_features
+        if torch.is_grad_enabled() or not 0 < x.numel() <= MOST_TOKENS * columns:
+            return None
+        first, *others = nm_linear_group(
+            x,
+            [linear.values for linear in self.linears],
+            [linear.bitmask for linear in self.linears],
+            [linear.bias for linear in self.linears],
+            [linear.pattern.n for linear in self.linears],
+            [linear.pattern.m for linear in self.linears],
+            columns,
+        )
+        self.waiting = x, dict(enumerate(others, start=1))
+        y: Tensor = first
+        return y
+
+
+def fast_decode(model: nn.Module) -> int:
+    """Let packed linears that are called with the same input multiply in one launch, for one or two tokens.
+
+    Which these are is found by a forward of one token, so ``model`` takes token ids and is on its CUDA device already.
+    Linears that are moved, cast or loaded anew are by themselves again.
+
+    Returns:
+        How many launches a forward saves; 0 on a CPU, where it would gain next to nothing.
+    """
+    in_tiles = [linear for linear in model.modules() if isinstance(linear, SparseLinear) and linear.layout == "tiles"]
+    if not in_tiles:
+        return 0
+    calls: list[tuple[SparseLinear, Tensor, int]] = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, SparseLinear)
+        calls.append((module, inputs[0], inputs[0]._version))
+
+    handles = [linear.register_forward_pre_hook(note) for linear in in_tiles]
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: list[list[SparseLinear]] = []
+    for at, (linear, x, version) in enumerate(calls):
+        together = at > 0 and calls[at - 1][1] is x and calls[at - 1][2] == version
+        if together and len(groups[-1]) < MOST and linear not in groups[-1]:
+            groups[-1].append(linear)
+        else:
+            groups.append([linear])
+    # what is called twice is no part of a group: its second call would find nothing
+    counts = Counter(linear for linear, _, _ in calls)
+    groups = [group for group in groups if len(group) > 1 and all(counts[linear] == 1 for linear in group)]
+    return sum(len(SharedInput(group).linears) - 1 for group in groups)
 
 
 def fast_prefill(model: nn.Module) -> int:

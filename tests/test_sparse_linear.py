@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -15,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 import msp
 from msp.checkpoint import replace_linears
 from msp.errors import MspError
-from msp.ops import force_backend, nm_linear_tiles, nm_select
+from msp.ops import force_backend, last_backend, nm_linear_tiles, nm_select
 from msp.ops.layouts import from_tiles
 from msp.patterns import NMPattern
 from msp.sparse_linear import SparseLinear, find_linear, patterns_of
@@ -258,6 +260,91 @@ def test_what_many_tokens_need_is_kept_where_it_is_asked_for(monkeypatch: pytest
         assert seen[-1] is None
     monkeypatch.undo()
     assert msp.fast_prefill(model) == 0 and module.kept is None
+
+
+class Attending(nn.Module):
+    """Three linears of one input, two of another that are called at different times, one that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 512, dtype=torch.bfloat16)
+        rows = {"q": 32, "k": 16, "v": 16, "early": 512, "late": 512, "twice": 512}
+        for at, (name, count) in enumerate(rows.items()):
+            weight = torch.randn(count, 512).bfloat16() / 16
+            self.add_module(name, SparseLinear.from_packed(nm_select(weight, NMPattern(1 + at, 8))))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        y = torch.cat([self.q(x), self.k(x), self.v(x)], -1).repeat(1, 1, 8)
+        z = self.early(y)
+        return self.twice(self.twice(z) + self.late(y))
+
+
+@pytest.fixture
+def attending() -> Attending:
+    torch.manual_seed(0)
+    model = Attending()
+    for module in model.modules():
+        if isinstance(module, SparseLinear):
+            module._set_layout("tiles")
+    return model
+
+
+def launches(compiled: Callable[..., Any], *inputs: torch.Tensor) -> list[str]:
+    """Names of our ops that a model's graph has."""
+    torch._dynamo.reset()
+    found: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        found.extend(str(node.target) for node in graph.graph.nodes if "msp." in str(node.target))
+        return graph.forward
+
+    torch.compile(compiled, backend=backend, fullgraph=True)(*inputs)
+    return [name.split(".")[1] for name in found]
+
+
+def test_linears_of_one_input_are_multiplied_in_one_launch(attending: Attending) -> None:
+    ids = torch.tensor([[3]])
+    with torch.no_grad(), force_backend("reference"):
+        alone = [attending(ids), attending(ids.repeat(1, 2)), attending(ids.repeat(1, 3))]
+        assert msp.fast_decode(attending) == 2
+        assert attending.q.shared.linears == (attending.q, attending.k, attending.v)
+        assert attending.early.shared is attending.twice.shared is None
+        for count, expected in enumerate(alone, start=1):
+            assert torch.equal(attending(ids.repeat(1, count)), expected)
+        assert last_backend("nm_linear_group") == "reference" and attending.q.shared.waiting is None
+        names = launches(attending, ids)
+    assert names == ["nm_linear_group"] + 4 * ["nm_linear_tiles"]
+    with force_backend("reference"):  # gradients go the usual way
+        names = launches(attending, ids)
+    assert names == 7 * ["nm_linear_tiles"]
+
+
+def test_linears_of_one_input_may_be_called_otherwise_too(attending: Attending) -> None:
+    msp.fast_decode(attending)
+    q, k, v = attending.q, attending.k, attending.v
+    x, other = torch.randn(2, 1, 512).bfloat16()
+    with torch.no_grad(), force_backend("reference"):
+        expected = {linear: F.linear(x, linear.weight, linear.bias) for linear in (q, k, v)}
+        q(x)
+        assert torch.equal(v(other), F.linear(other, v.weight)) and torch.equal(v(x), expected[v])
+        first = k(x)
+        assert torch.equal(first, expected[k]) and k(x) is not first and torch.equal(k(x), expected[k])
+        copied = copy.deepcopy(attending)
+        assert copied.q.shared.linears[1] is copied.k
+        k.float()
+        assert q.shared is k.shared is v.shared is None and copied.q.shared is not None
+        assert torch.equal(q(x), expected[q])
+
+
+def test_an_input_that_is_changed_between_calls_is_shared_by_none(attending: Attending) -> None:
+    class Changing(Attending):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.embedding(ids)
+            return self.q(x).repeat(1, 1, 16) + self.early(x.mul_(2))
+
+    attending.__class__ = Changing
+    assert msp.fast_decode(attending) == 0
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from msp.checkpoint import replace_linears
 from msp.model import find_structure
 from msp.ops import force_backend, nm_select
 from msp.plan import Goal, PatternRules, make_plan
-from msp.sparse_linear import SparseLinear
+from msp.sparse_linear import SparseLinear, fast_decode
 
 LLAMA_2_7B = {
     "hidden_size": 4096,
@@ -93,6 +93,7 @@ def pack(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, SparseLinear):
             module.settle()
+    fast_decode(model)
 
 
 def measure(context: Context, model: Any, prompt: torch.Tensor) -> tuple[float, int]:

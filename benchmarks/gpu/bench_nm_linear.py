@@ -9,6 +9,7 @@ import torch
 from gpu.runner import Context, Row, relative_error
 from msp.ops import PackedWeight, nm_select
 from msp.ops.layouts import to_tiles
+from msp.ops.nm_linear_group import nm_linear_group
 from msp.ops.nm_linear_tiles import for_many_tokens, nm_linear_tiles
 from msp.patterns import NMPattern
 
@@ -18,6 +19,12 @@ SHAPES = {
     "Llama-3-8B": [(14336, 4096), (4096, 14336), (1024, 4096)],
     "Qwen2.5-7B": [(18944, 3584), (3584, 18944), (3584, 3584)],
     "Qwen2.5-14B": [(13824, 5120), (5120, 13824), (5120, 5120)],
+}
+# ([out, ...], in) of linears that have one input
+TOGETHER = {
+    "q/k/v of Llama-2-7B": ((4096, 4096, 4096), 4096),
+    "gate/up of Llama-2-7B": ((11008, 11008), 4096),
+    "q/k/v of Llama-3-8B": ((4096, 1024, 1024), 4096),
 }
 LARGE = 14336 * 4096
 ONE_TOKEN = [f"{n}:8" for n in range(1, 8)] + ["2:4", "1:4", "1:16", "2:16", "4:16", "8:16", "4:32", "8:32"]
@@ -41,6 +48,45 @@ def rows(context: Context) -> Iterator[Row]:
     yield from one_shape(context, shapes[0], many)
     for tokens in (1, 8):
         yield from one_shape(context, shapes[0], [("2:8", tokens)], torch.float16)
+    for name, (outs, columns) in context.sizes(list(TOGETHER.items()), small=[("small", ((32, 16), 512))]):
+        yield one_group(context, name, outs, columns)
+
+
+def one_group(context: Context, name: str, outs: tuple[int, ...], columns: int) -> Row:
+    """Weights of one input on one token, in one launch and in one each."""
+    pattern = NMPattern.parse("2:8")
+    weights = [nm_select(context.randn(out, columns), pattern) for out in outs]
+    tiles = [to_tiles(one.values, one.bitmask) for one in weights]
+    moved = sum(one.nbytes for one in weights)
+    copies = context.rotate(lambda: [[part.clone() for part in pair] for pair in tiles], moved)
+    dense = [one.unpack() for one in weights]
+    dense_copies = context.rotate(lambda: [one.clone() for one in dense], sum(one.nbytes for one in dense))
+    x, count = context.randn(1, columns), len(outs)
+    n, m = [pattern.n] * count, [pattern.m] * count
+
+    def together(turn: int) -> list[torch.Tensor]:
+        values, bitmasks = zip(*copies[turn], strict=True)
+        found: list[torch.Tensor] = nm_linear_group(x, values, bitmasks, [None] * count, n, m, columns)
+        return found
+
+    def one_by_one(turn: int) -> list[torch.Tensor]:
+        return [nm_linear_tiles(x, *pair, None, pattern.n, pattern.m, columns, True) for pair in copies[turn]]
+
+    def cublas(turn: int) -> list[torch.Tensor]:
+        return [torch.nn.functional.linear(x, one) for one in dense_copies[turn]]
+
+    with context.backend("cuda"):
+        return context.row(
+            f"nm_linear_group 2:8 bfloat16 1 tokens {name}",
+            f"{'+'.join(map(str, outs))}x{columns}",
+            together,
+            {"one by one": one_by_one, "cuBLAS": cublas},
+            error=relative_error(torch.cat(together(0), -1), x.double() @ torch.cat(dense).double().T),
+            bound=BOUND,
+            moved=moved + (columns + sum(outs)) * 2,
+            flops=2 * sum(outs) * columns * pattern.n // pattern.m,
+            turns=len(copies),
+        )
 
 
 def one_shape(

@@ -26,4 +26,11 @@ std::string nm_linear_cuda(const NmLinear& op, void* stream) {
     return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 
+std::string nm_linear_group_cuda(const NmLinearGroup& group, void* stream) {
+    const auto order = static_cast<cudaStream_t>(stream);
+    const bool bf16 = group.linears[0].dtype == Dtype::kBFloat16;
+    const cudaError_t error = bf16 ? launch_group_bf16(group, order) : launch_group_fp16(group, order);
+    return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
 }  // namespace msp

@@ -41,4 +41,17 @@ int64_t nm_linear_shared_bytes(const NmLinear& op);
 // waiting. Returns what went wrong, or an empty string.
 std::string nm_linear_cuda(const NmLinear& op, void* stream);
 
+// Products of the same activations with several weights, which may differ in rows and pattern. `blocks` is
+// how many blocks each takes: filled in by the launch.
+struct NmLinearGroup {
+    static constexpr int kMost = 4;
+    NmLinear linears[kMost];
+    int blocks[kMost];
+    int count;
+};
+
+// The same as nm_linear_cuda of each, to the last bit, with one launch for all (and one for each that is
+// split). All must have the same x, sizes but for rows, and cut, and the form must be kGather.
+std::string nm_linear_group_cuda(const NmLinearGroup& group, void* stream);
+
 }  // namespace msp

@@ -33,10 +33,10 @@ struct LinearPart {
     int block_first_tile, block_tiles;
     int64_t weight_tile;  // index of the warp's first
 
-    __device__ explicit LinearPart(const NmLinear& op) {
+    // `block` counts those of one split
+    __device__ LinearPart(const NmLinear& op, int block) {
         const int slices = kLinearWarps / op.stripes;
         const int chunks = (op.tokens + op.tokens_at_once - 1) / op.tokens_at_once;
-        const int block = static_cast<int>(blockIdx.x);
         lane = static_cast<int>(threadIdx.x) % 32;
         warp = static_cast<int>(threadIdx.x) / 32;
         // blocks that read the same weights run side by side, so that one of them finds these in L2

@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kLinearThreads, 2)
     unsigned char* shared = ptx::dynamic_shared();
     unsigned char* table = shared + kRingBytes;
     const uint32_t activations = ptx::shared_address(table + kExpandTableBytes);
-    const LinearPart part(op);
+    const LinearPart part(op, static_cast<int>(blockIdx.x));
     stage_activations<Tokens>(op, part, activations, [](int block, int token, int word, int byte) {
         return fragment_offset(block, byte, token, word, Tokens);
     });

@@ -58,12 +58,17 @@ __device__ void add_products(const uint32_t (&pairs)[Step / 2], uint32_t& bits, 
     }
 }
 
+// The values that the gather takes at a time.
+MSP_HD constexpr int gather_step(int group_size, int n) {
+    const int per_word = 32 / group_size * n;
+    return per_word % 8 == 0 ? 8 : per_word % 4 == 0 ? 4 : 2;
+}
+
 template <Dtype D, int Step, int Tokens>
-__global__ void __launch_bounds__(kLinearThreads, 3)
-    nm_linear_gather_kernel(const __grid_constant__ NmLinear op) {
+__device__ void gather(const NmLinear& op, int block) {
     unsigned char* shared = ptx::dynamic_shared();
     const unsigned char* activations = shared + kRingBytes;
-    const LinearPart part(op);
+    const LinearPart part(op, block);
     const int per_word = 32 / op.group_size * op.n;
     stage_activations<Tokens>(op, part, ptx::shared_address(activations),
                               [](int block, int token, int word, int byte) {
@@ -106,6 +111,29 @@ __global__ void __launch_bounds__(kLinearThreads, 3)
         }
     }
     finish<D, Tokens>(op, part, reinterpret_cast<const float*>(shared));
+}
+
+template <Dtype D, int Step, int Tokens>
+__global__ void __launch_bounds__(kLinearThreads, 3)
+    nm_linear_gather_kernel(const __grid_constant__ NmLinear op) {
+    gather<D, Step, Tokens>(op, static_cast<int>(blockIdx.x));
+}
+
+// A block works on one of the weights, so all its threads take the same way.
+template <Dtype D, int Tokens>
+__global__ void __launch_bounds__(kLinearThreads, 3)
+    nm_linear_group_kernel(const __grid_constant__ NmLinearGroup group) {
+    int block = static_cast<int>(blockIdx.x), at = 0;
+    while (block >= group.blocks[at]) block -= group.blocks[at++];
+    const NmLinear& op = group.linears[at];
+    switch (gather_step(op.group_size, op.n)) {
+        case 8:
+            return gather<D, 8, Tokens>(op, block);
+        case 4:
+            return gather<D, 4, Tokens>(op, block);
+        default:
+            return gather<D, 2, Tokens>(op, block);
+    }
 }
 
 }  // namespace msp

@@ -15,12 +15,6 @@ MSP_HD constexpr ExpandUnit expand_unit(int group_size, int n) {
     return group_size == 4 ? ExpandUnit{8, 2 * n} : ExpandUnit{group_size, n};
 }
 
-// The values that the gather takes at a time.
-MSP_HD constexpr int gather_step(int group_size, int n) {
-    const int per_word = 32 / group_size * n;
-    return per_word % 8 == 0 ? 8 : per_word % 4 == 0 ? 4 : 2;
-}
-
 using LinearKernel = void (*)(NmLinear);
 
 template <Dtype D, int Step>
@@ -100,8 +94,21 @@ LinearKernel linear_kernel(const NmLinear& op) {
     }
 }
 
-inline cudaError_t launch(LinearKernel kernel, const NmLinear& op, dim3 grid, int64_t shared_bytes,
-                          cudaStream_t stream) {
+template <Dtype D>
+auto group_kernel(int tokens) -> void (*)(NmLinearGroup) {
+    switch (tokens) {
+        case 1:
+            return nm_linear_group_kernel<D, 1>;
+        case 2:
+            return nm_linear_group_kernel<D, 2>;
+        default:
+            return nullptr;
+    }
+}
+
+template <class Work>
+cudaError_t launch(void (*kernel)(Work), const Work& work, dim3 grid, int64_t shared_bytes,
+                   cudaStream_t stream) {
     const int shared = static_cast<int>(shared_bytes);
     if (shared > 48 << 10) {
         const cudaError_t error =
@@ -113,20 +120,46 @@ inline cudaError_t launch(LinearKernel kernel, const NmLinear& op, dim3 grid, in
     config.blockDim = dim3(kLinearThreads);
     config.dynamicSmemBytes = static_cast<size_t>(shared);
     config.stream = stream;
-    return cudaLaunchKernelEx(&config, kernel, op);
+    return cudaLaunchKernelEx(&config, kernel, work);
+}
+
+inline unsigned over(int64_t a, int64_t b) { return static_cast<unsigned>((a + b - 1) / b); }
+
+// Blocks of each split.
+inline unsigned linear_blocks(const NmLinear& op) {
+    return over(op.tokens, op.tokens_at_once) * over(op.rows, op.stripes * kTileRows);
+}
+
+template <Dtype D>
+cudaError_t launch_sum(const NmLinear& op, cudaStream_t stream) {
+    if (op.splits == 1) return cudaSuccess;
+    const int64_t outputs = static_cast<int64_t>(op.tokens) * op.rows;
+    return launch(nm_linear_sum_kernel<D>, op, dim3(over(outputs, kLinearThreads)), 0, stream);
 }
 
 template <Dtype D>
 cudaError_t launch_linear(const NmLinear& op, cudaStream_t stream) {
-    const auto over = [](int64_t a, int64_t b) { return static_cast<unsigned>((a + b - 1) / b); };
     const LinearKernel kernel = linear_kernel<D>(op);
     if (kernel == nullptr) return cudaErrorInvalidValue;
-    const unsigned row_blocks = over(op.rows, op.stripes * kTileRows);
-    const dim3 grid(over(op.tokens, op.tokens_at_once) * row_blocks, static_cast<unsigned>(op.splits));
-    cudaError_t error = launch(kernel, op, grid, nm_linear_shared_bytes(op), stream);
-    if (error == cudaSuccess && op.splits > 1) {
-        const int64_t outputs = static_cast<int64_t>(op.tokens) * op.rows;
-        error = launch(nm_linear_sum_kernel<D>, op, dim3(over(outputs, kLinearThreads)), 0, stream);
+    const dim3 grid(linear_blocks(op), static_cast<unsigned>(op.splits));
+    const cudaError_t error = launch(kernel, op, grid, nm_linear_shared_bytes(op), stream);
+    return error == cudaSuccess ? launch_sum<D>(op, stream) : error;
+}
+
+template <Dtype D>
+cudaError_t launch_group(NmLinearGroup group, cudaStream_t stream) {
+    const NmLinear& first = group.linears[0];
+    const auto kernel = group_kernel<D>(first.tokens_at_once);
+    if (kernel == nullptr) return cudaErrorInvalidValue;
+    unsigned blocks = 0;
+    for (int i = 0; i < group.count; ++i) {
+        group.blocks[i] = static_cast<int>(linear_blocks(group.linears[i]));
+        blocks += linear_blocks(group.linears[i]);
+    }
+    const dim3 grid(blocks, static_cast<unsigned>(first.splits));
+    cudaError_t error = launch(kernel, group, grid, nm_linear_shared_bytes(first), stream);
+    for (int i = 0; i < group.count && error == cudaSuccess; ++i) {
+        error = launch_sum<D>(group.linears[i], stream);
     }
     return error;
 }
@@ -134,5 +167,7 @@ cudaError_t launch_linear(const NmLinear& op, cudaStream_t stream) {
 // In a file of its own for each dtype, which compile side by side.
 cudaError_t launch_linear_bf16(const NmLinear& op, cudaStream_t stream);
 cudaError_t launch_linear_fp16(const NmLinear& op, cudaStream_t stream);
+cudaError_t launch_group_bf16(const NmLinearGroup& group, cudaStream_t stream);
+cudaError_t launch_group_fp16(const NmLinearGroup& group, cudaStream_t stream);
 
 }  // namespace msp

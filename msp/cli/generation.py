@@ -13,6 +13,7 @@ from msp.errors import MspError, UsageError
 from msp.model import device_of, load_model
 from msp.ops import check_environment
 from msp.progress import Advance
+from msp.sparse_linear import fast_decode
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def complete(
     loaded = load_model(model, dtype=dtype, device=device)
     if loaded.tokenizer is None:
         raise MspError(f"{model} has no tokenizer to read a prompt with")
+    fast_decode(loaded.model)
     return continue_text(
         loaded.model,
         loaded.tokenizer,

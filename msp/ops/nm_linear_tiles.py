@@ -100,15 +100,11 @@ def _few_tokens(
     x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, pattern: NMPattern, chosen: Plan
 ) -> Tensor:
     columns, rows = x.shape[-1], values.shape[0]
-    flat = x.reshape(-1, columns).contiguous()
-    # the kernels read 16 bytes at a time
-    flat = flat.clone() if flat.data_ptr() % 16 else flat
+    flat = flattened(x)
     bias = None if bias is None else bias.contiguous()
     tokens = flat.shape[0]
     y = x.new_empty(*x.shape[:-1], rows)
-    partials = None
-    if chosen.splits > 1:
-        partials = x.new_empty(chosen.splits, tokens, rows, dtype=torch.float32)
+    partials = partial_sums(flat, rows, chosen)
     compiled = compiled_module("msp._cuda")
     assert compiled is not None
     with torch.cuda.device(x.device):
@@ -132,6 +128,19 @@ def _few_tokens(
             torch.cuda.current_stream().cuda_stream,
         )
     return y
+
+
+def flattened(x: Tensor) -> Tensor:
+    """``x`` as ``[tokens, K]`` in memory that the kernels can read 16 bytes at a time."""
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    return flat.clone() if flat.data_ptr() % 16 else flat
+
+
+def partial_sums(flat: Tensor, rows: int, chosen: Plan) -> Tensor | None:
+    """Scratch memory of a product whose columns are split."""
+    if chosen.splits == 1:
+        return None
+    return flat.new_empty(chosen.splits, flat.shape[0], rows, dtype=torch.float32)
 
 
 def _unpacked(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:

@@ -28,7 +28,7 @@ def select_shared(kernel: Kernel) -> int:
 
 def gather_shared(kernel: Kernel) -> int:
     """The values' ring and the activations of a whole row of 4096 columns."""
-    tokens = int(kernel.arguments[2])
+    tokens = int(kernel.arguments[-1])
     return (32 << 10) + 4096 * 3 * tokens
 
 
@@ -71,6 +71,7 @@ def spmm_sm90_shared(kernel: Kernel) -> int:
 
 PLANS = {
     "nm_linear_gather_kernel": Plan(2, gather_shared),
+    "nm_linear_group_kernel": Plan(2, gather_shared),
     "nm_linear_expand_kernel": Plan(2, expand_shared),
     "nm_linear_sum_kernel": Plan(4),
     "nm_select_kernel": Plan(4, select_shared),

@@ -30,11 +30,13 @@ def test_every_pattern_and_dtype_has_its_kernels(cuda_kernels) -> None:
             for tokens in ("8", "16", "32")
         }
         assert set(gather) == {(dtype, step, tokens) for dtype in "12" for step in "248" for tokens in "124"}
+        group = Counter(kernel.arguments for kernel in cubins.family(here, "nm_linear_group_kernel"))
+        assert set(group) == {(dtype, tokens) for dtype in "12" for tokens in "12"}
         assert len(cubins.family(here, "nm_linear_sum_kernel")) == 2
 
 
 def test_weights_come_16_bytes_at_a_time(cuda_kernels) -> None:
-    for name in ("nm_linear_gather_kernel", "nm_linear_expand_kernel"):
+    for name in ("nm_linear_gather_kernel", "nm_linear_group_kernel", "nm_linear_expand_kernel"):
         for kernel in cubins.family(cuda_kernels, name):
             assert kernel.count("LDGSTS", 128) >= 7, kernel.name  # the ring is filled before the loop
             assert kernel.count("LDGSTS") == kernel.count("LDGSTS", 128), kernel.name
@@ -63,3 +65,10 @@ def test_gathered_weights_cost_one_search_each(cuda_kernels) -> None:
         assert kernel.count("FLO", "U32") >= kept, kernel.name
         assert kernel.count("LDS", "U16") == kernel.count("FFMA") == kernel.count("FLO", "U32") * tokens, kernel.name
         assert kernel.count("HMMA") == 0, kernel.name
+
+
+def test_a_group_has_each_way_to_gather(cuda_kernels) -> None:
+    for kernel in cubins.family(cuda_kernels, "nm_linear_group_kernel"):
+        tokens = int(kernel.arguments[1])
+        assert kernel.count("FLO", "U32") >= 4 * (2 + 4 + 8), kernel.name
+        assert kernel.count("LDS", "U16") == kernel.count("FFMA") == kernel.count("FLO", "U32") * tokens, kernel.name

@@ -6,12 +6,14 @@ import contextlib
 import ctypes
 import itertools
 import types
+from collections.abc import Iterator
 
 import emulated
 import numpy as np
 import pytest
 import torch
 
+import msp.ops.nm_linear_group as group_file
 import msp.ops.nm_linear_tiles as op_file
 from msp.ops import nm_select
 from msp.ops.layouts import has_tiles, to_tiles
@@ -102,6 +104,86 @@ def test_every_cut_of_the_work(library, form, at_once, tokens, rows, tiles, stri
             library, pattern, form, at_once, tokens, rows, tiles, dtype,
             stripes=stripes, splits=splits, bias=bias, seed=tokens + rows,
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def device_replaced(monkeypatch, library, splits=1) -> Iterator[list[tuple[int, int, int]]]:
+    """``msp._cuda`` by the emulated kernels, and what else only a device has.
+
+    Yields the form of each launch, how many weights it was for and the splits.
+    """
+    launches: list[tuple[int, int, int]] = []
+
+    def nm_linear(*arguments):
+        *pointers, dtype, tokens, rows, columns, group_size, n, form, at_once, stripes, splits, _ = arguments
+        sizes = (tokens, rows, columns, group_size, n, form, at_once, stripes, splits, dtype)
+        launches.append((form, 1, splits))
+        found = emulated.call(
+            library.emulated_nm_linear,
+            *(ctypes.c_void_p(pointer or None) for pointer in pointers),
+            (ctypes.c_int * len(sizes))(*sizes),
+            ctypes.c_uint64(0),
+        )
+        assert found == ""
+
+    def nm_linear_group(x, own, dtype, tokens, columns, stripes, splits, _):
+        pointers = [pointer or None for one in own for pointer in one[:5]]
+        sizes = [
+            size
+            for *_, rows, group_size, n in own
+            for size in (tokens, rows, columns, group_size, n, GATHER, tokens, stripes, splits, dtype)
+        ]
+        launches.append((GATHER, len(own), splits))
+        found = emulated.call(
+            library.emulated_nm_linear_group,
+            ctypes.c_void_p(x),
+            (ctypes.c_void_p * len(pointers))(*pointers),
+            (ctypes.c_int * len(sizes))(*sizes),
+            len(own),
+            ctypes.c_uint64(1),
+        )
+        assert found == ""
+
+    module = types.SimpleNamespace(nm_linear=nm_linear, nm_linear_group=nm_linear_group)
+    # as much as a block needs that has so few columns
+    shared = (100 if splits == 1 else 70) << 10
+    with monkeypatch.context() as patch:
+        for file in (op_file, group_file):
+            patch.setattr(file, "compiled_module", lambda name: module)
+            patch.setattr(file, "device_limits", lambda device: Device(2, shared))
+        patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        patch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
+        yield launches
+
+
+@pytest.mark.parametrize(
+    ("tokens", "patterns", "rows", "splits", "dtype"),
+    [
+        (1, ("2:8", "1:8", "3:8"), (64, 32, 32), 1, torch.bfloat16),
+        (2, ("2:4", "5:16"), (16, 48), 1, torch.half),
+        (1, ("2:32", "4:8", "1:16", "30:32"), (16, 16, 32, 16), 6, torch.bfloat16),
+        (2, ("2:8",), (32,), 11, torch.half),
+    ],
+)
+def test_a_group_is_each_of_its_products(library, monkeypatch, tokens, patterns, rows, splits, dtype) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    columns = 256 * 11
+    packed = [
+        nm_select(torch.randn(count, columns, generator=generator).to(dtype), NMPattern.parse(pattern))
+        for pattern, count in zip(patterns, rows, strict=True)
+    ]
+    biases = [
+        torch.randn(count, generator=generator).to(dtype) if at % 2 == 0 else None for at, count in enumerate(rows)
+    ]
+    x = torch.randn(1, tokens, columns, generator=generator).to(dtype)
+    tiles = [tuple(map(aligned, to_tiles(one.values, one.bitmask))) for one in packed]
+    n, m = [one.pattern.n for one in packed], [one.pattern.m for one in packed]
+    with device_replaced(monkeypatch, library, splits) as launches:
+        found = group_file.cuda(x, [one[0] for one in tiles], [one[1] for one in tiles], biases, n, m)
+        assert launches == [(GATHER, len(patterns), splits)]
+        for at, y in enumerate(found):
+            alone = op_file.cuda(x, *tiles[at], biases[at], n[at], m[at], False, None)
+            assert y.shape == (1, tokens, rows[at]) and torch.equal(y, alone)
 
 
 def test_kernels_are_there_for_what_is_stated(library) -> None:
@@ -204,31 +286,14 @@ def test_table_places_every_byte(library) -> None:
 @pytest.mark.parametrize(("tokens", "pattern"), [(1, "2:8"), (2, "1:16"), (6, "4:8"), (40, "2:8"), (7, "5:16")])
 def test_the_op_calls_the_kernels_as_they_want_it(library, monkeypatch, tokens, pattern) -> None:
     """From torch tensors to the kernels and back, with what only a device has replaced."""
-    served = []
-
-    def nm_linear(*arguments):
-        *pointers, dtype, tokens, rows, columns, group_size, n, form, at_once, stripes, splits, _ = arguments
-        sizes = (tokens, rows, columns, group_size, n, form, at_once, stripes, splits, dtype)
-        served.append(form)
-        found = emulated.call(
-            library.emulated_nm_linear,
-            *(ctypes.c_void_p(pointer or None) for pointer in pointers),
-            (ctypes.c_int * len(sizes))(*sizes),
-            ctypes.c_uint64(0),
-        )
-        assert found == ""
-
-    monkeypatch.setattr(op_file, "compiled_module", lambda name: types.SimpleNamespace(nm_linear=nm_linear))
-    monkeypatch.setattr(op_file, "device_limits", lambda device: Device(2, 100 << 10))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
     packed = nm_select(torch.randn(96, 1024).bfloat16(), NMPattern.parse(pattern))
     bias = torch.randn(96).bfloat16()
     # not contiguous, and in memory that starts off the 16 bytes
     x = torch.randn(2 * tokens * 1024 + 1).bfloat16()[1:].view(1, 2 * tokens, 1024)[:, ::2]
     n, m = packed.pattern.n, packed.pattern.m
-    y = op_file.cuda(x, *to_tiles(packed.values, packed.bitmask), bias, n, m, False)
-    assert served == [GATHER if tokens <= 2 or pattern == "5:16" else EXPAND]
+    with device_replaced(monkeypatch, library) as launches:
+        y = op_file.cuda(x, *to_tiles(packed.values, packed.bitmask), bias, n, m, False, None)
+    assert launches == [(GATHER if tokens <= 2 or pattern == "5:16" else EXPAND, 1, launches[0][2])]
     assert y.shape == (1, tokens, 96) and y.dtype == torch.bfloat16
     exact = x.double() @ packed.unpack().double().T + bias.double()
     torch.testing.assert_close(y.double(), exact, rtol=1e-2, atol=1e-2 * float(exact.std()))

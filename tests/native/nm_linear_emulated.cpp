@@ -11,32 +11,54 @@
 extern "C" {
 
 // sizes: tokens, rows, columns, group_size, n, form, tokens_at_once, stripes, splits, dtype
+static msp::NmLinear allowed(const void* x, const void* values, const void* bitmask, const void* bias,
+                             void* y, float* partials, const int* sizes) {
+    const msp::NmLinear op{x,
+                           values,
+                           bitmask,
+                           bias,
+                           y,
+                           partials,
+                           static_cast<msp::Dtype>(sizes[9]),
+                           sizes[0],
+                           sizes[1],
+                           sizes[2],
+                           sizes[3],
+                           sizes[4],
+                           static_cast<msp::LinearForm>(sizes[5]),
+                           sizes[6],
+                           sizes[7],
+                           sizes[8]};
+    const auto weights = static_cast<size_t>(op.rows) * static_cast<size_t>(op.columns);
+    emulation::allow(x, static_cast<size_t>(op.tokens) * static_cast<size_t>(op.columns) * 2, false);
+    emulation::allow(values, weights / static_cast<size_t>(op.group_size) * static_cast<size_t>(op.n) * 2,
+                     false);
+    emulation::allow(bitmask, weights / 8, false);
+    return op;
+}
+
 const char* emulated_nm_linear(const void* x, const void* values, const void* bitmask, const void* bias,
                                void* y, float* partials, const int* sizes, uint64_t seed) {
     return emulation::guarded([=] {
         emulation::settings.seed = seed;
-        const msp::NmLinear op{x,
-                               values,
-                               bitmask,
-                               bias,
-                               y,
-                               partials,
-                               static_cast<msp::Dtype>(sizes[9]),
-                               sizes[0],
-                               sizes[1],
-                               sizes[2],
-                               sizes[3],
-                               sizes[4],
-                               static_cast<msp::LinearForm>(sizes[5]),
-                               sizes[6],
-                               sizes[7],
-                               sizes[8]};
-        const auto weights = static_cast<size_t>(op.rows) * static_cast<size_t>(op.columns);
-        emulation::allow(x, static_cast<size_t>(op.tokens) * static_cast<size_t>(op.columns) * 2, false);
-        emulation::allow(values, weights / static_cast<size_t>(op.group_size) * static_cast<size_t>(op.n) * 2,
-                         false);
-        emulation::allow(bitmask, weights / 8, false);
+        const msp::NmLinear op = allowed(x, values, bitmask, bias, y, partials, sizes);
         const std::string error = msp::nm_linear_cuda(op, nullptr);
+        if (!error.empty()) throw emulation::Failure(error);
+    });
+}
+
+// pointers: values, bitmask, bias, y, partials of each weight; sizes: as above of each
+const char* emulated_nm_linear_group(const void* x, void* const* pointers, const int* sizes, int count,
+                                     uint64_t seed) {
+    return emulation::guarded([=] {
+        emulation::settings.seed = seed;
+        msp::NmLinearGroup group{};
+        for (; group.count < count; ++group.count) {
+            void* const* own = pointers + 5 * group.count;
+            group.linears[group.count] = allowed(x, own[0], own[1], own[2], own[3],
+                                                 static_cast<float*>(own[4]), sizes + 10 * group.count);
+        }
+        const std::string error = msp::nm_linear_group_cuda(group, nullptr);
         if (!error.empty()) throw emulation::Failure(error);
     });
 }

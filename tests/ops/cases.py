@@ -29,6 +29,7 @@ from msp.ops import (
     obs_prune,
 )
 from msp.ops.layouts import to_tiles
+from msp.ops.nm_linear_group import nm_linear_group
 from msp.ops.nm_linear_tiles import for_many_tokens, nm_linear_tiles
 from msp.ops.nm_spmm import nm_spmm
 from msp.patterns import NMPattern
@@ -207,6 +208,27 @@ def in_tiles(x, packed, bias):
     return nm_linear_tiles(x, *tiles, bias, n, m, columns, compliant, kept)
 
 
+def group(generator, dtype, device, tokens, columns, *weights):
+    """``weights``: rows and pattern of each in turn; every second has a bias."""
+    x = torch.randn(tokens, columns, generator=generator).to(device, dtype)
+    packed, biases = [], []
+    for rows, pattern in zip(weights[::2], weights[1::2], strict=True):
+        weight = torch.randn(rows, columns, generator=generator).to(device, dtype)
+        packed.append(nm_select(weight, NMPattern.parse(pattern)))
+        biases.append(None if len(biases) % 2 else torch.randn(rows, generator=generator).to(device, dtype))
+    values, bitmasks = zip(*(to_tiles(one.values, one.bitmask) for one in packed), strict=True)
+    n, m = ([getattr(one.pattern, name) for one in packed] for name in ("n", "m"))
+
+    def run():
+        return tuple(nm_linear_group(x, values, bitmasks, biases, n, m, columns))
+
+    def check(outputs):
+        for y, one, bias in zip(outputs, packed, biases, strict=True):
+            assert_product(y, x, one, bias)
+
+    return Prepared(run, check)
+
+
 @dataclass(frozen=True)
 class Shaped:
     """How a case is made, and the arguments that say its shape."""
@@ -276,6 +298,16 @@ PREPARED = {
             *((tokens, 4096, 512, "4:8") for tokens in (1, 8, 32, 100)),
             *((tokens, 64, 14336, "9:16") for tokens in (1, 4, 40)),
             *((tokens, 80, 1280, pattern) for tokens in (1, 7) for pattern in ("1:8", "7:8", "1:4", "3:4", "4:32")),
+        ],
+    ),
+    "nm_linear_group": Shaped(
+        group,
+        [(1, 256, 32, "2:8", 16, "1:8", 16, "3:8"), (2, 512, 16, "2:4", 48, "6:16")],
+        [
+            (1, 4096, 4096, "2:8", 1024, "1:8", 1024, "3:8"),
+            (2, 4096, 1024, "4:8", 1024, "2:8"),
+            (1, 2816, 144, "5:8", 64, "2:16", 80, "2:32", 16, "1:4"),
+            *((tokens, 28672, 64, "2:8", 128, "7:8") for tokens in (1, 2)),
         ],
     ),
     # every token tile of both kernels, K split and whole, and more tiles than a GPU has multiprocessors

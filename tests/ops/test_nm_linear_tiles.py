@@ -8,6 +8,7 @@ import torch
 
 from msp.ops import available_backends, force_backend, last_backend, nm_select
 from msp.ops.layouts import to_tiles
+from msp.ops.nm_linear_group import nm_linear_group
 from msp.ops.nm_linear_tiles import nm_linear_tiles
 from msp.patterns import NMPattern
 
@@ -74,6 +75,29 @@ def test_interpreted_triton_serves_tiles(device):
         assert_product(multiply(x, packed, tiles, bias), x, packed, bias)
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("patterns", [("2:8", "1:8", "3:8"), ("4:8", "6:16"), ("2:4",)])
+def test_a_group_is_each_of_its_products_to_the_last_bit(tokens, patterns, device):
+    made = [make(16 * (at + 1), 2816, pattern, torch.bfloat16, device) for at, pattern in enumerate(patterns)]
+    x = torch.randn(1, tokens, 2816, device=device).bfloat16()
+    n, m = ([getattr(packed.pattern, name) for packed, _, _ in made] for name in ("n", "m"))
+    values, bitmasks = zip(*(tiles for _, tiles, _ in made), strict=True)
+    found = nm_linear_group(x, values, bitmasks, [bias for _, _, bias in made], n, m, 2816)
+    for y, (packed, tiles, bias) in zip(found, made, strict=True):
+        assert torch.equal(y, multiply(x, packed, tiles, bias))
+
+
+def test_a_group_that_no_launch_serves_is_refused(device):
+    _, (values, bitmask), bias = make(16, 256, "2:8", torch.bfloat16, device)
+    x = torch.randn(1, 256, device=device).bfloat16()
+    with pytest.raises(ValueError, match="5 weights in a group: 1 to 4"):
+        nm_linear_group(x, [values] * 5, [bitmask] * 5, [bias] * 5, [2] * 5, [8] * 5, 256)
+    with pytest.raises(ValueError, match=r"shape \[3, 256\] has not 1 to 2 tokens"):
+        nm_linear_group(x.repeat(3, 1), [values], [bitmask], [bias], [2], [8], 256)
+    with pytest.raises(ValueError, match="bias"):
+        nm_linear_group(x, [values], [bitmask], [bias[:5]], [2], [8], 256)
+
+
 def test_zero_tokens_and_any_strides(device):
     packed, tiles, bias = make(32, 512, "2:8", torch.bfloat16, device)
     empty = multiply(torch.empty(2, 0, 512, dtype=torch.bfloat16, device=device), packed, tiles, bias)
@@ -88,6 +112,8 @@ def test_is_a_well_formed_torch_op(device):
     _, (values, bitmask), bias = make(16, 256, "2:8", torch.bfloat16, device)
     x = torch.randn(3, 256, device=device).bfloat16().requires_grad_()
     torch.library.opcheck(nm_linear_tiles, (x, values, bitmask, bias, 2, 8, 256, True))
+    group = ([values, values], [bitmask, bitmask], [bias, None], [2, 2], [8, 8], 256)
+    torch.library.opcheck(nm_linear_group, (x[:1].detach(), *group))
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 16])
