@@ -29,6 +29,21 @@ def row(key: str, **measured) -> dict:
         ("linear-2:8", [{"ratio": {"cuBLAS": 3.0}}, {"ratio": {"cuBLAS": 2.9}}], "**2.9 x** (2 rows)"),
         ("linear-2:8", [{"ratio": {"cuBLAS": 3.0}}, {"ratio": {"cuBLAS": 2.5}}], "2.5 x (2 rows)"),
         ("spmm-cusparselt", [{"ratio": {"cuSPARSELt": 2.0}}, {"ratio": {"cuSPARSELt": 0.5}}], "1 x (2 rows)"),
+        # the search for the best algorithm may have chosen worse than torch
+        (
+            "spmm-dense",
+            [
+                {"ratio": {"cuBLAS": 1.9, "cuBLASLt": 1.8, "cuBLASLt best": 1.6}},
+                {"ratio": {"cuBLAS": 1.2, "cuBLASLt": 1.6, "cuBLASLt best": 1.7}},
+            ],
+            "**1.6 x** (2 rows)",
+        ),
+        (
+            "spmm-dense",
+            [{"missing": {"cuBLASLt best": "not loaded"}, "ratio": {"cuBLAS": 1.6, "cuBLASLt": 1.6}}],
+            "not measured: cuBLASLt best: not loaded",
+        ),
+        ("spmm-dense-torch", [{"ratio": {"cuBLAS": 1.6, "cuBLASLt": 1.7}}], "**1.6 x** (1 row)"),
         ("linear-bandwidth", [{"gbps": 3400.0}], "**85 %** (1 row)"),
         ("fisher-diag-rate", [{"tflops": 400.0}], "50 % (1 row)"),
         ("decode-memory", [{"extra": {"memory": 0.39}}], "**0.39 x** (1 row)"),

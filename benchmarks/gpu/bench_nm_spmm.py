@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpu import cublaslt
 from gpu.runner import Call, Context, Missing, Rotation, Row, relative_error
 from msp.ops import PackedWeight, nm_select
 from msp.ops.nm_spmm import nm_spmm, nm_spmm_packed, pack
@@ -37,6 +39,8 @@ SHAPES = [
 TOKENS = [2048, 64, 512, 8192, 128, 1024]
 BOUND = 1e-2
 
+Peer = TypeVar("Peer", bound=Call)
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -50,23 +54,34 @@ def make(context: Context, pattern: str, rows: int, columns: int, tokens: int) -
     return Inputs(context.randn(tokens, columns), packed.unpack(), packed)
 
 
-def cusparselt(inputs: Rotation[Inputs]) -> Call | Missing:
+def cusparselt(inputs: Rotation[Inputs]) -> Call:
     """The product by the algorithm, and the split of K, that cuSPARSELt's own search finds fastest for the shape."""
     if not torch.backends.cusparselt.is_available():
-        return Missing("this torch has no cuSPARSELt")
+        raise RuntimeError("this torch has no cuSPARSELt")
+    compressed = [torch._cslt_compress(one.dense) for one in inputs.items]
+    tokens = [one.x.t() for one in inputs.items]
+    # compressed, dense, bias, alpha, out_dtype, transpose_result; the largest algorithm's number comes last
+    found = torch._C._cusparselt.mm_search(compressed[0], tokens[0], None, None, None, True)
+    options = dict(zip(("alg_id", "split_k", "split_k_mode"), found, strict=False))
+
+    def call(turn: int) -> Tensor:
+        at = turn % len(tokens)
+        return torch._cslt_sparse_mm(compressed[at], tokens[at], transpose_result=True, **options)
+
+    return call
+
+
+def cublaslt_best(inputs: Rotation[Inputs]) -> cublaslt.Product:
+    """The dense product by the fastest algorithm that cuBLASLt's heuristics name for the shape."""
+    return cublaslt.best([(one.x, one.dense) for one in inputs.items])
+
+
+def checked(peer: Callable[[Rotation[Inputs]], Peer], inputs: Rotation[Inputs]) -> Peer | Missing:
+    """A peer's product, if it is right; one that does not serve must not cost our own rows."""
     try:
-        compressed = [torch._cslt_compress(one.dense) for one in inputs.items]
-        tokens = [one.x.t() for one in inputs.items]
-        # compressed, dense, bias, alpha, out_dtype, transpose_result; the largest algorithm's number comes last
-        found = torch._C._cusparselt.mm_search(compressed[0], tokens[0], None, None, None, True)
-        options = dict(zip(("alg_id", "split_k", "split_k_mode"), found, strict=False))
-
-        def call(turn: int) -> Tensor:
-            at = turn % len(tokens)
-            return torch._cslt_sparse_mm(compressed[at], tokens[at], transpose_result=True, **options)
-
+        call = peer(inputs)
         error = relative_error(call(0), F.linear(inputs[0].x, inputs[0].dense))
-    except Exception as problem:  # a peer that does not serve must not cost our own rows
+    except Exception as problem:
         return Missing(f"{type(problem).__name__}: {problem}".split("\n")[0])
     return call if error <= BOUND else Missing(f"its product is off by {error:.2g}")
 
@@ -108,9 +123,16 @@ def row(context: Context, pattern: str, kept: bool, rows: int, columns: int, tok
     libraries = ("cuBLAS", "cuBLASLt")
     peers: dict[str, Call | Missing] = {name: dense(context, inputs, name.lower()) for name in libraries}
     figures: list[str] = []
+    extra: dict[str, float] = {}
     if kept:
-        peers["cuSPARSELt"] = cusparselt(inputs)
-        figures = ["spmm-cusparselt", "spmm-cusparselt-worst"] + ["spmm-dense"] * (tokens >= 2048)
+        peers["cuSPARSELt"] = checked(cusparselt, inputs)
+        figures = ["spmm-cusparselt", "spmm-cusparselt-worst"]
+    # the search takes its time, so only where a figure asks for it
+    if kept and tokens >= 2048:
+        peers["cuBLASLt best"] = searched = checked(cublaslt_best, inputs)
+        figures += ["spmm-dense", "spmm-dense-torch"]
+        if not isinstance(searched, Missing):
+            extra["cublaslt_algorithms"] = searched.tried
     first = inputs[0]
     return context.row(
         f"nm_spmm {pattern} bf16{'' if kept else ', packed each time'}",
@@ -123,6 +145,7 @@ def row(context: Context, pattern: str, kept: bool, rows: int, columns: int, tok
         flops=2 * tokens * rows * columns,
         turns=len(inputs),
         figures=tuple(figures),
+        extra=extra,
     )
 
 
