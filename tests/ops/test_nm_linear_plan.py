@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from msp.ops.nm_linear_group import MOST, MOST_TOKENS
 from msp.ops.nm_linear_plan import Device, can_expand, kept_bytes, packed_share, plan, shared_bytes, stays_dense
 from msp.patterns import GROUP_SIZES, NMPattern
 
@@ -119,3 +120,20 @@ def test_only_what_saves_next_to_nothing_stays_dense():
     assert packed_share(NMPattern(2, 8)) == 0.3125 and packed_share(NMPattern(4, 8)) == 0.5625
     assert [n for n in range(9) if stays_dense(NMPattern(n, 8))] == [7, 8]
     assert [n for n in range(5) if stays_dense(NMPattern(n, 4))] == [4]
+
+
+def test_a_group_that_the_kernel_does_not_take_is_refused_before_any_work():
+    compiled = pytest.importorskip("msp._cuda")
+    one = (16, 16, 0, 16, 0, 32, 8, 2)
+
+    def launch(own, tokens=1):
+        compiled.nm_linear_group(16, own, 2, tokens, 512, 1, 1, 0)
+
+    with pytest.raises(ValueError, match="5 weights are not 1"):
+        launch([one] * (MOST + 1))
+    with pytest.raises(ValueError, match="tokens 3 is not one of 1, 2"):
+        launch([one], tokens=MOST_TOKENS + 1)
+    with pytest.raises(ValueError, match="rows 0 is not positive"):
+        launch([(*one[:5], 0, 8, 2)])
+    with pytest.raises(ValueError, match="values_ptr is null"):
+        launch([one, (0, *one[1:])])
