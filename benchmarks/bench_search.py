@@ -46,7 +46,7 @@ SHAPE = {
 FITNESS_TOKENS = 8192
 # Without the emptied blocks of the first population, which would be most of so short a search.
 # Measuring sensitivities takes far longer than two generations, and its bookkeeping is that of any candidate.
-SHORT = replace(EvolutionOptions(), generations=2, offspring=4, emptied=0, sensitivities=False)
+SHORT = replace(EvolutionOptions(), generations=2, offspring=4, emptied=0, sensitivities=0)
 TURNS = 2
 # The search says the KL of what it found; with bf16 products it is off by about 1e-4 of 1.
 BOUND = 2e-3

@@ -79,7 +79,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no FIM seeds": {"seeds": ("ramp", "uniform")},
     "no crossover": {"crossover_rate": 0.0},
     "no emptied blocks": {"emptied": 0},
-    "no sensitivities": {"sensitivities": False},
+    "no sensitivities": {"sensitivities": 0},
     "no racing": {"token_shares": (1.0,), "survivors": ()},
 }
 

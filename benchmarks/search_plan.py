@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 
 from runner import ROOT, write_table
 
@@ -22,6 +22,7 @@ from msp.allocators.evolution import EvolutionOptions
 GB = 1e9
 VALUE, RANK = 2, 1  # bytes of a weight in bf16, of its rank code
 LINEARS = 7  # of a block
+PARTS = ("measuring sensitivities", "racing", "setting levels", "loading blocks")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Plan:
-    """One search: its tokens, what has to be in memory, and the seconds of a generation.
+    """One search: its tokens, what has to be in memory, and the seconds of a generation from sensitivities.
 
     Attributes:
         stages: of a generation: candidates, and tokens that each forwards anew.
@@ -98,14 +99,14 @@ class Plan:
         return found
 
     @property
-    def tokens(self) -> int:
-        """Forwarded in a generation."""
-        return sum(candidates * tokens for candidates, tokens in self.stages)
+    def probes(self) -> tuple[int, int]:
+        """To measure sensitivities: the best individual, and it with every linear a level up and down."""
+        return 1 + 2 * LINEARS * self.shape.blocks, self.stages[0][1]
 
     @property
-    def probes(self) -> int:
-        """Tokens to measure sensitivities once: every linear a level up and down, on the first stage's tokens."""
-        return 2 * LINEARS * self.shape.blocks * self.stages[0][1]
+    def passes(self) -> list[tuple[int, int]]:
+        """Of a generation from sensitivities: they are measured, then its children race."""
+        return [self.probes, *self.stages]
 
     @property
     def resident(self) -> int:
@@ -128,8 +129,8 @@ class Plan:
 
     @property
     def hidden_states(self) -> int:
-        """Bytes of the hidden states of a stage, all of whose candidates are between the same two blocks."""
-        return max(candidates * tokens for candidates, tokens in self.stages) * self.shape.hidden * VALUE
+        """Bytes of the hidden states of a pass, all of whose candidates are between the same two blocks."""
+        return max(candidates * tokens for candidates, tokens in self.passes) * self.shape.hidden * VALUE
 
     @property
     def probabilities(self) -> int:
@@ -139,27 +140,31 @@ class Plan:
     @property
     def loads(self) -> int:
         """Bytes that cross the link to each device in a generation."""
-        return len(self.stages) * self.stored if self.streamed else 0
+        return len(self.passes) * self.stored if self.streamed else 0
 
-    def seconds(self, devices: int) -> tuple[float, float, float]:
-        """Of a generation: forwards, setting levels, and loading blocks, which goes on during the forwards.
+    def seconds(self, devices: int) -> tuple[float, float, float, float]:
+        """Of a generation: measuring sensitivities, the race's forwards, setting levels, and loading blocks.
 
-        A candidate is on one device, so that a stage takes as long as the device with the most of them.
+        Blocks are loaded during the forwards. A candidate is on one device, so that a pass takes as long as the device
+        with the most of them.
         """
-        rounds = [(ceil(candidates / devices), tokens) for candidates, tokens in self.stages]
+        rounds = [(ceil(candidates / devices), tokens) for candidates, tokens in self.passes]
         device = self.device
-        forwards = sum(most * tokens for most, tokens in rounds) * self.shape.flop(self.window)
-        # nm_keep reads a weight and its rank and writes the weight again
-        kept = sum(most for most, _ in rounds) * self.shape.linears * (VALUE + RANK + VALUE)
+        sensitivities, *race = (most * tokens * self.shape.flop(self.window) for most, tokens in rounds)
+        # nm_keep reads a weight and its rank and writes the weight again; a measured move changes one linear
+        changed = sum(most for most, _ in rounds[1:]) + rounds[0][0] / (LINEARS * self.shape.blocks)
+        kept = changed * self.shape.linears * (VALUE + RANK + VALUE)
+        rate = device.flops * device.compute
         return (
-            forwards / (device.flops * device.compute),
+            sensitivities / rate,
+            sum(race) / rate,
             kept / (device.hbm * device.memory),
             self.loads / (device.pcie * device.link),
         )
 
     def generation(self, devices: int) -> float:
-        forwards, levels, loading = self.seconds(devices)
-        return max(forwards + levels, loading)
+        *computing, loading = self.seconds(devices)
+        return max(sum(computing), loading)
 
 
 def table(plans: Sequence[Plan]) -> str:
@@ -171,9 +176,8 @@ def table(plans: Sequence[Plan]) -> str:
     lines: list[tuple[str, list[str]]] = [
         ("weights in linears", [f"{plan.shape.linears / 1e9:.2f} G" for plan in plans]),
         ("FLOP a token", [f"{plan.shape.flop(plan.window):.3g}" for plan in plans]),
-        ("tokens forwarded a generation", [f"{plan.tokens:,}" for plan in plans]),
-        ("tokens forwarded to measure sensitivities once", [f"{plan.probes:,}" for plan in plans]),
-        ("that is, in generations", [f"{plan.probes / plan.tokens:.1f}" for plan in plans]),
+        ("tokens forwarded to measure sensitivities once", [f"{prod(plan.probes):,}" for plan in plans]),
+        ("tokens forwarded to race 16 children", [f"{sum(map(prod, plan.stages)):,}" for plan in plans]),
         ("weights, ranks and kept copy", [gb(plan.resident) for plan in plans]),
         ("of that on the device", [f"a block, {gb(plan.block)}" if plan.streamed else "all" for plan in plans]),
         ("hidden states between blocks, host", [gb(plan.hidden_states) if plan.streamed else "" for plan in plans]),
@@ -183,7 +187,7 @@ def table(plans: Sequence[Plan]) -> str:
     ]
     for devices in (1, 8):
         parts = zip(*(plan.seconds(devices) for plan in plans), strict=True)
-        for name, values in zip(("forwards", "setting levels", "loading blocks"), parts, strict=True):
+        for name, values in zip(PARTS, parts, strict=True):
             lines.append((f"{devices} H200: {name}", [f"{value:.3g} s" for value in values]))
         lines.append((f"{devices} H200: a generation", [f"**{plan.generation(devices):.3g} s**" for plan in plans]))
         hours = [plan.generation(devices) * plan.options.generations / 3600 for plan in plans]

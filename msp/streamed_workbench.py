@@ -116,8 +116,8 @@ class StreamedWorkbench(Workbench):
         }
         return packed, sums[0], sums[1] if fitness is not None else None
 
-    def predictions(self, windows: Tensor, label: str) -> DenseReference:
-        size = self._batch_size
+    def predictions(self, windows: Tensor, label: str, *, batch_size: int | None = None) -> DenseReference:
+        size = batch_size or self._batch_size
         logits = streamed_logits(
             self.model, self.structure, windows, batch_size=size, device=self._device, progress=self.progress
         )

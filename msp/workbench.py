@@ -40,6 +40,9 @@ from msp.task_loss import TaskLoss, TaskReference, fitness_name
 # Tokens per forward: enough to fill a machine, few enough that activations stay small.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
+# Of fitness tokens at least, where there are as many windows: the first stage of a race is one.
+FITNESS_BATCHES = 32
+
 
 class Workbench:
     """A model, a plan and token sets. Statistics are computed when asked for, and kept.
@@ -197,14 +200,20 @@ class Workbench:
         if not len(self.tokens.fitness):
             raise UsageError("this allocator searches, and there are no fitness tokens to search on")
         if not isinstance(fitness, str):
-            return TaskReference(self.tokens.fitness, fitness, batch_size=self._batch_size)
+            return TaskReference(self.tokens.fitness, fitness, batch_size=self._fitness_batch)
         if self._reference is None:
-            self._reference = self.predictions(self.tokens.fitness, "Dense predictions")
+            label = "Dense predictions"
+            self._reference = self.predictions(self.tokens.fitness, label, batch_size=self._fitness_batch)
         return self._reference
 
-    def predictions(self, windows: Tensor, label: str) -> DenseReference:
-        """The dense model's predictions on ``windows [S, T]``."""
-        return DenseReference(self.model, windows, batch_size=self._batch_size, progress=self.progress, label=label)
+    @property
+    def _fitness_batch(self) -> int:
+        return max(1, min(self._batch_size, len(self.tokens.fitness) // FITNESS_BATCHES))
+
+    def predictions(self, windows: Tensor, label: str, *, batch_size: int | None = None) -> DenseReference:
+        """The dense model's predictions on ``windows [S, T]``, kept by batches of as many as calibrate together."""
+        size = batch_size or self._batch_size
+        return DenseReference(self.model, windows, batch_size=size, progress=self.progress, label=label)
 
     def runner(
         self, candidates: Candidates, reference: Reference, workers: Workers | None = None

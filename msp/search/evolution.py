@@ -4,7 +4,7 @@ As published (MSP, arXiv 2503.11164): individuals are vectors of per-unit levels
 Fisher traces, the fittest become parents, single-point crossover and mutation keep the budget. The
 constants are not public; the ones here are this project's. Added to it: candidates are raced (all on
 few tokens, the best on all) and none is measured twice; the first population has individuals with blocks emptied, and
-the sensitivity of every unit is measured at the best individual.
+generations are bred from the sensitivities of all units, measured at the best individual.
 """
 
 from __future__ import annotations
@@ -25,13 +25,10 @@ from msp.errors import MspError, UsageError
 from msp.patterns import Budget, Unit
 from msp.search.fitness import Key, key_of
 from msp.search.operators import crossover, swap
-from msp.search.sensitivities import Sensitivities, single_moves
+from msp.search.sensitivities import Effects, Sensitivities, averaged, single_moves
 
 # A density so low that the common shift to the budget does not bring it back.
 EMPTY = 1e6
-
-# Sensitivities are measured anew once the best loss is lower by this share than when they were last measured.
-PROGRESS = 0.01
 
 # Generations that no search reaches: something else ends it.
 UNLIMITED = 1_000_000
@@ -67,8 +64,9 @@ class EvolutionOptions:
         survivors: share of the candidates of each stage but the last that goes on to the next one.
         crossover_rate: share of the offspring with two parents.
         emptied: of so many seeds, the best ones, the first population has descendants with runs of blocks emptied.
-        sensitivities: measure what a level more or less of every unit does to the best individual, whenever that one is
-            much better than the last one measured, and breed a generation from it (``Sensitivities``).
+        sensitivities: a generation descends from what a level more or less of every unit does to the best individual
+            (``Sensitivities``), measured on tokens of its own, until so many such generations in a row, or fewer that
+            had nothing to offer, have not found a better one; 0 for none of them.
         resample: every generation races on other tokens of the same number, not always on the first ones.
         tokens: no generation begins once this many tokens have been forwarded.
     """
@@ -77,11 +75,11 @@ class EvolutionOptions:
     population: int = 12
     parents: int = 6
     offspring: int = 16
-    token_shares: tuple[float, ...] = (1 / 16, 1 / 4, 1.0)
+    token_shares: tuple[float, ...] = (1 / 32, 1 / 8, 1.0)
     survivors: tuple[float, ...] = (0.3, 0.3)
     crossover_rate: float = 0.5
     emptied: int = 2
-    sensitivities: bool = True
+    sensitivities: int = 3
     resample: bool = False
     tokens: int | None = None
 
@@ -130,9 +128,10 @@ class _State:
     measured: dict[tuple[int, Key], float] = field(default_factory=dict)
     tokens: int = 0
     history: list[Step] = field(default_factory=list)
-    # Tokens that a candidate takes at the first stage, and the best loss when sensitivities were last measured.
+    # Tokens that a candidate takes at the first stage.
     first_stage: float = 0.0
-    probed: float = math.inf
+    # What each measurement of sensitivities was around, and found.
+    effects: list[tuple[Key, Effects]] = field(default_factory=list)
 
 
 class Evolution:
@@ -232,22 +231,27 @@ class Evolution:
         return self._from_sensitivities(rng) or self._breed(rng)
 
     def _from_sensitivities(self, rng: np.random.Generator) -> list[Key]:
-        """Children of the best individual by its sensitivities, if these are worth measuring and can be afforded."""
+        """Children of the best individual by the sensitivities, if these still lead on and can be afforded."""
         state = self._state
         best, base = state.population[0]
-        if not self._options.sensitivities or not best < state.probed * (1 - PROGRESS) or best == math.inf:
+        if self._stale() >= self._options.sensitivities or best == math.inf:
             return []
         moves = single_moves(base, self._units, self._step)
         limit = self._options.tokens
         if limit is not None and state.tokens + len(moves) * state.first_stage > limit:
             return []
-        state.probed = best
-        losses = dict(zip(moves, self._measure(list(moves.values()), 0), strict=True))
-        (own,) = self._measure([base], 0)
-        effects = {move: loss - own for move, loss in losses.items()}
+        # On other tokens each time: what is averaged says more, and the race is on tokens that played no part in it.
+        own, *losses = self._fitness([base, *moves.values()], 0, state.generation + 1)
+        state.effects.append((base, {move: loss - own for move, loss in zip(moves, losses, strict=True)}))
+        effects = averaged(state.effects, base)
         found = Sensitivities(self._units, self._budget, base, effects, self._step)
         seen = {key for _, key in state.measured}
         return [key for key in found.children(self._options.offspring, rng) if key not in seen]
+
+    def _stale(self) -> int:
+        """How many generations ago the best individual was found."""
+        best = [step.best for step in self._state.history]
+        return len(best) - 1 - best.index(best[-1])
 
     def _breed(self, rng: np.random.Generator) -> list[Key]:
         options = self._options
@@ -302,7 +306,10 @@ class Evolution:
         state.generation += int(count)
         state.tokens = self._tokens_before + self._fitness.tokens
         losses = [loss for loss, _ in state.population]
-        evaluations = len({key for _, key in state.measured})
+        measured = {key for _, key in state.measured}
+        for base, _ in state.effects:
+            measured.update(single_moves(base, self._units, self._step).values())
+        evaluations = len(measured)
         step = Step(state.generation, evaluations, state.tokens, losses[0], sum(losses) / len(losses))
         state.history.append(step)
         if self._checkpoint is not None:
@@ -328,7 +335,7 @@ class Evolution:
             "measured": [[stage, key, loss] for (stage, key), loss in state.measured.items()],
             "history": [asdict(step) for step in state.history],
             "first_stage": state.first_stage,
-            "probed": state.probed,
+            "effects": [[base, [[*move, effect] for move, effect in found.items()]] for base, found in state.effects],
         }
         temporary = path.with_suffix(".tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -347,7 +354,10 @@ class Evolution:
                 content["tokens"],
                 [Step(**step) for step in content["history"]],
                 content["first_stage"],
-                content["probed"],
+                [
+                    (tuple(base), {(unit, direction): effect for unit, direction, effect in found})
+                    for base, found in content["effects"]
+                ],
             )
         except (OSError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, MspError):

@@ -14,6 +14,12 @@ from msp.search.fitness import Key, key_of
 # From one number of moves to the next; a move too many can cost more than all the others gain.
 GROWTH = 1.5
 
+# What an effect counts for, measured a time before the last one: it is of other tokens, but around another individual.
+DECAY = 0.5
+
+Effects = Mapping[tuple[int, int], float]
+"""By unit and direction of a move: the loss with it minus the loss without."""
+
 
 def single_moves(base: Key, units: Sequence[Unit], step: int) -> dict[tuple[int, int], Key]:
     """``base`` with one unit ``step`` levels lower or higher, by unit and direction; none of them meets the budget."""
@@ -24,6 +30,21 @@ def single_moves(base: Key, units: Sequence[Unit], step: int) -> dict[tuple[int,
             if new != level:
                 moves[index, direction] = (*base[:index], new, *base[index + 1 :])
     return moves
+
+
+def averaged(measured: Sequence[tuple[Key, Effects]], base: Key) -> dict[tuple[int, int], float]:
+    """Effects of the moves around ``base``: means over what was measured, oldest first, the later counting for more.
+
+    Of what was measured around another individual those units count that have the same level in ``base``.
+    """
+    sums: dict[tuple[int, int], float] = {}
+    weights: dict[tuple[int, int], float] = {}
+    for age, (around, effects) in enumerate(reversed(measured)):
+        for move, effect in effects.items():
+            if around[move[0]] == base[move[0]]:
+                sums[move] = sums.get(move, 0.0) + DECAY**age * effect
+                weights[move] = weights.get(move, 0.0) + DECAY**age
+    return {move: total / weights[move] for move, total in sums.items()}
 
 
 class Sensitivities:
@@ -37,12 +58,12 @@ class Sensitivities:
     Args:
         units, budget: what the sets keep to.
         base: meets the budget.
-        effects: of every single move, by unit and direction: the loss with it minus the loss of ``base``.
+        effects: of every single move around ``base``.
         step: levels of a move.
     """
 
     def __init__(
-        self, units: Sequence[Unit], budget: Budget, base: Key, effects: Mapping[tuple[int, int], float], step: int
+        self, units: Sequence[Unit], budget: Budget, base: Key, effects: Effects, step: int
     ) -> None:
         self._units = units
         self._budget = budget

@@ -90,7 +90,7 @@ def test_the_paper_has_one_stage_and_fisher_seeds() -> None:
 
 
 def test_ours_empties_runs_of_blocks_and_races_what_comes_of_it() -> None:
-    found, bowl = allocate("msp", evaluations=16, constants={"sensitivities": False})
+    found, bowl = allocate("msp", evaluations=16, constants={"sensitivities": 0})
     first = [levels for stage, levels in bowl.seen if stage == 0][:-16]
     empty = [{unit.block for unit, level in zip(UNITS, levels, strict=True) if level} for levels in first]
     runs = [set(range(6)) - blocks for blocks in empty if len(blocks) < 6]

@@ -15,8 +15,8 @@ from msp.search.evolution import EvolutionOptions
 
 
 def test_a_text_names_fields() -> None:
-    given = "crossover_rate: 0, survivors: [0.5, 1], sensitivities: false, emptied: 3"
-    expected = {"crossover_rate": 0, "survivors": (0.5, 1), "sensitivities": False, "emptied": 3}
+    given = "crossover_rate: 0, survivors: [0.5, 1], sensitivities: 0, emptied: 3"
+    expected = {"crossover_rate": 0, "survivors": (0.5, 1), "sensitivities": 0, "emptied": 3}
     assert read_constants(given) == read_constants(expected) == expected
 
 
@@ -26,7 +26,7 @@ def test_a_text_names_fields() -> None:
         ("crossover: 0", "unknown search option 'crossover'; known: generations"),
         ("emptied: many", "emptied: 'many' is not like 2"),
         ("emptied: true", "emptied: True is not like 2"),
-        ("sensitivities: 1", "sensitivities: 1 is not like True"),
+        ("resample: 1", "resample: 1 is not like False"),
         ("survivors: [a, b]", "survivors"),
         ("survivors: [0.5]", "are not 2 shares"),
         ("population: 0", "at least 1"),
@@ -43,7 +43,7 @@ def test_what_cannot_be_is_named(given: str, told: str) -> None:
 
 def test_a_recipe_says_how_to_search_as_it_did(llama: Path, text: Path, tmp_path: Path) -> None:
     options = {"sparsity": 0.7, "calibration": text, "evaluations": 32, **SMALL}
-    changed = {"sensitivities": False, "emptied": 0, "parents": 3, "survivors": [0.5, 0.5]}
+    changed = {"sensitivities": 0, "emptied": 0, "parents": 3, "survivors": [0.5, 0.5]}
     first = search(llama, output=tmp_path / "found", search_options=changed, **options)
     recorded = first.recipe["search"]
     assert {name: recorded[name] for name in changed} == changed | {"survivors": (0.5, 0.5)}

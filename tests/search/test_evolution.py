@@ -21,7 +21,7 @@ from msp.search.operators import crossover, swap
 UNITS = [Unit(f"u{i}", (f"u{i}",), 8 * (3 if i % 3 else 5), 8, i // 3, f"k{i % 3}") for i in range(18)]
 BUDGET = Budget.for_units(UNITS, sum(unit.weights for unit in UNITS) // 4)
 # nothing but the seeds before the first generation
-PLAIN = EvolutionOptions(emptied=0, sensitivities=False)
+PLAIN = EvolutionOptions(emptied=0, sensitivities=0)
 
 
 class Quadratic:
@@ -67,7 +67,8 @@ def test_the_best_never_gets_worse() -> None:
 def test_nothing_is_measured_twice() -> None:
     fitness = Quadratic()
     Evolution(UNITS, BUDGET, start() * 3, fitness, options=EvolutionOptions(generations=20)).run()
-    assert len(fitness.calls) == len(set(fitness.calls))
+    calls = list(zip(fitness.calls, fitness.draws, strict=True))
+    assert len(calls) == len(set(calls))
 
 
 def test_only_survivors_reach_the_last_stage() -> None:
@@ -79,19 +80,24 @@ def test_only_survivors_reach_the_last_stage() -> None:
     assert stages.count(1) == 1 + 40
 
 
-def test_sensitivities_are_measured_at_the_best_and_again_once_it_is_better() -> None:
+def test_sensitivities_are_measured_at_the_best_until_they_lead_nowhere() -> None:
     class Watched(Quadratic):
         def __call__(self, candidates: Sequence[Key], stage: int, draw: int = 0) -> list[float]:
-            if candidates and not any(BUDGET.is_met(kept_weights(np.array(key), UNITS)) for key in candidates):
+            if draw:
                 around.append(np.array(candidates))
+                draws.append(draw)
             return super().__call__(candidates, stage, draw)
 
     around: list[Levels] = []
-    _, history = Evolution(UNITS, BUDGET, start(), Watched(), options=EvolutionOptions(generations=30)).run()
-    assert 1 < len(around) <= len({step.best for step in history})
-    for probes in around:
-        base = np.median(probes, axis=0)
-        assert ((probes != base).sum(1) == 1).all() and (abs(probes - base).sum(1) == 1).all()
+    draws: list[int] = []
+    options = EvolutionOptions(generations=30, sensitivities=2)
+    _, history = Evolution(UNITS, BUDGET, start(), Watched(), options=options).run()
+    best = [step.best for step in history]
+    ages = [len(best[:end]) - 1 - best.index(best[end - 1]) for end in range(1, len(best))]
+    assert draws == [end + 1 for end, age in enumerate(ages) if age < 2] and 1 < len(draws) < 30
+    for base, *probes in around:
+        moved = np.array(probes) - base
+        assert ((moved != 0).sum(1) == 1).all() and (abs(moved).sum(1) == 1).all()
         assert len(probes) == 2 * len(UNITS) - (base == 0).sum()
 
 
@@ -177,13 +183,13 @@ def test_a_killed_search_loses_at_most_a_generation(tmp_path: Path) -> None:
                 if self.tokens == 72:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return super().loss(key, stage, draw)
-        options = EvolutionOptions(generations=9, emptied=0, sensitivities=False)
+        options = EvolutionOptions(generations=9, emptied=0, sensitivities=0)
         Evolution(UNITS, BUDGET, start(), Dying(), options=options, checkpoint=Path({str(path)!r})).run()
         """
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
     assert json.loads(path.read_text())["generation"] == 3
-    options = EvolutionOptions(generations=9, emptied=0, sensitivities=False)
+    options = EvolutionOptions(generations=9, emptied=0, sensitivities=0)
     resumed = Evolution(UNITS, BUDGET, start(), Quadratic(), options=options, checkpoint=path, resume=True).run()
     whole = Evolution(UNITS, BUDGET, start(), Quadratic(), options=options).run()
     assert (resumed[0] == whole[0]).all()

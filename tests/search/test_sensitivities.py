@@ -7,7 +7,7 @@ import pytest
 
 from msp.allocators.levels import cost
 from msp.patterns import Budget, Unit
-from msp.search.sensitivities import Sensitivities, single_moves
+from msp.search.sensitivities import DECAY, Sensitivities, averaged, single_moves
 
 UNITS = [Unit(f"u{i}", (f"u{i}",), 8, 8, i, "k") for i in range(8)]
 BASE = (2,) * 8
@@ -61,3 +61,16 @@ def test_units_of_different_size_pay_for_each_other() -> None:
     found = Sensitivities(units, budget, BASE, effects, 1).children(16, np.random.default_rng(0))
     assert any(child[0] == 3 and sum(child[1:]) == 10 for child in found)
     assert all(budget.is_met(cost(np.array(child), units)) for child in found)
+
+
+def test_later_measurements_count_for_more_and_those_around_another_level_for_nothing() -> None:
+    other = (3, *BASE[1:])
+    measured = [(other, {(0, 1): 9.0, (1, 1): 2.0}), (BASE, {(0, 1): 1.0, (1, 1): 1.0, (2, -1): 0.5})]
+    mean = averaged(measured, BASE)
+    assert mean == pytest.approx({(0, 1): 1.0, (1, 1): (1 + DECAY * 2) / (1 + DECAY), (2, -1): 0.5})
+    assert averaged(measured, other)[0, 1] == 9.0
+
+
+def test_an_effect_that_is_not_finite_stays_so() -> None:
+    measured = [(BASE, {(0, 1): float("inf")}), (BASE, {(0, 1): 0.1})]
+    assert averaged(measured, BASE)[0, 1] == float("inf")
