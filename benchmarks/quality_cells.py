@@ -77,7 +77,7 @@ PRUNERS = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "magnitude": "magnitude",
 # Fields of ``EvolutionOptions`` that a variant of our search changes; "seeds" are the allocators it starts from.
 VARIANTS: dict[str, dict[str, Any]] = {
     "no FIM seeds": {"seeds": ("ramp", "uniform")},
-    "no crossover": {"crossover_rate": 0.0},
+    "crossover": {"crossover_rate": 0.5},
     "no emptied blocks": {"emptied": 0},
     "no sensitivities": {"sensitivities": 0},
     "no racing": {"token_shares": (1.0,), "survivors": ()},

@@ -19,7 +19,7 @@ from msp.search.evolution import EvolutionOptions
 from msp.search.operators import swap
 
 # One stage on all tokens: what the paper describes. Its constants are not public.
-PAPER = EvolutionOptions(token_shares=(1.0,), survivors=(), emptied=0, sensitivities=0)
+PAPER = EvolutionOptions(token_shares=(1.0,), survivors=(), crossover_rate=0.5, emptied=0, sensitivities=0)
 
 # 400 generations of 64 offspring of one parent; 8, then 2, then 1 of them go on, on 2,048, 16,384 and 65,536 tokens,
 # drawn anew every generation (arXiv 2410.14649, the setting for unstructured sparsity). The token counts are kept in
@@ -31,7 +31,6 @@ EVOPRESS = EvolutionOptions(
     offspring=64,
     token_shares=(1 / 32, 1 / 4, 1.0),
     survivors=(1 / 8, 1 / 4),
-    crossover_rate=0.0,
     emptied=0,
     sensitivities=0,
     resample=True,

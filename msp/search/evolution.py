@@ -1,8 +1,8 @@
 """Evolutionary search over the levels of units, within an exact budget.
 
 As published (MSP, arXiv 2503.11164): individuals are vectors of per-unit levels, the first ones come from the
-Fisher traces, the fittest become parents, single-point crossover and mutation keep the budget. The
-constants are not public; the ones here are this project's. Added to it: candidates are raced (all on
+Fisher traces, the fittest become parents, single-point crossover (off unless asked for) and mutation keep the
+budget. The constants are not public; the ones here are this project's. Added to it: candidates are raced (all on
 few tokens, the best on all) and none is measured twice; the first population has individuals with blocks emptied, and
 generations are bred from the sensitivities of all units, measured at the best individual.
 """
@@ -62,7 +62,7 @@ class EvolutionOptions:
         offspring: new candidates per generation.
         token_shares: part of the fitness tokens that each stage of a race measures on, the last one 1.
         survivors: share of the candidates of each stage but the last that goes on to the next one.
-        crossover_rate: share of the offspring with two parents.
+        crossover_rate: share with two parents of the offspring that is bred at random.
         emptied: of so many seeds, the best ones, the first population has descendants with runs of blocks emptied.
         sensitivities: a generation descends from what a level more or less of every unit does to the best individual
             (``Sensitivities``), measured on tokens of its own, until so many such generations in a row, or fewer that
@@ -77,7 +77,7 @@ class EvolutionOptions:
     offspring: int = 16
     token_shares: tuple[float, ...] = (1 / 32, 1 / 8, 1.0)
     survivors: tuple[float, ...] = (0.3, 0.3)
-    crossover_rate: float = 0.5
+    crossover_rate: float = 0.0
     emptied: int = 2
     sensitivities: int = 3
     resample: bool = False

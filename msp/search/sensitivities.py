@@ -62,9 +62,7 @@ class Sensitivities:
         step: levels of a move.
     """
 
-    def __init__(
-        self, units: Sequence[Unit], budget: Budget, base: Key, effects: Effects, step: int
-    ) -> None:
+    def __init__(self, units: Sequence[Unit], budget: Budget, base: Key, effects: Effects, step: int) -> None:
         self._units = units
         self._budget = budget
         self._base = base
