@@ -49,8 +49,8 @@ class PruneOptions:
             search on clean text alone fits that kind of text (docs/search.md).
         candidates: what a search measures: ``ranks``, linears cut down to what the pruner ranks first; ``database``,
             linears pruned to every level beforehand; ``auto``, the database for pruners that update weights.
-        evaluations: candidates a search may breed, in whole generations, from its first ones, which do not count;
-            without it the allocator's own number.
+        evaluations: candidates a search may breed, in whole generations; its first ones and measured sensitivities do
+            not count; without it the allocator's own number.
         search_tokens: no generation of a search begins once it has forwarded this many tokens; without
             ``evaluations`` it is all that ends the search.
         search_options: constants of a search in the place of the allocator's own, see ``msp.search.constants``.

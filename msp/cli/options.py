@@ -165,7 +165,8 @@ Evaluations = Annotated[
     int | None,
     typer.Option(
         metavar="COUNT",
-        help="Candidates the search may breed from its first ones: more is slower and better.",
+        help="Candidates the search may breed, in whole generations: more is slower and better. Its first ones and "
+        "measured sensitivities come on top.",
         rich_help_panel=COST,
     ),
 ]
@@ -182,7 +183,7 @@ SearchOptions = Annotated[
     str | None,
     typer.Option(
         metavar="NAME: VALUE,...",
-        help="Constants of the search in the place of its own, like 'generations: 20, sensitivities: false', or a "
+        help="Constants of the search in the place of its own, like 'generations: 20, sensitivities: 0', or a "
         "recipe.yaml, to search as that one did; docs/search.md has them.",
         rich_help_panel=COST,
     ),
