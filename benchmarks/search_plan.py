@@ -18,6 +18,7 @@ from math import ceil, prod
 from runner import ROOT, write_table
 
 from msp.allocators.evolution import EvolutionOptions
+from msp.search.evolution import MOVES
 
 GB = 1e9
 VALUE, RANK = 2, 1  # bytes of a weight in bf16, of its rank code
@@ -100,8 +101,8 @@ class Plan:
 
     @property
     def probes(self) -> tuple[int, int]:
-        """To measure sensitivities: the best individual, and it with every linear a level up and down."""
-        return 1 + 2 * LINEARS * self.shape.blocks, self.stages[0][1]
+        """To measure sensitivities: the best individual, and it with a linear a level up or down."""
+        return 1 + min(MOVES, 2 * LINEARS * self.shape.blocks), self.stages[0][1]
 
     @property
     def passes(self) -> list[tuple[int, int]]:
@@ -176,7 +177,7 @@ def table(plans: Sequence[Plan]) -> str:
     lines: list[tuple[str, list[str]]] = [
         ("weights in linears", [f"{plan.shape.linears / 1e9:.2f} G" for plan in plans]),
         ("FLOP a token", [f"{plan.shape.flop(plan.window):.3g}" for plan in plans]),
-        ("tokens forwarded to measure sensitivities once", [f"{prod(plan.probes):,}" for plan in plans]),
+        ("tokens forwarded to measure sensitivities", [f"{prod(plan.probes):,}" for plan in plans]),
         ("tokens forwarded to race 16 children", [f"{sum(map(prod, plan.stages)):,}" for plan in plans]),
         ("weights, ranks and kept copy", [gb(plan.resident) for plan in plans]),
         ("of that on the device", [f"a block, {gb(plan.block)}" if plan.streamed else "all" for plan in plans]),

@@ -25,10 +25,13 @@ from msp.errors import MspError, UsageError
 from msp.patterns import Budget, Unit
 from msp.search.fitness import Key, key_of
 from msp.search.operators import crossover, swap
-from msp.search.sensitivities import Effects, Sensitivities, averaged, single_moves
+from msp.search.sensitivities import Effects, Sensitivities, averaged, least_known, single_moves
 
 # A density so low that the common shift to the budget does not bring it back.
 EMPTY = 1e6
+
+# Moves whose effects a generation measures, at most: more linears than half as many take turns.
+MOVES = 256
 
 # Generations that no search reaches: something else ends it.
 UNLIMITED = 1_000_000
@@ -237,6 +240,7 @@ class Evolution:
         if self._stale() >= self._options.sensitivities or best == math.inf:
             return []
         moves = single_moves(base, self._units, self._step)
+        moves = least_known(moves, state.effects, base, MOVES, rng)
         limit = self._options.tokens
         if limit is not None and state.tokens + len(moves) * state.first_stage > limit:
             return []
@@ -307,8 +311,9 @@ class Evolution:
         state.tokens = self._tokens_before + self._fitness.tokens
         losses = [loss for loss, _ in state.population]
         measured = {key for _, key in state.measured}
-        for base, _ in state.effects:
-            measured.update(single_moves(base, self._units, self._step).values())
+        for base, effects in state.effects:
+            moves = single_moves(base, self._units, self._step)
+            measured.update(moves[move] for move in effects)
         evaluations = len(measured)
         step = Step(state.generation, evaluations, state.tokens, losses[0], sum(losses) / len(losses))
         state.history.append(step)

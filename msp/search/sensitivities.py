@@ -17,11 +17,15 @@ GROWTH = 1.5
 # What an effect counts for, measured a time before the last one: it is of other tokens, but around another individual.
 DECAY = 0.5
 
-Effects = Mapping[tuple[int, int], float]
-"""By unit and direction of a move: the loss with it minus the loss without."""
+Move = tuple[int, int]
+"""A unit, and the direction of its move."""
+Effects = Mapping[Move, float]
+"""By move: the loss with it minus the loss without."""
+Measured = Sequence[tuple[Key, Effects]]
+"""What was measured, oldest first: around which individual, and the effects."""
 
 
-def single_moves(base: Key, units: Sequence[Unit], step: int) -> dict[tuple[int, int], Key]:
+def single_moves(base: Key, units: Sequence[Unit], step: int) -> dict[Move, Key]:
     """``base`` with one unit ``step`` levels lower or higher, by unit and direction; none of them meets the budget."""
     moves = {}
     for index, (level, unit) in enumerate(zip(base, units, strict=True)):
@@ -32,19 +36,32 @@ def single_moves(base: Key, units: Sequence[Unit], step: int) -> dict[tuple[int,
     return moves
 
 
-def averaged(measured: Sequence[tuple[Key, Effects]], base: Key) -> dict[tuple[int, int], float]:
-    """Effects of the moves around ``base``: means over what was measured, oldest first, the later counting for more.
+def averaged(measured: Measured, base: Key) -> dict[Move, float]:
+    """Effects of the moves around ``base``: means over what was measured, the later counting for more.
 
     Of what was measured around another individual those units count that have the same level in ``base``.
     """
-    sums: dict[tuple[int, int], float] = {}
-    weights: dict[tuple[int, int], float] = {}
+    sums: dict[Move, float] = {}
+    weights: dict[Move, float] = {}
     for age, (around, effects) in enumerate(reversed(measured)):
         for move, effect in effects.items():
             if around[move[0]] == base[move[0]]:
                 sums[move] = sums.get(move, 0.0) + DECAY**age * effect
                 weights[move] = weights.get(move, 0.0) + DECAY**age
     return {move: total / weights[move] for move, total in sums.items()}
+
+
+def least_known(
+    moves: Mapping[Move, Key], measured: Measured, base: Key, count: int, rng: np.random.Generator
+) -> dict[Move, Key]:
+    """``count`` of ``moves``: those not measured around ``base``'s levels yet, then those measured longest ago."""
+    if len(moves) <= count:
+        return dict(moves)
+    last = dict.fromkeys(moves, -1)
+    for time, (around, effects) in enumerate(measured):
+        last.update((move, time) for move in effects if move in last and around[move[0]] == base[move[0]])
+    chosen = sorted(moves, key=lambda move: (last[move], rng.random()))[:count]
+    return {move: moves[move] for move in sorted(chosen)}
 
 
 class Sensitivities:

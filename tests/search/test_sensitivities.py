@@ -7,7 +7,7 @@ import pytest
 
 from msp.allocators.levels import cost
 from msp.patterns import Budget, Unit
-from msp.search.sensitivities import DECAY, Sensitivities, averaged, single_moves
+from msp.search.sensitivities import DECAY, Sensitivities, averaged, least_known, single_moves
 
 UNITS = [Unit(f"u{i}", (f"u{i}",), 8, 8, i, "k") for i in range(8)]
 BASE = (2,) * 8
@@ -74,3 +74,15 @@ def test_later_measurements_count_for_more_and_those_around_another_level_for_no
 def test_an_effect_that_is_not_finite_stays_so() -> None:
     measured = [(BASE, {(0, 1): float("inf")}), (BASE, {(0, 1): 0.1})]
     assert averaged(measured, BASE)[0, 1] == float("inf")
+
+
+def test_moves_take_turns_where_there_are_too_many() -> None:
+    rng, moves = np.random.default_rng(0), single_moves(BASE, UNITS, 1)
+    assert least_known(moves, [], BASE, len(moves), rng) == moves
+    measured: list[tuple[tuple[int, ...], dict[tuple[int, int], float]]] = []
+    for _ in range(4):
+        measured.append((BASE, dict.fromkeys(least_known(moves, measured, BASE, 4, rng), 0.0)))
+    assert {move for _, effects in measured for move in effects} == moves.keys()
+    assert least_known(moves, measured, BASE, 4, rng).keys() == measured[0][1].keys(), "the oldest ones"
+    other = (3, *BASE[1:])
+    assert {(0, -1), (0, 1)} <= least_known(single_moves(other, UNITS, 1), measured, other, 4, rng).keys()
