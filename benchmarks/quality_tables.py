@@ -173,7 +173,7 @@ def claims_table(found: dict[Cell, dict[str, Rows]]) -> str:
         below = 1 - kl[OURS] / kl[free]
         line = [f"yes, by {1 - kl[OURS] / kl[best]:.0%}" if kl[OURS] < kl[best] else f"no: {best}"]
         asked = group.density <= DENSITY
-        than = f"{abs(below):.0%} {'below' if below > 0 else 'above'} {free}"
+        than = f"{abs(below):.1%} {'below' if below > 0 else 'above'} {free}"
         line.append(f"{yes(below >= MARGIN) if asked else 'not claimed'}: {than}")
         for rival, limit in SHARES.items():
             line.append(share_told([share_to_reach(same[OURS][s], same[rival][s]) for s in sorted(common)], limit))

@@ -122,14 +122,14 @@ def test_what_is_measured_with_another_setting_is_missing(tmp_path: Path) -> Non
 def test_the_claims_are_checked_on_what_the_files_say(measured: Path) -> None:
     # 0.75 on average against 1.0 of uniform; 1000 and 3000 of 10,000 tokens
     told = claims(measured)
-    assert cells(told, "Wanda", "25%") == ["yes, by 25%", "yes: 25% below uniform", "yes: 20%", "yes: 20%"]
+    assert cells(told, "Wanda", "25%") == ["yes, by 25%", "yes: 25.0% below uniform", "yes: 20%", "yes: 20%"]
     assert cells(told, "Wanda", "50%") == [NOTHING] * 4
 
     write(measured, replace(GROUP, allocator="owl"), 0.5)
     write(measured, replace(GROUP, allocator="owl", seed=1), 0.85)
     slow = replace(GROUP, allocator="msp", seed=1)
     write(measured, slow, 0.8, history=[(500, 0.9), (7000, 0.5)])
-    assert cells(claims(measured), "Wanda", "25%") == ["no: owl", "no: 11% above owl", "no: 40%", "yes: 40%"]
+    assert cells(claims(measured), "Wanda", "25%") == ["no: owl", "no: 11.1% above owl", "no: 40%", "yes: 40%"]
     write(measured, slow, 0.8, history=[(500, 0.9), (7000, 0.51)])
     assert cells(claims(measured), "Wanda", "25%")[2:] == ["no: not reached with 1 of 2 seeds"] * 2
 
