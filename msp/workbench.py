@@ -40,8 +40,8 @@ from msp.task_loss import TaskLoss, TaskReference, fitness_name
 # Tokens per forward: enough to fill a machine, few enough that activations stay small.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
-# Of fitness tokens at least, where there are as many windows: the first stage of a race is one.
-FITNESS_BATCHES = 32
+# Batches of fitness tokens: the first stage of a race is one. Shorter ones than so many tokens take longer a token.
+FITNESS_BATCHES, FITNESS_BATCH_TOKENS = 32, 512
 
 
 class Workbench:
@@ -208,7 +208,8 @@ class Workbench:
 
     @property
     def _fitness_batch(self) -> int:
-        return max(1, min(self._batch_size, len(self.tokens.fitness) // FITNESS_BATCHES))
+        least = max(1, FITNESS_BATCH_TOKENS // self.tokens.window)
+        return min(self._batch_size, max(least, len(self.tokens.fitness) // FITNESS_BATCHES))
 
     def predictions(self, windows: Tensor, label: str, *, batch_size: int | None = None) -> DenseReference:
         """The dense model's predictions on ``windows [S, T]``, kept by batches of as many as calibrate together."""
