@@ -68,8 +68,8 @@ class EvolutionOptions:
         crossover_rate: share with two parents of the offspring that is bred at random.
         emptied: of so many seeds, the best ones, the first population has descendants with runs of blocks emptied.
         sensitivities: a generation descends from what a level more or less of every unit does to the best individual
-            (``Sensitivities``), measured on tokens of its own, until so many such generations in a row, or fewer that
-            had nothing to offer, have not found a better one; 0 for none of them.
+            (``Sensitivities``), measured on tokens of its own, unless that individual has been the best for so many
+            generations; 0 for none of them.
         resample: every generation races on other tokens of the same number, not always on the first ones.
         tokens: no generation begins once this many tokens have been forwarded.
     """
