@@ -74,13 +74,15 @@ SEEDS = (0, 1, 2)
 MAIN_PRUNERS = ("wanda", "sparsegpt")
 PRUNERS = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "magnitude": "magnitude", "ria": "RIA"}
 
-# Fields of ``EvolutionOptions`` that a variant of our search changes; "seeds" are the allocators it starts from.
+# Fields of ``EvolutionOptions`` that a variant of our search changes; "seeds" are the allocators it starts from, and
+# "hidden_bytes" is what it keeps hidden states in, to share those of candidates that begin alike.
 VARIANTS: dict[str, dict[str, Any]] = {
     "no FIM seeds": {"seeds": ("ramp", "uniform")},
     "crossover": {"crossover_rate": 0.5},
     "no emptied blocks": {"emptied": 0},
     "no sensitivities": {"sensitivities": 0},
     "no racing": {"token_shares": (1.0,), "survivors": ()},
+    "no shared prefixes": {"hidden_bytes": 0},
 }
 
 
@@ -205,16 +207,19 @@ def _pruned(cell: Cell, setting: dict[str, Any], work: Path) -> dict[str, Any]:
     if cell.compliant:
         sizes = compliant_sizes(cell.group_size)
         setting = setting | {"patterns": ",".join(f"{n}:{m}" for m in sizes for n in range(3) if n or m == 4)}
+    options = dict(VARIANTS.get(cell.variant, {}))
+    memory = {"hidden_bytes": options.pop("hidden_bytes")} if "hidden_bytes" in options else {}
     result = msp.prune(
         SHARED / setting["path"],
         sparsity=1 - cell.density,
-        allocator=_variant(cell.variant) if cell.variant else cell.allocator,
+        allocator=_variant(cell.variant, options) if options else cell.allocator,
         calibration=_source(setting["calibration"], folder),
         evaluate=setting["evaluate"] and str(SHARED / setting["evaluate"]),
         device="cpu",
         work_dir=folder,
         resume=True,
         progress=clock,
+        **memory,
         **{name: setting[name] for name in (*asked, *tokens)},
     )
     return {
@@ -238,13 +243,13 @@ def _engine() -> str:
     return digest.hexdigest()[:8]
 
 
-def _variant(name: str) -> str:
-    """Our search with some options changed, as an allocator that has a name."""
+def _variant(name: str, changed: dict[str, Any]) -> str:
+    """Our search with some options ``changed``, as an allocator that has a name."""
     from msp.allocators import Allocated, Problem, get_allocator, register_allocator
     from msp.allocators.evolution import fisher_seeds, search
     from msp.search.evolution import EvolutionOptions
 
-    changed, label = dict(VARIANTS[name]), f"{OURS}, {name}"
+    label = f"{OURS}, {name}"
     starts = changed.pop("seeds", None)
 
     class Variant:
