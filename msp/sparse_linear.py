@@ -277,7 +277,8 @@ def fast_decode(model: nn.Module) -> int:
 
     handles = [linear.register_forward_pre_hook(note) for linear in in_tiles]
     try:
-        with torch.no_grad():
+        # tensors of an inference have no versions
+        with torch.inference_mode(False), torch.no_grad():
             model(torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
     finally:
         for handle in handles:
@@ -298,7 +299,7 @@ def fast_decode(model: nn.Module) -> int:
 def fast_prefill(model: nn.Module) -> int:
     """Let the packed linears of ``model`` keep what products of many tokens need of them on a CUDA device.
 
-    Without it a product of more than 256 tokens unpacks its weight each time, or brings it into the order of sparse
+    Without it a product of more than 192 tokens unpacks its weight each time, or brings it into the order of sparse
     tensor cores, and so may be slower than a dense one. What is kept takes 1.125 bytes a weight (16-bit values) where
     those can multiply with it, else 2. Decoding reads none of it. It follows a model that is moved; saved it is not.
 

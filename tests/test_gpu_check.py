@@ -251,16 +251,18 @@ class FakeCuda:
         cuda = self
 
         class Graph:
+            calls = 0
+
             def replay(self):
-                cuda.now += 7.0 * cuda.captured
+                cuda.now += 7.0 * self.calls
 
         return Graph()
 
     @contextlib.contextmanager
     def graph(self, graph):
-        self.capturing = True
+        self.capturing, self.captured = True, 0
         yield
-        self.capturing = False
+        self.capturing, graph.calls = False, self.captured
 
     def Stream(self):
         return self

@@ -1,12 +1,14 @@
 """Greedy decoding with a packed model beside its dense one: Llama-2-7B's shape, random weights, mixed 75 %, batch 1.
 
 Both go through ``model.generate`` with a static cache, ``torch.compile`` and CUDA graphs. Time to the first token is
-taken off, so what remains is decoding alone; memory is what the loaded model and its decoding keep allocated.
+taken off, so what remains is decoding alone; memory is what the loaded model and its decoding keep allocated. The error
+is that of the logits of the same decoding, against the reference on the tokens it generated.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 import statistics
 import time
 from collections.abc import Iterator
@@ -40,7 +42,8 @@ SMALL = {
     "vocab_size": 64,
 }
 PROMPT, NEW, RUNS = 32, 64, 5
-BOUND = 2e-2
+# Roundings to bf16 in all blocks, of products and of attention; a kernel that is wrong is off by as much as its result.
+BOUND = 5e-2
 
 
 def rows(context: Context) -> Iterator[Row]:
@@ -52,17 +55,16 @@ def rows(context: Context) -> Iterator[Row]:
         model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16).eval()
     model.generation_config.eos_token_id = None
     prompt = torch.arange(PROMPT, device=context.device)[None] * 7 % shape["vocab_size"]
-    dense_seconds, dense_bytes = measure(context, model, prompt)
+    dense_seconds, dense_bytes, _ = measure(context, model, prompt)
     pack(model)
-    with torch.inference_mode():
-        found = model(prompt).logits
-        with force_backend("reference"):
-            wanted = model(prompt).logits
+    seconds, allocated, generated = measure(context, model, prompt)
+    found = torch.stack(generated.logits, dim=1)
+    with torch.inference_mode(), force_backend("reference"):
+        wanted = model(generated.sequences[:, :-1]).logits[:, -found.shape[1] :]
     error = relative_error(found, wanted)
     if not error <= BOUND:
         yield Row("decode mixed 75 % bf16", "Llama-2-7B", error, BOUND)
         return
-    seconds, allocated = measure(context, model, prompt)
     yield Row(
         "decode mixed 75 % bf16",
         "small" if context.dry else "Llama-2-7B",
@@ -96,32 +98,39 @@ def pack(model: Any) -> None:
     fast_decode(model)
 
 
-def measure(context: Context, model: Any, prompt: torch.Tensor) -> tuple[float, int]:
-    """Seconds a token, median of a few runs, and bytes allocated meanwhile."""
+def measure(context: Context, model: Any, prompt: torch.Tensor) -> tuple[float, int, Any]:
+    """Seconds a token, median of a few runs; bytes allocated meanwhile; what ``generate`` returns, with logits."""
+    from transformers import StaticCache
     from transformers.generation.configuration_utils import CompileConfig
 
     torch.compiler.reset()
     options = copy.deepcopy(model.generation_config)
     options.do_sample, options.pad_token_id = False, 0
+    # One cache for all runs: CUDA graphs know its tensors by their address and would be recorded anew for another.
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + 1 + NEW)
     if not context.dry:
-        options.cache_implementation = "static"
         options.compile_config = CompileConfig(mode="reduce-overhead", fullgraph=False, dynamic=False)
+
+    def generate(count: int, **more: bool) -> Any:
+        options.max_new_tokens = options.min_new_tokens = count
+        mask = torch.ones_like(prompt)
+        with torch.inference_mode():
+            if cache.is_initialized:
+                cache.reset()
+            return model.generate(prompt, attention_mask=mask, generation_config=options, past_key_values=cache, **more)
 
     def seconds(count: int) -> float:
         start = time.perf_counter()
-        with torch.inference_mode():
-            options.max_new_tokens = options.min_new_tokens = count
-            mask = torch.ones_like(prompt)
-            model.generate(prompt, attention_mask=mask, generation_config=options)
+        generate(count)
         if not context.dry:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    # the longest first: its cache serves the others, where a larger one would be compiled for anew
-    for count in (1 + NEW, 1):
+    for count in (1 + NEW, 1, 1 + NEW):  # compiled, and recorded in graphs
         seconds(count)
     times = [(seconds(1 + NEW) - seconds(1)) / NEW for _ in range(RUNS)]
-    if context.dry:
-        parts = [*model.parameters(), *model.buffers()]
-        return statistics.median(times), sum(part.nbytes for part in parts)
-    return statistics.median(times), torch.cuda.memory_allocated()
+    gc.collect()
+    parts = [*model.parameters(), *model.buffers()]
+    allocated = sum(part.nbytes for part in parts) if context.dry else torch.cuda.memory_allocated()
+    generated = generate(1 + NEW, output_logits=True, return_dict_in_generate=True)
+    return statistics.median(times), allocated, generated

@@ -13,7 +13,7 @@ Call = Callable[[int], object]
 # A replayed graph should take about so long, so that an event's resolution (0.5 us) and a launch do not show.
 GRAPH_US = 2000.0
 MOST_CALLS = 400
-# The GPU sleeps so many of its cycles, about 0.3 ms, while the CPU asks for what is timed.
+# The GPU sleeps so many of its cycles, some 0.3 ms, while the CPU asks for what is timed.
 SLEEP_CYCLES = 500_000
 
 
@@ -71,21 +71,22 @@ class GraphSampler:
         with torch.cuda.stream(stream):
             for turn in range(3):
                 call(turn)
-            self.events[0].record()
-            for turn in range(turns):
-                call(turn)
-            self.events[1].record()
         torch.cuda.synchronize()
-        once = self.events[0].elapsed_time(self.events[1]) * 1e3
-        self.calls = min(MOST_CALLS, turns * max(1, round(GRAPH_US / max(once, 1.0))))
-        self.graph = torch.cuda.CUDAGraph()
+        # a replay and not the calls themselves says how long they take: the CPU may be slower at asking for them
+        self._capture(call, turns)
+        once = self() * self.calls
+        self._capture(call, min(MOST_CALLS, turns * max(1, round(GRAPH_US / max(once, 1.0)))))
+
+    def _capture(self, call: Call, calls: int) -> None:
+        self.calls, self.graph = calls, torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            for turn in range(self.calls):
+            for turn in range(calls):
                 call(turn)
         self.graph.replay()
         torch.cuda.synchronize()
 
     def __call__(self) -> float:
+        torch.cuda._sleep(SLEEP_CYCLES)
         self.events[0].record()
         self.graph.replay()
         self.events[1].record()

@@ -3,9 +3,26 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <string>
 
 namespace msp {
+
+// Lets a kernel that has no static shared memory have `bytes` of dynamic. Up to all of the device's and not
+// only those: where two threads launch the same kernel, the smaller launch must not lower the limit of the
+// other.
+template <class Kernel>
+cudaError_t allow_shared(Kernel* kernel, int64_t bytes) {
+    if (bytes <= 48 << 10) return cudaSuccess;
+    int device = 0, most = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+        error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    return error == cudaSuccess
+               ? cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)
+               : error;
+}
 
 // Calls launch() with the device current that holds `memory`, and makes the caller's current again. Returns
 // what went wrong, or an empty string.

@@ -27,9 +27,12 @@ struct NmLinear {
     int tokens_at_once;  // gather: 1, 2, 4; expand: 8, 16, 32
     int stripes;         // 1, 2, 4, 8
     int splits;
+    // Filled in by the launch, which divides once for all: chunks of tokens_at_once, tiles of a split (one
+    // more in the first `split_extra`), values of a word of 32 columns.
+    int log_stripes = 0, chunks = 0, split_tiles = 0, split_extra = 0, per_word = 0;
 };
 
-constexpr int kLinearWarps = 8;
+constexpr int kLinearWarps = 8, kLogLinearWarps = 3;
 
 // Whether a kernel for these exists.
 bool nm_linear_has(LinearForm form, int group_size, int n, int tokens_at_once);

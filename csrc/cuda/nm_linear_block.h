@@ -14,11 +14,6 @@ constexpr int kLinearThreads = 32 * kLinearWarps;
 constexpr int kRingDepth = 8;
 constexpr int kRingBytes = kLinearWarps * kRingDepth * kWarpChunkBytes;
 
-// Columns are dealt out in tiles, as evenly as whole tiles allow.
-MSP_HD constexpr int first_tile(int tiles, int part, int parts) {
-    return static_cast<int>(static_cast<uint32_t>(tiles * part) / static_cast<uint32_t>(parts));
-}
-
 // Most tiles that a block, which has every part of one split, can have.
 MSP_HD constexpr int most_block_tiles(int columns, int splits) {
     return (columns / kTileColumns + splits - 1) / splits;
@@ -33,24 +28,28 @@ struct LinearPart {
     int block_first_tile, block_tiles;
     int64_t weight_tile;  // index of the warp's first
 
-    // `block` counts those of one split
+    // `block` counts those of one split. Columns are dealt out in tiles, to the splits and then to a split's
+    // slices as evenly as whole tiles allow, without a division: on the device these take as long as a tile.
     __device__ LinearPart(const NmLinear& op, int block) {
-        const int slices = kLinearWarps / op.stripes;
-        const int chunks = (op.tokens + op.tokens_at_once - 1) / op.tokens_at_once;
-        lane = static_cast<int>(threadIdx.x) % 32;
-        warp = static_cast<int>(threadIdx.x) / 32;
+        lane = static_cast<int>(threadIdx.x % 32);
+        warp = static_cast<int>(threadIdx.x / 32);
         // blocks that read the same weights run side by side, so that one of them finds these in L2
-        first_token = block % chunks * op.tokens_at_once;
-        first_stripe = block / chunks * op.stripes;
+        int row_block = block, chunk = 0;
+        if (op.chunks > 1) {
+            row_block = static_cast<int>(static_cast<unsigned>(block) / static_cast<unsigned>(op.chunks));
+            chunk = block - row_block * op.chunks;
+        }
+        first_token = chunk * op.tokens_at_once;
+        first_stripe = row_block << op.log_stripes;
         split = static_cast<int>(blockIdx.y);
-        const int tiles_across = op.columns / kTileColumns, parts = op.splits * slices;
-        block_first_tile = msp::first_tile(tiles_across, split * slices, parts);
-        block_tiles = msp::first_tile(tiles_across, (split + 1) * slices, parts) - block_first_tile;
-        const int part = split * slices + warp / op.stripes;
-        first_tile = msp::first_tile(tiles_across, part, parts);
-        const int stripe = first_stripe + warp % op.stripes;
-        tiles =
-            stripe * kTileRows < op.rows ? msp::first_tile(tiles_across, part + 1, parts) - first_tile : 0;
+        const int tiles_across = static_cast<int>(static_cast<unsigned>(op.columns) / kTileColumns);
+        block_first_tile = split * op.split_tiles + (split < op.split_extra ? split : op.split_extra);
+        block_tiles = op.split_tiles + (split < op.split_extra ? 1 : 0);
+        const int slice = warp >> op.log_stripes, log_slices = kLogLinearWarps - op.log_stripes;
+        const int from = block_tiles * slice >> log_slices;
+        first_tile = block_first_tile + from;
+        const int stripe = first_stripe + (warp & (op.stripes - 1));
+        tiles = stripe * kTileRows < op.rows ? (block_tiles * (slice + 1) >> log_slices) - from : 0;
         weight_tile = static_cast<int64_t>(stripe) * tiles_across + first_tile;
     }
 };
@@ -125,15 +124,25 @@ class MaskStream {
 // a time; zeros for tokens that there are not.
 template <int Tokens, class Place>
 __device__ void stage_activations(const NmLinear& op, const LinearPart& part, uint32_t shared, Place place) {
-    const int pieces = part.block_tiles * (kTileColumns / 8);
-    const auto* x = static_cast<const uint16_t*>(op.x);
-    for (int i = static_cast<int>(threadIdx.x); i < Tokens * pieces; i += kLinearThreads) {
-        const int token = i / pieces, piece = i % pieces;
+    // a warp copies one tile of one token at a time: 32 pieces of 8 columns
+    constexpr int kTokenWarps = Tokens < kLinearWarps ? Tokens : kLinearWarps;
+    constexpr int kTileWarps = kLinearWarps / kTokenWarps;
+    const int lane = part.lane, first = part.warp / kTokenWarps;
+    const int tile_bytes = place(2, 0, 0, 0), token_bytes = place(0, 1, 0, 0);
+    const int in_tile = place(lane / 16, 0, lane / 4 % 4, lane % 4);
+    const auto* x = static_cast<const uint16_t*>(op.x) + lane * 8;
+    MSP_UNROLL
+    for (int i = 0; i < Tokens / kTokenWarps; ++i) {
+        const int token = i * kTokenWarps + part.warp % kTokenWarps;
         const bool live = part.first_token + token < op.tokens;
         const int64_t row = live ? part.first_token + token : 0;
-        const uint16_t* from = x + row * op.columns + part.block_first_tile * kTileColumns + piece * 8;
-        const int offset = place(piece / 16, token, piece / 4 % 4, piece % 4);
-        ptx::cp_async16(shared + static_cast<uint32_t>(offset), from, live ? 16 : 0);
+        const uint16_t* from = x + row * op.columns + (part.block_first_tile + first) * kTileColumns;
+        uint32_t to = shared + static_cast<uint32_t>(in_tile + token * token_bytes + first * tile_bytes);
+        for (int tile = first; tile < part.block_tiles; tile += kTileWarps) {
+            ptx::cp_async16(to, from, live ? 16 : 0);
+            to += static_cast<uint32_t>(kTileWarps * tile_bytes);
+            from += kTileWarps * kTileColumns;
+        }
     }
     ptx::cp_async_commit();
 }
@@ -151,18 +160,28 @@ __device__ void store_rounded(const NmLinear& op, int token, int row, float sum)
         static_cast<uint16_t>(ptx::pack2<D>(sum, 0.0f));
 }
 
-// Adds up what the warps put into `sums` [warp][Tokens][16 rows], in order, and stores it.
+// Where a warp's sum of a row of its 16 goes, for the block to add up: at this distance from token to token
+// the lanes that hold an mma's results meet in no bank. All of it fits the ring, which is done with by then.
+constexpr int kSumStride = kTileRows + 4;
+static_assert(kLinearWarps * 32 * kSumStride * 4 <= kRingBytes,
+              "the sums of 32 tokens lie where the ring was");
+
+MSP_HD constexpr int sum_place(int warp, int tokens, int token, int row) {
+    return (warp * tokens + token) * kSumStride + row;
+}
+
+// Adds up what the warps put into `sums`, in order, and stores it.
 template <Dtype D, int Tokens>
 __device__ void finish(const NmLinear& op, const LinearPart& part, const float* sums) {
     __syncthreads();
-    const int block_rows = op.stripes * kTileRows;
-    for (int i = static_cast<int>(threadIdx.x); i < Tokens * block_rows; i += kLinearThreads) {
-        const int token = part.first_token + i / block_rows;
-        const int in_block = i % block_rows, row = part.first_stripe * kTileRows + in_block;
+    const int log_rows = op.log_stripes + 4, block_rows = 1 << log_rows;
+    for (int i = static_cast<int>(threadIdx.x); i < Tokens << log_rows; i += kLinearThreads) {
+        const int in_tokens = i >> log_rows, token = part.first_token + in_tokens;
+        const int in_block = i & (block_rows - 1), row = part.first_stripe * kTileRows + in_block;
         if (token >= op.tokens || row >= op.rows) continue;
         float sum = 0.0f;
         for (int warp = in_block / kTileRows; warp < kLinearWarps; warp += op.stripes) {
-            sum += sums[(warp * Tokens + i / block_rows) * kTileRows + in_block % kTileRows];
+            sum += sums[sum_place(warp, Tokens, in_tokens, in_block % kTileRows)];
         }
         if (op.splits == 1) {
             store_rounded<D>(op, token, row, sum);

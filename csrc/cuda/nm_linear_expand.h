@@ -148,11 +148,11 @@ __global__ void __launch_bounds__(kLinearThreads, 2)
     ptx::cp_async_wait<0>();
 
     __syncthreads();  // the ring is done with
-    auto* warp_sums = reinterpret_cast<float*>(shared) + part.warp * Tokens * kTileRows;
+    auto* warp_sums = reinterpret_cast<float*>(shared);
     MSP_UNROLL
     for (int i = 0; i < Tokens / 2; ++i) {
         const int token = i / 4 * 8 + part.lane % 4 * 2 + i % 2, row = part.lane / 4 + i / 2 % 2 * 8;
-        warp_sums[token * kTileRows + row] = sums[i / 4][i % 4];
+        warp_sums[sum_place(part.warp, Tokens, token, row)] = sums[i / 4][i % 4];
     }
     finish<D, Tokens>(op, part, reinterpret_cast<const float*>(shared));
 }

@@ -69,7 +69,7 @@ __device__ void gather(const NmLinear& op, int block) {
     unsigned char* shared = ptx::dynamic_shared();
     const unsigned char* activations = shared + kRingBytes;
     const LinearPart part(op, block);
-    const int per_word = 32 / op.group_size * op.n;
+    const int per_word = op.per_word;
     stage_activations<Tokens>(op, part, ptx::shared_address(activations),
                               [](int block, int token, int word, int byte) {
                                   return gather_offset(block, token, word, 8 * byte, Tokens);
@@ -99,7 +99,7 @@ __device__ void gather(const NmLinear& op, int block) {
     ptx::cp_async_wait<0>();
 
     __syncthreads();  // the ring is done with
-    auto* warp_sums = reinterpret_cast<float*>(shared) + part.warp * Tokens * kTileRows;
+    auto* warp_sums = reinterpret_cast<float*>(shared);
     MSP_UNROLL
     for (int half = 0; half < 2; ++half) {
         MSP_UNROLL
@@ -107,7 +107,9 @@ __device__ void gather(const NmLinear& op, int block) {
             float sum = sums[half][token];
             sum += __shfl_xor_sync(~0u, sum, 1);
             sum += __shfl_xor_sync(~0u, sum, 2);
-            if (part.lane % 4 == 0) warp_sums[token * kTileRows + part.lane / 4 + 8 * half] = sum;
+            if (part.lane % 4 == 0) {
+                warp_sums[sum_place(part.warp, Tokens, token, part.lane / 4 + 8 * half)] = sum;
+            }
         }
     }
     finish<D, Tokens>(op, part, reinterpret_cast<const float*>(shared));

@@ -1,6 +1,7 @@
 // Which instance of the kernels of nm_linear serves a call, and its launch.
 #pragma once
 
+#include "device.h"
 #include "nm_linear_expand.h"
 #include "nm_linear_gather.h"
 
@@ -109,16 +110,12 @@ auto group_kernel(int tokens) -> void (*)(NmLinearGroup) {
 template <class Work>
 cudaError_t launch(void (*kernel)(Work), const Work& work, dim3 grid, int64_t shared_bytes,
                    cudaStream_t stream) {
-    const int shared = static_cast<int>(shared_bytes);
-    if (shared > 48 << 10) {
-        const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-        if (error != cudaSuccess) return error;
-    }
+    const cudaError_t error = allow_shared(kernel, shared_bytes);
+    if (error != cudaSuccess) return error;
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = dim3(kLinearThreads);
-    config.dynamicSmemBytes = static_cast<size_t>(shared);
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = stream;
     return cudaLaunchKernelEx(&config, kernel, work);
 }
@@ -137,8 +134,20 @@ cudaError_t launch_sum(const NmLinear& op, cudaStream_t stream) {
     return launch(nm_linear_sum_kernel<D>, op, dim3(over(outputs, kLinearThreads)), 0, stream);
 }
 
+// What the kernels would have to divide for.
+inline NmLinear filled(NmLinear op) {
+    const int tiles = op.columns / kTileColumns;
+    while (op.stripes >> op.log_stripes > 1) ++op.log_stripes;
+    op.chunks = static_cast<int>(over(op.tokens, op.tokens_at_once));
+    op.split_tiles = tiles / op.splits;
+    op.split_extra = tiles % op.splits;
+    op.per_word = 32 / op.group_size * op.n;
+    return op;
+}
+
 template <Dtype D>
-cudaError_t launch_linear(const NmLinear& op, cudaStream_t stream) {
+cudaError_t launch_linear(const NmLinear& given, cudaStream_t stream) {
+    const NmLinear op = filled(given);
     const LinearKernel kernel = linear_kernel<D>(op);
     if (kernel == nullptr) return cudaErrorInvalidValue;
     const dim3 grid(linear_blocks(op), static_cast<unsigned>(op.splits));
@@ -153,6 +162,7 @@ cudaError_t launch_group(NmLinearGroup group, cudaStream_t stream) {
     if (kernel == nullptr) return cudaErrorInvalidValue;
     unsigned blocks = 0;
     for (int i = 0; i < group.count; ++i) {
+        group.linears[i] = filled(group.linears[i]);
         group.blocks[i] = static_cast<int>(linear_blocks(group.linears[i]));
         blocks += linear_blocks(group.linears[i]);
     }

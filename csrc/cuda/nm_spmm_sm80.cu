@@ -23,12 +23,16 @@ struct SpmmPipeline {
     // Starts the copies of column block `block` to the stage at shared address `stage`.
     static __device__ __forceinline__ void load(const NmSpmm& op, const SpmmTile& tile, int64_t block,
                                                 int thread, uint32_t stage) {
-        constexpr int kChunks = static_cast<int>(sizeof(SpmmBlock)) / 16;
+        // numbers of copies that the compiler knows, so that none of their loops is left
+        constexpr int kChunks = static_cast<int>(sizeof(SpmmBlock)) / 16, kCopies = kTileSlabs * kChunks;
+        constexpr int kTokensAtOnce = Shape::kThreads / 8;
         const int64_t per_slab = spmm_blocks_per_slab(op.columns);
         const auto* weight =
             static_cast<const SpmmBlock*>(op.fragments) + tile.row * kTileSlabs * per_slab + block;
 #pragma unroll
-        for (int i = thread; i < kTileSlabs * kChunks; i += Shape::kThreads) {
+        for (int c = 0; c < (kCopies + Shape::kThreads - 1) / Shape::kThreads; ++c) {
+            const int i = thread + c * Shape::kThreads;
+            if ((c + 1) * Shape::kThreads > kCopies && i >= kCopies) break;
             const auto* from = reinterpret_cast<const uint4*>(weight + i / kChunks * per_slab) + i % kChunks;
             ptx::cp_async16(stage + static_cast<uint32_t>(i) * 16, from, 16);
         }
@@ -37,7 +41,8 @@ struct SpmmPipeline {
         const int64_t first_token = int64_t{tile.token} * Shape::kTokens;
         const auto* x = static_cast<const uint16_t*>(op.x);
 #pragma unroll
-        for (int i = thread / 8; i < Shape::kTokens; i += Shape::kThreads / 8) {
+        for (int c = 0; c < Shape::kTokens / kTokensAtOnce; ++c) {
+            const int i = thread / 8 + c * kTokensAtOnce;
             const bool inside = first_token + i < op.tokens && column < op.columns;
             const uint16_t* from = inside ? x + (first_token + i) * op.columns + column : x;
             ptx::cp_async16(stage + token_place(i, chunk), from, inside ? 16 : 0);

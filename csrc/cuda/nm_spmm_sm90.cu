@@ -9,7 +9,7 @@ namespace {
 
 // One block a multiprocessor, three warpgroups. The first copies x to shared memory (TMA, in the 128-byte
 // swizzle that wgmma reads); the other two multiply 64 rows each with all tokens of the tile. Their weights
-// and metadata come from global memory straight into registers, three blocks ahead: wgmma reads x at the full
+// and metadata come from global memory straight into registers, four blocks ahead: wgmma reads x at the full
 // width of shared memory, where the weight would only be in the way. Blocks of a cluster work on neighbouring
 // row tiles and the same tokens; each copies its part of them to all. A block takes tile after tile, so that
 // copies for the next one fly during the epilogue.
@@ -30,6 +30,8 @@ struct Sm90Layout {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 constexpr int kConsumerBarrier = 1;
+// Blocks of the weight that a lane has registers for: while one half is multiplied the other is on its way.
+constexpr int kRing = 2 * kStages;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
 // The tiles of a block: those of its cluster's index, then so many clusters further, ...
@@ -107,11 +109,13 @@ __device__ __forceinline__ void consume(const SpmmTask& task, uint32_t shared, i
         const int64_t slab = tile.first_row() / kSpmmSlabRows + thread / 32;
         return static_cast<const SpmmBlock*>(task.op.fragments) + slab * per_slab;
     };
-    Fragments ring[kStages];
-    const auto prefetch = [&](const SpmmTile& tile) {
-        const SpmmBlock* weight = weight_of(tile) + BlockRange::of(task, tile).begin;
+    Fragments ring[kRing];
+    const auto load_half = [&](int first, const SpmmBlock* weight) {
 #pragma unroll
-        for (int j = 0; j < kStages - 1; ++j) ring[j].load(weight + j, lane);
+        for (int j = 0; j < kStages; ++j) ring[first + j].load(weight + j, lane);
+    };
+    const auto prefetch = [&](const SpmmTile& tile) {
+        load_half(0, weight_of(tile) + BlockRange::of(task, tile).begin);
     };
     // 9.7.15.5.1: address, 1 KiB from 8 tokens to the next 8, swizzle of 128 bytes
     const uint64_t descriptor =
@@ -135,23 +139,28 @@ __device__ __forceinline__ void consume(const SpmmTask& task, uint32_t shared, i
                                         static_cast<uint32_t>(lane));
             }
         };
-        for (int block = range.begin; block < range.end; block += kStages) {
+        for (int first = range.begin; first < range.end; first += kRing) {
 #pragma unroll
-            for (int j = 0; j < kStages; ++j) {
-                constexpr int kLast = kStages - 1;
-                ptx::mbarrier_wait(shared + static_cast<uint32_t>(Layout::kFull + 8 * j), parity);
+            for (int i = 0; i < kRing; ++i) {
+                const int stage = i % kStages, block = first + i;
+                if (i == kStages && block >= range.end) break;
+                ptx::mbarrier_wait(shared + static_cast<uint32_t>(Layout::kFull + 8 * stage), parity);
                 ptx::wgmma_fence();
-                const uint64_t tokens = descriptor + static_cast<uint64_t>(j * (Layout::kStageBytes >> 4));
-                ptx::wgmma_sp<D, Tokens, 0>(sums, ring[j].values[0], tokens, ring[j].metadata);
-                ptx::wgmma_sp<D, Tokens, 1>(sums, ring[j].values[1], tokens + (64 >> 4), ring[j].metadata);
+                const uint64_t tokens =
+                    descriptor + static_cast<uint64_t>(stage * (Layout::kStageBytes >> 4));
+                ptx::wgmma_sp<D, Tokens, 0>(sums, ring[i].values[0], tokens, ring[i].metadata);
+                ptx::wgmma_sp<D, Tokens, 1>(sums, ring[i].values[1], tokens + (64 >> 4), ring[i].metadata);
                 ptx::wgmma_commit();
                 // the products of the block before are done: its stage and its registers are free
                 ptx::wgmma_wait<1>();
-                const int before = (j + kLast) % kStages;
-                if (j > 0 || block > range.begin) release(before);
-                if (block + j + kLast < range.end) ring[before].load(weight + block + j + kLast, lane);
+                if (block > range.begin) release((stage + kStages - 1) % kStages);
+                // Half a ring at once: what waits for one of these loads waits for all that are on their way,
+                // so a load in every stage would be waited for in the next one.
+                if (stage == 0 && block + kStages < range.end) {
+                    load_half((i + kStages) % kRing, weight + block + kStages);
+                }
+                if (stage == kStages - 1) parity ^= 1;
             }
-            parity ^= 1;
         }
         ptx::wgmma_wait<0>();
         ptx::wgmma_done(sums);
@@ -207,19 +216,32 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
     // nor signals one that has gone
     __syncwarp();
     ptx::cluster_sync();
+#else
+    __trap();  // the host chose a body that this chip's code does not have
 #endif
+}
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// Asked for at run time, since the module must load on machines without a driver; null where it has none.
+Encode tensor_map_encoder() {
+    void* encode = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(encode)
+                                                                        : nullptr;
 }
 
 // Boxes of 64 columns x part of a tile's tokens; what lies outside of x arrives as zeros.
 std::string make_tensor_map(const SpmmTask& task, CUtensorMap* map) {
-    using Encode = decltype(&cuTensorMapEncodeTiled);
-    void* encode = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    // asked for at run time: the module must load on machines without a driver
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
+    static const Encode encode = tensor_map_encoder();
+    if (encode == nullptr) return "the driver has no cuTensorMapEncodeTiled";
+    // a driver call wants a context, which a thread has from its first work on the device, or from this
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaSetDevice(device);
     if (error != cudaSuccess) return cudaGetErrorString(error);
-    if (found != cudaDriverEntryPointSuccess) return "the driver has no cuTensorMapEncodeTiled";
     const NmSpmm& op = task.op;
     const auto type =
         op.dtype == Dtype::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
@@ -228,9 +250,9 @@ std::string make_tensor_map(const SpmmTask& task, CUtensorMap* map) {
     const cuuint32_t box[2] = {kSpmmBlockColumns,
                                static_cast<cuuint32_t>(task.plan.tokens / task.plan.cluster)};
     const cuuint32_t steps[2] = {1, 1};
-    const CUresult result = reinterpret_cast<Encode>(encode)(
-        map, type, 2, const_cast<void*>(op.x), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult result = encode(map, type, 2, const_cast<void*>(op.x), sizes, strides, box, steps,
+                                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? "" : "cuTensorMapEncodeTiled failed with " + std::to_string(result);
 }
 

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "../nm_score.h"
+#include "device.h"
 #include "nm_spmm.h"
 #include "nm_spmm_fragment.h"
 #include "nm_spmm_kernels.h"
@@ -187,8 +188,7 @@ struct SpmmEpilogue {
 template <class... Arguments>
 cudaError_t spmm_launch(void (*kernel)(SpmmTask, Arguments...), const SpmmTask& task, int grid, int threads,
                         int shared_bytes, int cluster, cudaStream_t stream, const Arguments&... arguments) {
-    cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t error = allow_shared(kernel, shared_bytes);
     if (error != cudaSuccess) return error;
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;

@@ -23,13 +23,15 @@ GATHER_TOKENS = 2
 GATHER_PASS = 4
 # Expansion once for every 32 tokens, until unpacking all is cheaper; where that was done before (``fast_prefill``),
 # until the product with the fragments of sparse tensor cores is, or the dense one.
-EXPAND_TOKENS, EXPAND_TOKENS_BEFORE_SPMM, EXPAND_TOKENS_BEFORE_DENSE = 256, 64, 96
+EXPAND_TOKENS, EXPAND_TOKENS_BEFORE_SPMM, EXPAND_TOKENS_BEFORE_DENSE = 192, 64, 96
 # Sparse tensor cores need their own fragment order: where it is made for each product, it pays from here on.
 SPMM_TOKENS = 1024
 # Above this share of the dense bytes a weight is kept dense on the device.
 DENSE_SHARE = 0.85
 
 WARPS = 8
+# What a block does once, whatever it has to multiply, shows where it has fewer tiles than this.
+FEW_TILES = 4
 _RING_BYTES, _TABLE_BYTES = 32 << 10, 32 << 10
 
 
@@ -122,18 +124,17 @@ def shared_bytes(how: How, at_once: int, columns: int, splits: int) -> int:
 
 def _cut(how: How, at_once: int, tokens: int, rows: int, columns: int, device: Device) -> Plan:
     """More tokens, more rows a block: its activations are read for all of them. Then splits of the columns until two
-    blocks fit a multiprocessor, and until every multiprocessor has some."""
+    blocks fit a multiprocessor, or one where two would have few tiles each, and until every multiprocessor has some."""
     stripes = {1: 1, 2: 1, 4: 2, 8: 2, 16: 4, 32: 8}[at_once]
     tiles = columns // TILE_COLUMNS
-    room = device.block_shared(2)
-    if shared_bytes(how, at_once, TILE_COLUMNS, 1) > room:
-        room = device.block_shared()
-    splits = 1
+    few = min(tiles, FEW_TILES) * TILE_COLUMNS
+    resident = 2 if shared_bytes(how, at_once, few, 1) <= device.block_shared(2) else 1
+    room, splits = device.block_shared(resident), 1
     while splits < tiles and shared_bytes(how, at_once, columns, splits) > room:
         splits += 1
     blocks = math.ceil(rows / (TILE_ROWS * stripes)) * math.ceil(tokens / at_once)
     if how == "expand":
         # no more than leave each warp a tile
-        wanted = min(math.ceil(2 * device.multiprocessors / blocks), tiles * stripes // WARPS)
+        wanted = min(math.ceil(resident * device.multiprocessors / blocks), tiles * stripes // WARPS)
         splits = max(splits, wanted)
     return Plan(how, at_once, stripes, splits)

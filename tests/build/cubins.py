@@ -55,7 +55,7 @@ class Kernel:
         name: demangled, without namespaces, return type and arguments: ``nm_select_kernel<2, 32, 4>``.
         threads: most threads of a block, as ``__launch_bounds__`` says; 0 where it does not.
         registers, stack, local: a thread's; stack and local in bytes. ``shared``: static bytes of a block.
-        instructions: full opcode, like ``LDG.E.128.CONSTANT`` -> how often.
+        sequence: full opcodes, like ``LDG.E.128.CONSTANT``, in their order.
     """
 
     target: str
@@ -65,7 +65,12 @@ class Kernel:
     stack: int
     local: int
     shared: int
-    instructions: Counter[str]
+    sequence: tuple[str, ...]
+
+    @property
+    def instructions(self) -> Counter[str]:
+        """Full opcode -> how often."""
+        return Counter(self.sequence)
 
     @property
     def family(self) -> str:
@@ -141,8 +146,8 @@ def read_kernels(path: Path) -> tuple[Kernel, ...]:
     # a bare cubin has one target, which the other dumps do not tell
     target = re.search(r"code for (sm_\w+)", sass)
     only = target[1] if target else ""
-    instructions = {
-        key: Counter(INSTRUCTION.findall(text)) for key, text in _by_function(sass, only, r"\s*Function : (\S+)")
+    sequences = {
+        key: tuple(INSTRUCTION.findall(text)) for key, text in _by_function(sass, only, r"\s*Function : (\S+)")
     }
     threads = {
         key: int(match[1], 16)
@@ -166,7 +171,7 @@ def read_kernels(path: Path) -> tuple[Kernel, ...]:
                 use["STACK"],
                 use["LOCAL"],
                 use["SHARED"],
-                instructions[key],
+                sequences[key],
             )
         )
     return tuple(kernels)

@@ -34,9 +34,12 @@ def test_every_variant_is_there(cuda_kernels) -> None:
 def test_mma_sp_is_fed_by_asynchronous_copies_16_bytes_at_a_time(of_sm80) -> None:
     for kernel in of_sm80:
         # of the tile's products, those of the two halves of a block of 64 columns
-        assert kernel.count("HMMA", "SP", "16832") in (8, 32, 64), kernel.name
+        products = kernel.count("HMMA", "SP", "16832")
+        assert products in (8, 32, 64), kernel.name
         assert kernel.count("HMMA") == kernel.count("HMMA", "SP"), kernel.name
         assert kernel.count("LDGSTS", "BYPASS", 128) and kernel.count("LDGSTS") == kernel.count("LDGSTS", 128)
+        # a thread's copies of a block, of the weight and of 128, 64 or 16 tokens, are never in a loop
+        assert kernel.count("LDGSTS") % (5 + {64: 8, 32: 4, 8: 1}[products]) == 0, kernel.name
         # fragments of the weight in 16-byte loads, those of x by ldmatrix, y in 16-byte stores
         assert kernel.count("LDS", 128) >= 4 and kernel.count("LDSM", 4) >= 4, kernel.name
         assert kernel.count("STG", 128), kernel.name
@@ -52,17 +55,30 @@ def test_wgmma_takes_the_weight_from_registers_and_x_from_bulk_copies(of_sm90) -
     if not of_sm90:
         pytest.skip("msp._cuda is not built for sm_90a")
     for kernel in of_sm90:
-        # two products of 32 columns in each of four stages
-        assert kernel.count("HGMMA", "SP") == 8 and kernel.count("HGMMA") == 8, kernel.name
+        # two products of 32 columns in each of four stages, for both halves of the ring of weights
+        assert kernel.count("HGMMA", "SP") == 16 and kernel.count("HGMMA") == 16, kernel.name
         assert kernel.count("UTMALDG", "2D") == 8 and kernel.count("UTMALDG", "MULTICAST") == 4, kernel.name
-        # three blocks ahead at the start and before each epilogue, one in each stage, of two times 16 bytes
-        assert kernel.count("LDG", 128) >= 2 * (3 + 4), kernel.name
         assert kernel.count("STSM") and kernel.count("STG", 128), kernel.name
         assert kernel.count("USETMAXREG") == 2, kernel.name
         # the whole register file, shared out anew by setmaxnreg
         assert kernel.registers * kernel.threads <= 65536 and kernel.threads == 384, kernel.name
         # fences as wide as these are for the cluster's start and end, not for the loop over K
         assert kernel.count("MEMBAR", "GPU") <= 2 and kernel.count("CCTL") <= 2, kernel.name
+
+
+def test_weights_come_half_a_ring_at_a_time(of_sm90) -> None:
+    """All loads that cross a loop's end share one counter, and a product waits for it to be zero: a load in every
+    stage would be waited for in the next one, however far ahead it was."""
+    if not of_sm90:
+        pytest.skip("msp._cuda is not built for sm_90a")
+    for kernel in of_sm90:
+        told = "".join(
+            "p" if opcode.startswith("HGMMA") else "l"
+            for opcode in kernel.sequence
+            if opcode.startswith("HGMMA") or {"LDG", "128"} <= set(opcode.split("."))
+        )
+        # before the first product and between the two halves of the ring: four blocks, of two times 16 bytes
+        assert told.startswith("l" * 8 + "pp" + "l" * 8 + "p" * 8 + "l" * 8 + "p" * 6), (kernel.name, told)
 
 
 def test_wgmma_reads_register_operands(cuda_kernels) -> None:

@@ -23,7 +23,7 @@ SHAPES = [
     (3584, 18944),
     (16, 256),
 ]
-TOKENS = [1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 64, 65, 256, 257, 1023, 1024, 8192]
+TOKENS = [1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 64, 65, 192, 193, 1023, 1024, 8192]
 PATTERNS = [NMPattern(n, m) for m in GROUP_SIZES for n in range(1, m)]
 
 
@@ -77,6 +77,16 @@ def test_large_products_fill_every_multiprocessor_twice():
         found = plan(16, rows, columns, NMPattern(2, 8), True, H200)
         blocks = -(-rows // (16 * found.stripes)) * found.splits
         assert blocks >= 2 * H200.multiprocessors or found.splits == columns // 256 * found.stripes // 8
+
+
+@pytest.mark.parametrize("device", [H200, A100], ids=["H200", "A100"])
+def test_a_block_has_more_to_multiply_than_to_prepare(device):
+    """The table, the activations and the sums over warps are made once a block."""
+    for (rows, columns), tokens in itertools.product(SHAPES, (8, 16, 32, 192)):
+        found = plan(tokens, rows, columns, NMPattern(2, 8), False, device)
+        blocks = -(-rows // (16 * found.stripes)) * -(-tokens // found.tokens_at_once)
+        if blocks >= 2 * device.multiprocessors:
+            assert columns // 256 // found.splits >= min(4, columns // 256), (rows, columns, tokens)
 
 
 def test_sizes_are_those_of_the_kernels():
