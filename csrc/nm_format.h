@@ -17,8 +17,10 @@
 #endif
 #if defined(__CUDA_ARCH__)
 #define MSP_UNROLL _Pragma("unroll")
+#define MSP_ROLLED _Pragma("unroll 1")
 #else
 #define MSP_UNROLL
+#define MSP_ROLLED
 #endif
 
 namespace msp {

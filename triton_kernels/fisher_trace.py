@@ -89,8 +89,10 @@ def fisher_trace_gram_kernel(
     """A ``[BLOCK_R, BLOCK_K]`` tile, both the same, of the upper triangle; steps of BLOCK_T columns of x or g."""
     # Tile p, counted column by column: p = j (j + 1) / 2 + i with i <= j. The root is exact to well under one for
     # any p that fits; the two corrections make j exact.
-    p = tl.program_id(0)
-    s = tl.program_id(1)
+    side = tl.cdiv(tokens, BLOCK_R)
+    tiles = side * (side + 1) // 2
+    s = tl.program_id(0) // tiles
+    p = tl.program_id(0) - s * tiles
     j = ((tl.sqrt(8.0 * p.to(tl.float32) + 1.0) - 1.0) / 2.0).to(tl.int32)
     j = tl.where(j * (j + 1) // 2 > p, j - 1, j)
     j = tl.where((j + 1) * (j + 2) // 2 <= p, j + 1, j)
@@ -100,7 +102,7 @@ def fisher_trace_gram_kernel(
     gram_x = gram_tile(x_source, s, i * BLOCK_R, j * BLOCK_K, tokens, columns, BLOCK_R, BLOCK_T, TMA)
     # A tile above the diagonal stands for its mirror image too.
     weight = tl.where(i == j, 1.0, 2.0)
-    tl.store(partial_ptr + s * tl.num_programs(0) + p, weight * tl.sum(gram_g * gram_x))
+    tl.store(partial_ptr + tl.program_id(0), weight * tl.sum(gram_g * gram_x))
 
 
 def fisher_trace_direct(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
@@ -152,8 +154,9 @@ def fisher_trace_gram(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     tiles = gram_tile_sizes(x.dtype, architecture(x), tokens, max(rows, columns), sequences)
     x_block, g_block = gram_blocks(tiles)
     side = triton.cdiv(tokens, tiles["BLOCK_R"])
-    grid = (side * (side + 1) // 2, sequences)
-    partial = torch.empty(grid[::-1], dtype=torch.float32, device=x.device)
+    # of one dimension, since of the others a grid has 65,535 at most
+    grid = (sequences * (side * (side + 1) // 2),)
+    partial = torch.empty(grid, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         fisher_trace_gram_kernel[grid](
             partial,

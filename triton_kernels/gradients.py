@@ -125,7 +125,11 @@ def described(x: torch.Tensor, g: torch.Tensor) -> bool:
 
 def source(tensor: torch.Tensor, block: tuple[int, int], tma: bool) -> Any:
     """What ``load_tile`` takes of a contiguous ``[S, T, D]``, to load a ``block`` of tokens and columns at a time."""
-    return TensorDescriptor.from_tensor(tensor, [1, *block]) if tma else tensor
+    if not tma:
+        return tensor
+    _, tokens, width = tensor.shape
+    # not the tensor's own strides, which may be anything where a size is 1
+    return TensorDescriptor(tensor, list(tensor.shape), [tokens * width, width, 1], [1, *block])
 
 
 def product_blocks(tiles: dict[str, int]) -> tuple[tuple[int, int], tuple[int, int]]:

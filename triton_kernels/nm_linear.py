@@ -103,7 +103,10 @@ def unpack_kernel(values_ptr, bitmask_ptr, dense_ptr, rows, columns, n, GROUP: t
 
 def _words(bitmask: torch.Tensor, group_size: int) -> torch.Tensor:
     """The bitmask as one integer per unit, so that a group's bits come with one load."""
-    return bitmask.view(WORD_DTYPES[unit_columns(group_size)])
+    dtype = WORD_DTYPES[unit_columns(group_size)]
+    if bitmask.storage_offset() % dtype.itemsize:
+        bitmask = bitmask.clone()
+    return bitmask.view(dtype)
 
 
 def unpack(

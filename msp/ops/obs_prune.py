@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,9 +95,23 @@ def sweep_blocks(
     return updated, kept
 
 
+@contextmanager
+def float32_products() -> Iterator[None]:
+    """Keep TF32 out of a GPU's products, whatever the process allows elsewhere: it would change what is kept."""
+    matmul: Any = torch.backends.cuda.matmul
+    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, exact)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
+
+
 @torch.library.custom_op("msp::obs_prune", mutates_args=())
 def obs_prune_op(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> tuple[Tensor, Tensor]:
-    updated, kept = op(weight, hinv_chol, n, m, block_size)
+    with float32_products():
+        updated, kept = op(weight, hinv_chol, n, m, block_size)
     return updated.to(weight.dtype).contiguous(), kept.contiguous()
 
 

@@ -65,6 +65,16 @@ def test_writes_any_strides_and_reads_views(device):
     assert wide[:, 1::2].isnan().all()
 
 
+@pytest.mark.parametrize("text", ["2:4", "3:16", "5:32"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reads_a_bitmask_that_starts_at_an_odd_byte(backend, text, device):
+    by_hand.need("nm_unpack", backend, device)
+    packed, expected = make(5, 64, text, torch.float16, device)
+    odd = torch.cat([packed.bitmask.new_zeros(1), packed.bitmask.flatten()])[1:].view(packed.bitmask.shape)
+    with force_backend(backend):
+        assert torch.equal(nm_unpack(PackedWeight(packed.values, odd, packed.pattern, packed.shape)), expected)
+
+
 def test_writes_into_a_parameter():
     packed, expected = make(4, 16, "2:8", torch.float32, "cpu")
     parameter = torch.nn.Parameter(torch.zeros(4, 16))

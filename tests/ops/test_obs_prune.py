@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from msp.ops import available_backends, force_backend, last_backend, nm_select, obs_prune
-from msp.ops.obs_prune import obs_prune_op
+from msp.ops.obs_prune import float32_products, obs_prune_op
 from msp.patterns import NMPattern
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -131,6 +131,24 @@ def test_reads_views_and_nothing_below_the_diagonal(backend):
         found = obs_prune(weight.t().contiguous().t(), noisy.t().contiguous().t(), NMPattern(1, 4), block_size=16)
     assert torch.equal(found.bitmask, want.bitmask)
     assert torch.equal(found.values, want.values)
+
+
+def test_products_are_in_float32_whatever_the_process_allows():
+    def allowed():
+        matmul = torch.backends.cuda.matmul
+        return matmul.fp32_precision if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+
+    before = allowed()
+    torch.set_float32_matmul_precision("high")
+    try:
+        high = allowed()
+        assert high not in (False, "none", "ieee")
+        with float32_products():
+            assert allowed() in (False, "ieee")
+        assert allowed() == high
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert before in (False, "none", "ieee")
 
 
 def test_no_rows():
