@@ -48,7 +48,7 @@ def write(folder: Path, cell: Cell, kl: float, *, history: list[tuple[int, float
         "kl": kl,
         "perplexity": 100 * kl,
         "bytes": 4_000_000,
-        "seconds": {"Search": 50.0},
+        "seconds": {"Search": 50.0, "Dense test predictions": 1.0, "Evaluating": 1.5},
         "tokens": steps[-1]["tokens"] if steps else 0,
         "history": steps,
     }
@@ -157,9 +157,14 @@ def test_the_tables_say_what_is_missing(measured: Path) -> None:
 
 
 def test_the_ablation_compares_the_same_seeds(measured: Path) -> None:
-    write(measured, Cell(variant="crossover", seed=1), 1.0, seconds={"Search": 100.0})
+    write(
+        measured,
+        Cell(variant="crossover", seed=1),
+        1.0,
+        seconds={"Search": 200.0, "Dense test predictions": 2.0, "Evaluating": 3.0},
+    )
     told = quality_tables.ablation_table(Results(measured))
-    assert cells(told, "crossover") == ["1.000", "+25.0%", "100", "2.00 x"]
+    assert cells(told, "crossover") == ["1.000", "+25.0%", "40.0", "2.00 x"]
     assert cells(told, "no racing")[1] == NOTHING
 
 
