@@ -146,7 +146,7 @@ def device_replaced(monkeypatch, library, splits=1) -> Iterator[list[tuple[int, 
 
     module = types.SimpleNamespace(nm_linear=nm_linear, nm_linear_group=nm_linear_group)
     # as much as a block needs that has so few columns
-    shared = (100 if splits == 1 else 70) << 10
+    shared = (100 if splits == 1 else 35) << 10
     with monkeypatch.context() as patch:
         for file in (op_file, group_file):
             patch.setattr(file, "compiled_module", lambda name: module)
