@@ -70,13 +70,11 @@ def limit_of(units: list[Unit], left: float, together: int) -> float:
     return min(unit.limit, left, max(share, min(unit.least, left / 2)))
 
 
-def part_seconds(part: str, units: list[Unit], left: float) -> float:
-    """What of the time left a part may use."""
+def ends_of_parts(units: list[Unit], left: float) -> dict[str, float]:
+    """In how many seconds each part must be over; what one leaves, the next may use."""
     kept = min(sum(unit.weight for unit in units if unit.part == "bench"), BENCH_SHARE * left)
-    if part == "bench" or {unit.part for unit in units} == {part}:
-        return left
     sanitized = any(unit.part == "sanitizer" for unit in units)
-    return (left - kept) * (TEST_SHARE if part == "tests" and sanitized else 1)
+    return {"tests": (left - kept) * (TEST_SHARE if sanitized else 1), "sanitizer": left - kept, "bench": left}
 
 
 def run_part(report: Report, units: list[Unit], deadline: float) -> None:
@@ -149,10 +147,10 @@ def main() -> int:
         report.add({"part": "build", "name": "compiled modules", **build(where["device"]["capability"])})
         # what was not built before could not be described either
         report.content["machine"] = machine()
-    for part in PART_NAMES:
+    start = time.monotonic()
+    for part, seconds in ends_of_parts(units, deadline - start).items():
         if chosen := [unit for unit in units if unit.part == part]:
-            start = time.monotonic()
-            run_part(report, chosen, start + part_seconds(part, units, deadline - start))
+            run_part(report, chosen, start + seconds)
     report.write()
     failed = report.content["failed"]
     print(
