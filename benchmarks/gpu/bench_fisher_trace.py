@@ -70,9 +70,9 @@ def model_measured(context: Context, sizes: tuple[int, ...]) -> Measured:
     wanted = {linear.name: float(linear.module.weight.grad.float().square().sum()) for linear in linears}
     found = fisher_traces(model, linears, windows[:1])
     return Measured(
-        # attention's backward pass adds up in another order each time
+        # autograd rounds to bf16, and attention's backward pass adds up in another order each time
         error=max(abs(found[name] / wanted[name] - 1) for name in found) if all(wanted.values()) else math.nan,
-        bound=1e-2,
+        bound=2e-2,
         median_us=seconds * 1e6,
         method="clock",
         extra={"time": seconds / plain_seconds, "more_gb": max(0.0, (more_bytes - plain_bytes) / 1e9)},
