@@ -70,7 +70,7 @@ gpu-check: ## prove the kernels on this machine's GPU; ONLY="spmm bench" for a p
 kernel-table: $(INSTALLED) ## docs/kernels/resources.md from the compiled GPU kernels; needs nvcc, but no GPU
 	$(BIN)/python tests/build/kernel_table.py
 
-gpu-table: $(INSTALLED) ## the GPU figures of docs/results.md from the newest result of gpu-check
+gpu-table: $(INSTALLED) ## the GPU figures of docs/results.md from the newest results of gpu-check
 	cd benchmarks && ../$(BIN)/python -m gpu.tables
 
 # On an idle machine OpenMP's own waiting is best: a passive thread takes a third of the shortest rows to wake up.

@@ -30,7 +30,9 @@ def chosen(*words: str) -> set[tuple[str, str]]:
 def test_everything_is_run_unless_less_is_asked_for():
     everything = chosen()
     names = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "ops").glob("test_*.py")}
-    assert {("tests", name) for name in names if name != "device" and not name.endswith("_cpu")} <= everything
+    on_cpu = {name for name in names if f"test_{name}".endswith(units.ON_CPU)}
+    assert on_cpu < names and "nm_linear_cpu" in on_cpu
+    assert {("tests", name) for name in names - on_cpu - {"device"}} <= everything
     assert set(units.every_op()) >= {name for name in msp.ops.__all__ if name in _dispatch._ops}
     for op in units.every_op():
         assert {
@@ -50,6 +52,13 @@ def test_a_part_may_be_asked_for_by_op_and_kernel():
         assert {("tests", "nm_linear"), ("sanitizer", "racecheck nm_linear")} <= chosen(kernel)
     assert {part for part, _ in chosen("fisher_diag_", "sanitizer")} == {"sanitizer"}
     assert chosen("nothing_of_that_name") == set()
+
+
+def test_an_op_is_tested_without_those_whose_name_begins_alike():
+    for op in units.every_op():
+        words = units.device_tests(op).split(" or ")
+        names = {other: (f"test_some[{other}-cuda-bf16-1-4]", f"test_other[{other}]") for other in units.every_op()}
+        assert [other for other in names if any(word in name for word in words for name in names[other])] == [op]
 
 
 def test_a_command_that_hangs_is_killed_with_its_children(tmp_path: Path):
@@ -103,14 +112,36 @@ def test_nothing_takes_the_others_along(tmp_path: Path, monkeypatch, capsys):
     assert "a mistake in the check" in capsys.readouterr().out
 
 
-def test_what_needs_long_comes_last_and_is_not_begun_in_vain(tmp_path: Path):
-    weights = [each.weight for each in units.bench_units(dry=False)]
-    assert weights == sorted(weights) and weights[-1] > 1
+def test_what_is_too_little_is_not_begun(tmp_path: Path):
     long = units.Unit("bench", "long", 60, lambda limit: {"outcome": "passed"}, least=40)
     report = check.Report(tmp_path / "result.json", {})
     for seconds in (30, 50):
         check.run_part(report, [long], time.monotonic() + seconds)
     assert [entry["outcome"] for entry in report.content["units"]] == ["not run", "passed"]
+
+
+def test_the_time_is_enough_for_every_figure():
+    everything = units.every_unit(dry=False)
+    ends = check.ends_of_parts(everything, 505.0)  # with the compiled modules built before
+    assert ends["tests"] > 80 and ends["sanitizer"] - ends["tests"] > 50 and ends["bench"] == 505
+    left = ends["bench"] - ends["sanitizer"]
+    assert left > 330
+    planned = units.bench_units(dry=False)
+    assert [each.name for each in planned] == list(units.BENCH_SECONDS)
+    for index, each in enumerate(planned):  # all of which use what they get
+        limit = check.limit_of(planned[index:], left, 1)
+        assert limit >= max(each.least, 0.75 * each.weight), each.name
+        left -= limit
+    assert left >= 0
+
+
+def test_less_time_is_shared():
+    planned = units.bench_units(dry=False)
+    assert check.limit_of(planned, 200.0, 1) < planned[0].least  # half of it is for the others
+    assert check.ends_of_parts(planned, 100.0)["bench"] == 100
+    assert check.ends_of_parts(units.test_units(dry=False), 100.0)["tests"] == 100
+    four = [unit("tests", str(n), lambda limit: {}) for n in range(4)]
+    assert [check.limit_of(four[index:], 40.0, 2) for index in range(4)] == [20, pytest.approx(80 / 3), 40, 40]
 
 
 def test_tests_are_told_one_by_one(tmp_path: Path):
@@ -159,30 +190,38 @@ def test_what_a_sanitizer_says(script: str, outcome: str, why: str, tmp_path: Pa
     tool.write_text(f'#!{SHELL}\necho "$@" > {tmp_path}/arguments\n{script}\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    result = units.sanitizer("racecheck", "nm_keep", dry=False)(1.5)
+    result = units.sanitizer("racecheck", "nm_keep", dry=False, port=50000)(1.5)
     assert result["outcome"] == outcome and why in result.get("why", "")
     arguments = (tmp_path / "arguments").read_text()
-    assert "--tool racecheck" in arguments and "sanitized.py nm_keep" in arguments
+    assert "--tool racecheck" in arguments and "--port 50000" in arguments and "sanitized.py nm_keep" in arguments
+    if "exit 99" in script:  # what synchronises itself in ways that racecheck cannot see
+        assert units.sanitizer("racecheck", "nm_spmm", False, 50000)(1.5)["outcome"] == "to be looked at"
+        assert units.sanitizer("memcheck", "nm_spmm", False, 50000)(1.5)["outcome"] == "failed"
+        assert "racecheck-detect-level" not in (tmp_path / "arguments").read_text()
 
 
 def test_a_machine_without_the_sanitizer_is_said_so(monkeypatch):
     monkeypatch.setattr(units, "find_sanitizer", lambda: None)
-    result = units.sanitizer("memcheck", "nm_keep", dry=False)(10)
+    result = units.sanitizer("memcheck", "nm_keep", dry=False, port=50000)(10)
     assert result == {"outcome": "missing", "why": "compute-sanitizer is not installed"}
 
 
 def test_rows_that_came_before_a_crash_are_kept():
     row = {"name": "op", "shape": "8x8", "error": 0.0, "bound": 0.0, "median_us": 3.0}
-    lines = [{"op": "op", "seed": 5, "clocks": "1980 MHz"}, {"op": "op", "row": row}]
+    roofs = {"copy_gbps": 1.0, "dense_tflops": 2.0}
+    start = {"op": "op", "seed": 5, "clocks": "1980 MHz", "roofs": roofs, "figures": {"some": 2}}
+    lines = [start, {"op": "op", "row": row}]
     out = "\n".join(map(json.dumps, lines)) + '\n{"op": "op", "ro'
     result = units.read_bench(process.Done(-11, out, "Segmentation fault", 2.0))
     assert result["outcome"] == "failed" and "Segmentation fault" in result["why"]
     assert result["rows"] == [row] and result["seed"] == 5 and result["clocks"] == ["1980 MHz"]
+    assert result["roofs"] == roofs and result["figures"] == {"some": 2}
     wrong = {"name": "op", "shape": "9x9", "error": 0.5, "bound": 0.1}
-    end = {"op": "op", "complete": True, "roofs": {"copy_gbps": 1.0, "dense_tflops": 2.0}, "clocks": None}
-    out = "\n".join(map(json.dumps, [*lines, {"op": "op", "row": wrong}, end]))
+    broken = {"name": "op", "shape": "10x10", "failed": "RuntimeError: no"}
+    end = {"op": "op", "complete": True, "clocks": None}
+    out = "\n".join(map(json.dumps, [*lines, {"op": "op", "row": wrong}, {"op": "op", "row": broken}, end]))
     result = units.read_bench(process.Done(1, out, "", 2.0))
-    assert result["why"] == "op 9x9: error 0.5" and result["roofs"]["dense_tflops"] == 2.0
+    assert result["why"] == "op 9x9: error 0.5; op 10x10: RuntimeError: no"
 
 
 def test_the_commit_of_a_copy_without_history(tmp_path: Path, monkeypatch):
@@ -194,8 +233,8 @@ def test_the_commit_of_a_copy_without_history(tmp_path: Path, monkeypatch):
 
 
 def test_where_the_result_goes(tmp_path: Path):
-    now = check.datetime(2030, 1, 2)
-    assert check.result_path(None, now) == ROOT / "benchmarks" / "results" / "gpu-check-2030-01-02.json"
+    now = check.datetime(2030, 1, 2, 3, 4, 5)
+    assert check.result_path(None, now) == ROOT / "benchmarks" / "results" / "gpu-check-2030-01-02-030405.json"
     assert check.result_path(tmp_path, now) == tmp_path / "gpu-check.json"
     assert check.result_path(tmp_path / "some.json", now) == tmp_path / "some.json"
 
@@ -217,7 +256,20 @@ def test_the_whole_of_it_without_a_gpu(tmp_path: Path):
     assert done.code == 0, done.tail()
     result = json.loads((tmp_path / "gpu-check.json").read_text())
     assert result["failed"] == [] and result["machine"]["versions"]["torch"] == torch.__version__
+    assert {"nm_spmm", "nm_linear_tiles", "nm_linear_group"} <= set(result["machine"]["kernels"]["backends"])
     assert {entry["name"] for entry in result["units"]} == {"memcheck nm_keep", "racecheck nm_keep"}
+
+
+@pytest.mark.parametrize(("code", "said"), [(0, "there is none"), (1, "no driver"), (None, "too long")])
+def test_a_machine_without_a_device_is_a_result_too(code, said, tmp_path: Path, monkeypatch):
+    described = json.dumps({"device": None})
+    monkeypatch.setattr(
+        check, "run", lambda *command: process.Done(code, described if code == 0 else "no driver", "", 1)
+    )
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path)])
+    assert check.main() == 1
+    result = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert result["failed"] == ["machine: device"] and said in result["units"][0]["why"]
 
 
 class FakeCuda:

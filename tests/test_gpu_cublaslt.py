@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gpu import bench_nm_spmm, cublaslt, runner
-from gpu.runner import Context, Missing, Rotation, Row
+from gpu.runner import Context, Measured, Missing, Rotation
 
 TOKENS, ROWS, COLUMNS = 6, 8, 16
 HANDLE, STREAM = 0x7FFF_0123_4567_89AB, 0x7FFE_0000_0000_0010
@@ -196,11 +196,12 @@ def test_inputs_that_are_not_alike_are_refused(monkeypatch):
 
 @pytest.mark.parametrize("tokens", [64, 2048])
 def test_it_is_searched_for_where_a_figure_wants_it(tokens, monkeypatch):
-    def row() -> Row:
-        return bench_nm_spmm.row(Context(dry=True), "2:4", True, 48, 64, tokens)
+    def row() -> Measured:
+        return bench_nm_spmm.measured(Context(dry=True), "2:4", True, 48, 64, tokens)
 
     monkeypatch.setattr(runner, "ROW_SECONDS", 0.0)
-    assert ("cuBLASLt best" in row().missing) == ("spmm-dense" in row().figures) == (tokens >= 2048)
+    assert ("spmm-dense" in bench_nm_spmm.figures(True, tokens)) == (tokens >= 2048)
+    assert ("cuBLASLt best" in row().missing) == (tokens >= 2048)
     FakeLibrary(monkeypatch, [2.0, 1.0])
     assert row().extra == ({"cublaslt_algorithms": 2} if tokens >= 2048 else {})
     assert ("cuBLASLt best" in row().ratio) == (tokens >= 2048)

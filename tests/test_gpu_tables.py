@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from gpu import runner, tables
 from gpu.figures import FIGURES
 
 
-def result(op: str, rows: list[dict], outcome: str = "passed") -> dict:
-    unit = {
+def benchmark(rows: list[dict], outcome: str = "passed", needed: int | None = None) -> dict:
+    keys = {key for one in rows for key in one["figures"]}
+    return {
         "part": "bench",
-        "name": op,
         "outcome": outcome,
         "rows": rows,
         "roofs": {"copy_gbps": 4000.0, "dense_tflops": 800.0},
+        "figures": {key: needed or sum(key in one["figures"] for one in rows) for key in keys},
     }
-    device = {"name": "Some GPU", "driver": "1.2"}
-    return {"units": [unit], "machine": {"device": device}, "commit": "0123456789ab", "file": "some.json", "dry": False}
+
+
+def result(benchmarks: dict[str, dict], date: str = "2030-01-02T03:04:05", **more) -> dict:
+    units = [{**one, "name": op} for op, one in benchmarks.items()]
+    machine = {"device": {"name": "Some GPU", "driver": "1.2"}}
+    return {"date": date, "units": units, "machine": machine, "commit": "0123456789ab", "dry": False, **more}
 
 
 def row(key: str, **measured) -> dict:
@@ -61,24 +69,46 @@ def test_a_figure_is_made_of_its_rows(key: str, rows: list[dict], told: str) -> 
     figure = FIGURES[key]
     full = [{name: value for name, value in row(key, **one).items() if value is not None} for one in rows]
     other = row("another", ratio={"cuBLAS": 0.1}, gbps=1.0)
-    assert tables.measured(key, figure, result(figure.op, [*full, other])) == told
-    assert told in tables.table(result(figure.op, full))
+    assert tables.measured(key, figure, benchmark([*full, other])) == told
 
 
-def test_a_benchmark_that_was_cut_short_is_said_so() -> None:
-    rows = [row("linear-2:8", ratio={"cuBLAS": 3.0})]
-    told = tables.measured("linear-2:8", FIGURES["linear-2:8"], result("nm_linear", rows, "cut short"))
-    assert told == "**3 x** (1 row, cut short)"
+def test_a_figure_of_which_rows_are_missing_is_none() -> None:
+    key, figure, good = "linear-2:8", FIGURES["linear-2:8"], row("linear-2:8", ratio={"cuBLAS": 3.0})
+    told = tables.measured(key, figure, benchmark([good], "cut short", needed=4))
+    assert told == "incomplete: 1 of 4 rows: cut short"
+    failed = {"name": "op", "shape": "9x9", "failed": "RuntimeError: no", "figures": [key]}
+    told = tables.measured(key, figure, benchmark([good, failed], "failed"))
+    assert told == "incomplete: 1 of 2 rows: RuntimeError: no"
+    # what was cut short after the figure's rows
+    assert tables.measured(key, figure, benchmark([good], "cut short")) == "**3 x** (1 row)"
+
+
+def test_each_benchmark_is_of_the_newest_result_that_has_it(tmp_path: Path) -> None:
+    def saved(name: str, date: str, ratios: dict[str, float], **more) -> Path:
+        figures = {"obs_prune": ("obs-prune", "torch loop"), "nm_linear": ("linear-2:8", "cuBLAS")}
+        rows = {op: [row(figures[op][0], ratio={figures[op][1]: ratio})] for op, ratio in ratios.items()}
+        path = tmp_path / name
+        path.write_text(json.dumps(result({op: benchmark(found) for op, found in rows.items()}, date, **more)))
+        return path
+
+    old = saved("b.json", "2030-01-02T03:00:00", {"obs_prune": 60.0, "nm_linear": 2.0}, commit="feedbeef00")
+    new = saved("a.json", "2030-01-02T04:00:00", {"nm_linear": 3.0})
+    dry = saved("c.json", "2030-01-02T05:00:00", {"nm_linear": 9.0}, dry=True)
+    told = tables.table(tables.newest_benchmarks([new, old, dry]))
+    assert "**60 x** (1 row)" in told and "**3 x** (1 row)" in told
+    assert "- `obs_prune`: Some GPU, driver 1.2, commit feedbeef0, `b.json`\n" in told
+    assert "- `nm_linear`: Some GPU, driver 1.2, commit 012345678, `a.json`\n" in told
+    assert "2 x (1 row)" in tables.table(tables.newest_benchmarks([old]))
 
 
 def test_nothing_is_measured_without_a_result() -> None:
-    lines = [line for line in tables.table(None).splitlines() if line.startswith("| ")][1:]
+    lines = [line for line in tables.table({}).splitlines() if line.startswith("| ")][1:]
     assert len(lines) == len(FIGURES) and all("| not measured |" in line for line in lines)
 
 
 def test_the_page_is_of_the_newest_result() -> None:
     page = tables.PAGE.read_text(encoding="utf-8")
-    assert tables.fill(page, tables.newest_result()) == page, "make gpu-table"
+    assert tables.fill(page, tables.newest_benchmarks(tables.committed())) == page, "make gpu-table"
 
 
 def test_benchmarks_name_figures_that_there_are() -> None:

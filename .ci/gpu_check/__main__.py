@@ -22,11 +22,13 @@ from gpu_check.build import build
 from gpu_check.process import ROOT, run
 from gpu_check.units import PART_NAMES, Result, Unit, every_unit
 
-FINE = ("passed", "missing")
-# Of the time left, the share that a part may use before the parts after it; benchmarks get what is then left.
-SHARES = {"tests": 0.35, "sanitizer": 0.35, "bench": 1.0}
+FINE = ("passed", "missing", "to be looked at")
+# Of the time left, what is kept for the benchmarks, if they need so much; of the rest, what tests may use before the
+# sanitizers.
+BENCH_SHARE = 0.72
+TEST_SHARE = 0.6
 # Tests and sanitizers may run beside one another, benchmarks never. What takes their time is Python and compilers.
-MANY = max(2, min(8, (os.cpu_count() or 1) // 2))
+MANY = max(2, min(12, (os.cpu_count() or 1) * 3 // 4))
 TOGETHER = {"tests": MANY, "sanitizer": MANY, "bench": 1}
 LEAST_SECONDS = 8.0
 
@@ -58,16 +60,29 @@ class Report:
         partial.replace(self.path)
 
 
+def limit_of(units: list[Unit], left: float, together: int) -> float:
+    """Seconds for the first of the units that are to come, some at a time: its share of what is left.
+
+    It may take what it needs at least, but then no more than half of that.
+    """
+    unit = units[0]
+    share = left * together * unit.weight / sum(other.weight for other in units)
+    return min(unit.limit, left, max(share, min(unit.least, left / 2)))
+
+
+def ends_of_parts(units: list[Unit], left: float) -> dict[str, float]:
+    """In how many seconds each part must be over; what one leaves, the next may use."""
+    kept = min(sum(unit.weight for unit in units if unit.part == "bench"), BENCH_SHARE * left)
+    sanitized = any(unit.part == "sanitizer" for unit in units)
+    return {"tests": (left - kept) * (TEST_SHARE if sanitized else 1), "sanitizer": left - kept, "bench": left}
+
+
 def run_part(report: Report, units: list[Unit], deadline: float) -> None:
     """Run the units of one part, some at a time, until ``deadline`` on the monotonic clock."""
     together = TOGETHER[units[0].part]
 
     def run_unit(index: int, unit: Unit) -> Result:
-        left = deadline - time.monotonic()
-        # alone, a unit leaves a fair share to those behind it
-        weights = sum(other.weight for other in units[index:])
-        share = left if together > 1 else max(left * unit.weight / weights, 4 * LEAST_SECONDS)
-        limit = min(unit.limit, share, left)
+        limit = limit_of(units[index:], deadline - time.monotonic(), together)
         known = {"part": unit.part, "name": unit.name}
         if limit < max(LEAST_SECONDS, unit.least):
             return {**known, "outcome": "not run", "why": "the time was up"}
@@ -86,7 +101,7 @@ def run_part(report: Report, units: list[Unit], deadline: float) -> None:
 def machine() -> dict[str, Any]:
     done = run([sys.executable, str(Path(__file__).with_name("machine.py"))], 120)
     if done.code != 0:
-        return {"device": None, "error": done.tail(1)}
+        return {"device": None, "error": done.tail(1) if done.code else "asking for the device took too long"}
     found: dict[str, Any] = json.loads(done.out.strip().splitlines()[-1])
     return found
 
@@ -104,7 +119,7 @@ def commit() -> dict[str, Any]:
 
 def result_path(asked: Path | None, now: datetime) -> Path:
     if asked is None:
-        return ROOT / "benchmarks" / "results" / f"gpu-check-{now:%Y-%m-%d}.json"
+        return ROOT / "benchmarks" / "results" / f"gpu-check-{now:%Y-%m-%d-%H%M%S}.json"
     return asked / "gpu-check.json" if asked.is_dir() else asked
 
 
@@ -122,27 +137,28 @@ def main() -> int:
     deadline = time.monotonic() + options.seconds
     now = datetime.now(timezone.utc)
     where = machine()
-    if where["device"] is None and not options.dry:
-        print(f"gpu-check: {sys.executable} sees no CUDA device{': ' + where['error'] if 'error' in where else ''}")
-        return 1
     known = {"date": now.isoformat(timespec="seconds"), **commit(), "only": options.only, "dry": options.dry}
     report = Report(result_path(options.out, now), {**known, "machine": where})
+    if where["device"] is None and not options.dry:
+        why = f"{sys.executable} sees no CUDA device: {where.get('error', 'there is none')}"
+        report.add({"part": "machine", "name": "device", "outcome": "failed", "why": why})
+        return 1
     if not options.dry:
         report.add({"part": "build", "name": "compiled modules", **build(where["device"]["capability"])})
         # what was not built before could not be described either
         report.content["machine"] = machine()
-    for part in PART_NAMES:
+    start = time.monotonic()
+    for part, seconds in ends_of_parts(units, deadline - start).items():
         if chosen := [unit for unit in units if unit.part == part]:
-            later = any(unit.part in PART_NAMES[PART_NAMES.index(part) + 1 :] for unit in units)
-            left = deadline - time.monotonic()
-            run_part(report, chosen, time.monotonic() + left * (SHARES[part] if later else 1))
+            run_part(report, chosen, start + seconds)
     report.write()
     failed = report.content["failed"]
     print(
         f"gpu-check: {len(report.content['units']) - len(failed)} of {len(report.content['units'])} fine; {report.path}"
     )
-    for name in failed:
-        print(f"  failed: {name}")
+    for unit in report.content["units"]:
+        if unit["outcome"] not in ("passed", "missing"):
+            print(f"  {unit['outcome']}: {unit['part']}: {unit['name']}")
     return 1 if failed else 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import pkgutil
 import platform
 import subprocess
 from importlib import metadata
@@ -49,8 +50,11 @@ def device() -> dict[str, Any] | None:
 def kernels() -> dict[str, Any]:
     """Targets of ``msp._cuda`` and backends by op; what is not built is said so."""
     try:
+        import msp.ops
         from msp.ops import _dispatch
 
+        for module in pkgutil.iter_modules(msp.ops.__path__):  # not all of them are imported by the package
+            importlib.import_module(f"msp.ops.{module.name}")
         backends = {name: list(op.available()) for name, op in _dispatch._ops.items()}
         return {"archs": importlib.import_module("msp._cuda").archs(), "backends": backends}
     except Exception as error:
@@ -61,7 +65,6 @@ def describe() -> dict[str, Any]:
     import torch
 
     packages = (
-        "torch",
         "triton",
         "transformers",
         "numpy",
@@ -70,7 +73,8 @@ def describe() -> dict[str, Any]:
         "nvidia-cusparselt-cu12",
     )
     nvcc = first_line("sh", "-c", "nvcc --version | tail -n 1")
-    versions = {"python": platform.python_version(), "cuda": torch.version.cuda, "nvcc": nvcc}
+    versions: dict[str, str | None] = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    versions |= {"cuda": torch.version.cuda, "nvcc": nvcc}
     versions |= {package: found for package in packages if (found := version(package))}
     return {"device": device(), "versions": versions, "kernels": kernels()}
 

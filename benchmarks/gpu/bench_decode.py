@@ -8,6 +8,7 @@ is that of the logits of the same decoding, against the reference on the tokens 
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import statistics
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from gpu.runner import Context, Row, relative_error
+from gpu.runner import Context, Measured, Planned, relative_error
 from msp.allocators import Problem, get_allocator
 from msp.checkpoint import replace_linears
 from msp.model import find_structure
@@ -46,34 +47,35 @@ PROMPT, NEW, RUNS = 32, 64, 5
 BOUND = 5e-2
 
 
-def rows(context: Context) -> Iterator[Row]:
+def rows(context: Context) -> Iterator[Planned]:
+    (size,) = context.sizes(["Llama-2-7B"], small=["small"])
+    measure = functools.partial(measured, context, SMALL if context.dry else LLAMA_2_7B)
+    yield Planned("decode mixed 75 % bf16", size, measure, ("decode-speed", "decode-memory"))
+
+
+def measured(context: Context, shape: dict[str, int]) -> Measured:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    shape = SMALL if context.dry else LLAMA_2_7B
     torch.manual_seed(context.seed)
     with context.device:
         model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16).eval()
     model.generation_config.eos_token_id = None
     prompt = torch.arange(PROMPT, device=context.device)[None] * 7 % shape["vocab_size"]
-    dense_seconds, dense_bytes, _ = measure(context, model, prompt)
+    dense_seconds, dense_bytes, _ = decoded(context, model, prompt)
     pack(model)
-    seconds, allocated, generated = measure(context, model, prompt)
+    seconds, allocated, generated = decoded(context, model, prompt)
     found = torch.stack(generated.logits, dim=1)
     with torch.inference_mode(), force_backend("reference"):
         wanted = model(generated.sequences[:, :-1]).logits[:, -found.shape[1] :]
     error = relative_error(found, wanted)
     if not error <= BOUND:
-        yield Row("decode mixed 75 % bf16", "Llama-2-7B", error, BOUND)
-        return
-    yield Row(
-        "decode mixed 75 % bf16",
-        "small" if context.dry else "Llama-2-7B",
+        return Measured(error, BOUND)
+    return Measured(
         error,
         BOUND,
         median_us=seconds * 1e6,
         ratio={"dense": dense_seconds / seconds},
         method="generate" if context.dry else "generate, static cache, CUDA graphs",
-        figures=("decode-speed", "decode-memory"),
         extra={
             "memory": allocated / dense_bytes,
             "memory_gb": allocated / 1e9,
@@ -98,7 +100,7 @@ def pack(model: Any) -> None:
     fast_decode(model)
 
 
-def measure(context: Context, model: Any, prompt: torch.Tensor) -> tuple[float, int, Any]:
+def decoded(context: Context, model: Any, prompt: torch.Tensor) -> tuple[float, int, Any]:
     """Seconds a token, median of a few runs; bytes allocated meanwhile; what ``generate`` returns, with logits."""
     from transformers import StaticCache
     from transformers.generation.configuration_utils import CompileConfig
@@ -122,8 +124,7 @@ def measure(context: Context, model: Any, prompt: torch.Tensor) -> tuple[float, 
     def seconds(count: int) -> float:
         start = time.perf_counter()
         generate(count)
-        if not context.dry:
-            torch.cuda.synchronize()
+        context.synchronize()
         return time.perf_counter() - start
 
     for count in (1 + NEW, 1, 1 + NEW):  # compiled, and recorded in graphs

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from gpu.runner import Context, Row, relative_error
+from gpu.runner import Context, Measured, Planned, relative_error
 from msp.ops import fisher_diag_
 from msp.ops.fisher_diag import op
 
@@ -34,7 +35,8 @@ def gradients(x: Tensor, g: Tensor) -> Iterator[Tensor]:
         yield outputs.double().t() @ inputs.double()
 
 
-def measured(context: Context, shape: tuple[int, int, int, int]) -> Row:
+def measured(context: Context, shape: tuple[int, int, int, int], checks: bool) -> Measured:
+    """``checks``: with the look for NaN, which waits for an answer, so that no CUDA graph can be made of it."""
     sequences, tokens, height, width = shape
     nbytes = 2 * sequences * tokens * (height + width)
     pairs = context.rotate(lambda: inputs(context, shape), nbytes)
@@ -54,25 +56,21 @@ def measured(context: Context, shape: tuple[int, int, int, int]) -> Row:
 
     with context.backend("triton"):
         fisher_diag_(acc, *pairs[0])
-        return context.row(
-            "fisher_diag_ bf16",
-            "x".join(map(str, shape)),
-            # without the look for NaN, which waits for an answer
-            lambda turn: op(acc, *pairs[turn]),
-            {
-                "cuBLAS + square + add": per_sequence,
-                "cuBLAS alone": product_alone,
-                "op with its checks": lambda turn: fisher_diag_(acc, *pairs[turn]),
-            },
+        return context.measure(
+            lambda turn: (fisher_diag_ if checks else op)(acc, *pairs[turn]),
+            {"cuBLAS + square + add": per_sequence, "cuBLAS alone": product_alone},
             error=relative_error(acc, wanted),
             bound=1e-2,
             moved=nbytes + 8 * height * width,
             flops=2 * sequences * tokens * height * width,
             turns=len(pairs),
-            figures=(f"fisher-diag-{tokens}", *(("fisher-diag-rate",) if tokens == 2048 else ())),
+            graph=not checks,
         )
 
 
-def rows(context: Context) -> Iterator[Row]:
+def rows(context: Context) -> Iterator[Planned]:
     for shape in context.sizes(SHAPES, small=[(2, 16, 16, 24)]):
-        yield measured(context, shape)
+        tokens, text = shape[1], "x".join(map(str, shape))
+        figures = (f"fisher-diag-{tokens}", *(("fisher-diag-rate",) if tokens == 2048 else ()))
+        yield Planned("fisher_diag_ bf16", text, functools.partial(measured, context, shape, False), figures)
+        yield Planned("fisher_diag_ with its checks bf16", text, functools.partial(measured, context, shape, True))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
-from gpu.runner import Context, Row, relative_error
+from gpu.runner import Context, Measured, Planned, Rotation, relative_error
 from msp.ops import PackedWeight, nm_select
 from msp.ops.layouts import to_tiles
 from msp.ops.nm_linear_group import nm_linear_group
@@ -33,26 +35,48 @@ MANY_TOKENS = [65, 128, 512, 2048]
 BOUND = 1e-2
 
 
-def rows(context: Context) -> Iterator[Row]:
-    shapes = [shape for model in SHAPES.values() for shape in model]
-    shapes = sorted(context.sizes(shapes, small=[(32, 512)]), key=lambda shape: -shape[0] * shape[1])
-    # what the figures need comes first, on every shape; then the breadth, on one shape of each kind
-    for shape in shapes:
-        yield from one_shape(context, shape, [("2:8", 1), ("2:4", 1), ("4:8", 1), ("2:8", 16)])
-    many = [(pattern, tokens) for tokens in context.sizes(MANY_TOKENS, small=[65]) for pattern in ("2:8", "5:8")]
-    yield from one_shape(context, shapes[0], many, kept=not context.dry)
-    for shape in dict.fromkeys((shapes[0], shapes[-1])):
-        yield from one_shape(context, shape, [(pattern, 1) for pattern in ONE_TOKEN])
-        yield from one_shape(context, shape, [("2:8", tokens) for tokens in FEW_TOKENS])
-        yield from one_shape(context, shape, [(pattern, 8) for pattern in ("1:8", "3:8", "4:8", "2:16", "5:8")])
-    yield from one_shape(context, shapes[0], many)
-    for tokens in (1, 8):
-        yield from one_shape(context, shapes[0], [("2:8", tokens)], torch.float16)
+def rows(context: Context) -> Iterator[Planned]:
+    @functools.lru_cache(1)
+    def weights(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Rotation[Tensor]]:
+        dense = context.randn(*shape, dtype=dtype)
+        return dense, context.rotate(dense.clone, dense.nbytes)
+
+    def measure(shape: tuple[int, int], text: str, tokens: int, dtype: torch.dtype, kept: bool) -> Measured:
+        dense, copies = weights(shape, dtype)
+        return one_linear(context, nm_select(dense, NMPattern.parse(text)), copies, tokens, kept)
+
+    for shape, text, tokens, dtype, kept in dict.fromkeys(cases(context)):
+        name = f"nm_linear {text} {str(dtype).removeprefix('torch.')} {tokens} tokens{', kept' if kept else ''}"
+        now = functools.partial(measure, shape, text, tokens, dtype, kept)
+        counts = figures(NMPattern.parse(text), tokens, shape[0] * shape[1], kept) if dtype == torch.bfloat16 else ()
+        yield Planned(name, "x".join(map(str, shape)), now, counts)
     for name, (outs, columns) in context.sizes(list(TOGETHER.items()), small=[("small", ((32, 16), 512))]):
-        yield one_group(context, name, outs, columns)
+        now = functools.partial(one_group, context, outs, columns)
+        yield Planned(f"nm_linear_group 2:8 bfloat16 1 tokens {name}", f"{'+'.join(map(str, outs))}x{columns}", now)
 
 
-def one_group(context: Context, name: str, outs: tuple[int, ...], columns: int) -> Row:
+def cases(context: Context) -> Iterator[tuple[tuple[int, int], str, int, torch.dtype, bool]]:
+    """Shape, pattern, tokens, dtype, and whether with what ``msp.fast_prefill`` keeps.
+
+    Some on every shape, then the breadth, on the largest and the smallest.
+    """
+    every = [shape for model in SHAPES.values() for shape in model]
+    shapes = sorted(context.sizes(every, small=[(32, 512)]), key=lambda shape: -shape[0] * shape[1])
+    half = torch.bfloat16
+    for shape in shapes:
+        for text, tokens in (("2:8", 1), ("2:4", 1), ("4:8", 1), ("2:8", 16)):
+            yield shape, text, tokens, half, False
+    for shape in (shapes[0], shapes[-1]):
+        yield from ((shape, text, 1, half, False) for text in ONE_TOKEN)
+        yield from ((shape, "2:8", tokens, half, False) for tokens in FEW_TOKENS)
+        yield from ((shape, text, 8, half, False) for text in ("1:8", "3:8", "4:8", "2:16", "5:8"))
+    for kept in (False,) if context.dry else (True, False):
+        for tokens in context.sizes(MANY_TOKENS, small=[65]):
+            yield from ((shapes[0], text, tokens, half, kept) for text in ("2:8", "5:8"))
+    yield from ((shapes[0], "2:8", tokens, torch.float16, False) for tokens in (1, 8))
+
+
+def one_group(context: Context, outs: tuple[int, ...], columns: int) -> Measured:
     """Weights of one input on one token, in one launch and in one each."""
     pattern = NMPattern.parse("2:8")
     weights = [nm_select(context.randn(out, columns), pattern) for out in outs]
@@ -76,9 +100,7 @@ def one_group(context: Context, name: str, outs: tuple[int, ...], columns: int) 
         return [torch.nn.functional.linear(x, one) for one in dense_copies[turn]]
 
     with context.backend("cuda"):
-        return context.row(
-            f"nm_linear_group 2:8 bfloat16 1 tokens {name}",
-            f"{'+'.join(map(str, outs))}x{columns}",
+        return context.measure(
             together,
             {"one by one": one_by_one, "cuBLAS": cublas},
             error=relative_error(torch.cat(together(0), -1), x.double() @ torch.cat(dense).double().T),
@@ -89,22 +111,9 @@ def one_group(context: Context, name: str, outs: tuple[int, ...], columns: int) 
         )
 
 
-def one_shape(
-    context: Context,
-    shape: tuple[int, int],
-    cases: list[tuple[str, int]],
-    dtype: torch.dtype = torch.bfloat16,
-    kept: bool = False,
-) -> Iterator[Row]:
-    out, columns = shape
-    dense = context.randn(out, columns, dtype=dtype)
-    dense_copies = context.rotate(dense.clone, dense.nbytes)
-    for text, tokens in cases:
-        packed = nm_select(dense, NMPattern.parse(text))
-        yield one_row(context, packed, dense_copies, text, tokens, kept)
-
-
-def one_row(context: Context, packed: PackedWeight, dense_copies: object, text: str, tokens: int, kept: bool) -> Row:
+def one_linear(
+    context: Context, packed: PackedWeight, dense_copies: Rotation[Tensor], tokens: int, kept: bool
+) -> Measured:
     """``kept``: with what ``msp.fast_prefill`` keeps."""
     (out, columns), pattern = packed.shape, packed.pattern
     x, bias = context.randn(tokens, columns, dtype=packed.dtype), context.randn(out, dtype=packed.dtype)
@@ -120,13 +129,11 @@ def one_row(context: Context, packed: PackedWeight, dense_copies: object, text: 
         return y
 
     def cublas(turn: int) -> torch.Tensor:
-        return torch.nn.functional.linear(x, dense_copies[turn], bias)  # type: ignore[index]
+        return torch.nn.functional.linear(x, dense_copies[turn], bias)
 
     wanted = x.double() @ packed.unpack().double().T + bias.double()
     with context.backend("cuda"):
-        return context.row(
-            f"nm_linear {text} {str(packed.dtype).removeprefix('torch.')} {tokens} tokens{', kept' if kept else ''}",
-            f"{out}x{columns}",
+        return context.measure(
             ours,
             {"cuBLAS": cublas},
             error=relative_error(ours(0), wanted),
@@ -134,7 +141,6 @@ def one_row(context: Context, packed: PackedWeight, dense_copies: object, text: 
             moved=packed.nbytes + (tokens * (columns + out) + out) * 2,
             flops=2 * tokens * out * columns * pattern.n // pattern.m,
             turns=len(copies),
-            figures=figures(pattern, tokens, out * columns, kept),
         )
 
 

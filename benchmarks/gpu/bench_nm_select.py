@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpu.runner import Context, Rotation, Row
+from gpu.runner import Context, Measured, Missing, Planned, Rotation
 from msp.ops import PackedWeight, nm_keep, nm_rank, nm_select
 from msp.ops.nm_select import launch
 from msp.ops.scoring import Terms, score
 from msp.patterns import NMPattern
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TOPK_ELSEWHERE = Missing("beside wanda 2:8 bf16 only")
 
 
 def scorings(context: Context, rows: int, columns: int) -> dict[str, dict[str, Tensor]]:
@@ -39,12 +41,15 @@ def topk(weight: Tensor, terms: Terms, pattern: NMPattern) -> tuple[Tensor, Tens
 
 def kept_less(weight: Tensor, terms: Terms, pattern: NMPattern, kept: Tensor) -> float:
     """By how much the scores of what is kept fall short of the best there are, which ties do not change."""
-    scores = score(weight, terms).double().view(len(weight), -1, pattern.m)
-    best = scores.topk(pattern.n, dim=-1).values.sum()
-    return float((best - (scores * kept.view_as(scores)).sum()).abs() / best)
+    scores = score(weight, terms).view(len(weight), -1, pattern.m)
+    # topk takes many times as long as sort where the slices are so small
+    best = scores.sort(dim=-1, descending=True).values[..., : pattern.n].sum(dtype=torch.float64)
+    return float((best - (scores * kept.view_as(scores)).sum(dtype=torch.float64)).abs() / best)
 
 
-def select_row(context: Context, weights: Rotation[Tensor], name: str, pattern: NMPattern, dtype: str) -> Row:
+def select(context: Context, weights: Rotation[Tensor], name: str, pattern: NMPattern) -> Measured:
+    # once for a shape: with millions of small slices torch's way takes as long as many rows
+    alike = (name, str(pattern), weights[0].dtype) == ("wanda", "2:8", torch.bfloat16)
     given = scorings(context, *weights[0].shape)[name]
     terms = Terms(**given)
 
@@ -53,21 +58,18 @@ def select_row(context: Context, weights: Rotation[Tensor], name: str, pattern: 
 
     with context.backend("cuda"):
         packed = op(0)
-        return context.row(
-            f"nm_select {name} {pattern} {dtype}",
-            "x".join(map(str, weights[0].shape)),
+        return context.measure(
             # without the wait for what it says of NaN
             op if context.dry else lambda turn: launch(weights[turn], terms, pattern.n, pattern.m, False),
-            {"torch topk": lambda turn: topk(weights[turn], terms, pattern)},
+            {"torch topk": (lambda turn: topk(weights[turn], terms, pattern)) if alike else TOPK_ELSEWHERE},
             error=kept_less(weights[0], terms, pattern, packed.kept()),
             bound=1e-12,
             moved=weights[0].nbytes + sum(term.nbytes for term in given.values()) + packed.nbytes,
             turns=len(weights),
-            figures=("select-bandwidth",) if dtype == "bf16" else (),
         )
 
 
-def rank_row(context: Context, weights: Rotation[Tensor], m: int) -> Row:
+def rank(context: Context, weights: Rotation[Tensor], m: int) -> Measured:
     given = scorings(context, *weights[0].shape)["wanda"]
 
     def argsort(turn: int) -> Tensor:
@@ -76,21 +78,19 @@ def rank_row(context: Context, weights: Rotation[Tensor], m: int) -> Row:
         return order.argsort(dim=-1).to(torch.uint8).view_as(scores)
 
     with context.backend("triton"):
-        rank = nm_rank(weights[0], m, **given)
-        return context.row(
-            f"nm_rank wanda {m} bf16",
-            "x".join(map(str, weights[0].shape)),
+        found = nm_rank(weights[0], m, **given)
+        return context.measure(
             lambda turn: nm_rank(weights[turn], m, **given),
             {"torch argsort": argsort},
-            error=float((rank != argsort(0)).double().mean()),
+            error=float((found != argsort(0)).double().mean()),
             bound=0.0,
-            moved=weights[0].nbytes + rank.nbytes,
+            moved=weights[0].nbytes + found.nbytes,
             turns=len(weights),
             graph=False,
         )
 
 
-def keep_row(context: Context, weights: Rotation[Tensor]) -> Row:
+def keep(context: Context, weights: Rotation[Tensor]) -> Measured:
     ranks = Rotation([nm_rank(weight, 8) for weight in weights.items])
     out, zero = torch.empty_like(weights[0]), torch.zeros((), dtype=weights[0].dtype, device=context.device)
 
@@ -99,9 +99,7 @@ def keep_row(context: Context, weights: Rotation[Tensor]) -> Row:
 
     with context.backend("triton"):
         nm_keep(weights[0], ranks[0], 2, out=out)
-        return context.row(
-            "nm_keep 2:8 bf16",
-            "x".join(map(str, out.shape)),
+        return context.measure(
             lambda turn: nm_keep(weights[turn], ranks[turn], 2, out=out),
             {"torch where": where},
             error=float((out != where(0)).double().mean()),
@@ -111,14 +109,25 @@ def keep_row(context: Context, weights: Rotation[Tensor]) -> Row:
         )
 
 
-def rows(context: Context) -> Iterator[Row]:
+def rows(context: Context) -> Iterator[Planned]:
+    @functools.lru_cache(1)
+    def weights(shape: tuple[int, int], dtype: str) -> Rotation[Tensor]:
+        return context.rotate(functools.partial(context.randn, *shape, dtype=DTYPES[dtype]), shape[0] * shape[1])
+
+    def planned(name: str, shape: tuple[int, int], dtype: str, measure: Any, *more: Any, figures: Any = ()) -> Planned:
+        def now() -> Measured:
+            found: Measured = measure(context, weights(shape, dtype), *more)
+            return found
+
+        return Planned(f"{name} {dtype}", "x".join(map(str, shape)), now, figures)
+
     for shape in context.sizes([(8192, 8192), (11008, 16384)], small=[(64, 64)]):
         for dtype, patterns in (("bf16", ("2:8", "2:4", "4:16", "8:32")), ("fp32", ("2:8",))):
-            weights = context.rotate(functools.partial(context.randn, *shape, dtype=DTYPES[dtype]), shape[0] * shape[1])
+            figures = ("select-bandwidth",) if dtype == "bf16" else ()
             for text in patterns:
                 for name in ("magnitude", "wanda", "ria", "fisher", "given"):
-                    yield select_row(context, weights, name, NMPattern.parse(text), dtype)
-            if dtype == "bf16":
-                for m in (4, 8, 16, 32):
-                    yield rank_row(context, weights, m)
-                yield keep_row(context, weights)
+                    pattern = NMPattern.parse(text)
+                    yield planned(f"nm_select {name} {text}", shape, dtype, select, name, pattern, figures=figures)
+        for m in (4, 8, 16, 32):
+            yield planned(f"nm_rank wanda {m}", shape, "bf16", rank, m)
+        yield planned("nm_keep 2:8", shape, "bf16", keep)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gpu import cublaslt
-from gpu.runner import Call, Context, Missing, Rotation, Row, relative_error
+from gpu.runner import Call, Context, Measured, Missing, Planned, Rotation, relative_error
 from msp.ops import PackedWeight, nm_select
 from msp.ops.nm_spmm import nm_spmm, nm_spmm_packed, pack
 from msp.patterns import NMPattern
@@ -116,27 +117,22 @@ def packed_each_time(inputs: Rotation[Inputs]) -> Call:
     return call
 
 
-def row(context: Context, pattern: str, kept: bool, rows: int, columns: int, tokens: int) -> Row:
+def measured(context: Context, pattern: str, kept: bool, rows: int, columns: int, tokens: int) -> Measured:
     moved = 2 * tokens * (rows + columns) + rows * columns * 9 // 8
     inputs = context.rotate(lambda: make(context, pattern, rows, columns, tokens), moved)
     ours = kept_in_order(context, inputs) if kept else packed_each_time(inputs)
     libraries = ("cuBLAS", "cuBLASLt")
     peers: dict[str, Call | Missing] = {name: dense(context, inputs, name.lower()) for name in libraries}
-    figures: list[str] = []
     extra: dict[str, float] = {}
     if kept:
         peers["cuSPARSELt"] = checked(cusparselt, inputs)
-        figures = ["spmm-cusparselt", "spmm-cusparselt-worst"]
     # the search takes its time, so only where a figure asks for it
-    if kept and tokens >= 2048:
+    if "spmm-dense" in figures(kept, tokens):
         peers["cuBLASLt best"] = searched = checked(cublaslt_best, inputs)
-        figures += ["spmm-dense", "spmm-dense-torch"]
         if not isinstance(searched, Missing):
             extra["cublaslt_algorithms"] = searched.tried
     first = inputs[0]
-    return context.row(
-        f"nm_spmm {pattern} bf16{'' if kept else ', packed each time'}",
-        f"{tokens}x{rows}x{columns}",
+    return context.measure(
         ours,
         peers,
         error=relative_error(ours(0), first.x.float() @ first.dense.float().t()),
@@ -144,18 +140,29 @@ def row(context: Context, pattern: str, kept: bool, rows: int, columns: int, tok
         moved=moved,
         flops=2 * tokens * rows * columns,
         turns=len(inputs),
-        figures=tuple(figures),
         extra=extra,
     )
 
 
-def rows(context: Context) -> Iterator[Row]:
+def figures(kept: bool, tokens: int) -> tuple[str, ...]:
+    """The figures that a row counts for."""
+    dense = ("spmm-dense", "spmm-dense-torch") if tokens >= 2048 else ()
+    return ("spmm-cusparselt", "spmm-cusparselt-worst", *dense) if kept else ()
+
+
+def rows(context: Context) -> Iterator[Planned]:
     # what the sum is compared with must not itself be rounded to tf32
     torch.backends.cuda.matmul.allow_tf32 = False
-    with context.backend("cuda"):
-        for tokens in context.sizes(TOKENS, small=[3, 70]):
-            for shape in context.sizes(SHAPES, small=[(48, 64)]):
-                yield row(context, "2:4", True, *shape, tokens)
-            for pattern in ("2:8", "4:8"):
-                for shape in context.sizes([(4096, 4096), (14336, 4096)], small=[(24, 64)]):
-                    yield row(context, pattern, False, *shape, tokens)
+
+    def measure(*case: Any) -> Measured:
+        with context.backend("cuda"):
+            return measured(context, *case)
+
+    wide = context.sizes(SHAPES, small=[(48, 64)])
+    some = context.sizes([(4096, 4096), (14336, 4096)], small=[(24, 64)])
+    for tokens in context.sizes(TOKENS, small=[3, 70]):
+        for pattern, kept, shapes in (("2:4", True, wide), ("2:8", False, some), ("4:8", False, some)):
+            name = f"nm_spmm {pattern} bf16{'' if kept else ', packed each time'}"
+            for rows, columns in shapes:
+                now = functools.partial(measure, pattern, kept, rows, columns, tokens)
+                yield Planned(name, f"{tokens}x{rows}x{columns}", now, figures(kept, tokens))

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from sparsegpt import BLOCK, error_where_the_choice_agrees, make, published
 from torch import Tensor
 
-from gpu.runner import Context, Row
+from gpu.runner import Context, Measured, Missing, Planned
 from msp.ops import obs_prune
 from msp.ops.obs_prune import op
 from msp.patterns import NMPattern
 
 
-def measured(context: Context, weight: Tensor, factor: Tensor, pattern: NMPattern) -> Row:
-    size, n, m = len(weight), pattern.n, pattern.m
+def measured(context: Context, inputs: tuple[Tensor, Tensor], pattern: NMPattern, loop: bool) -> Measured:
+    """``loop``: beside the published one, which takes long."""
+    (weight, factor), n, m = inputs, pattern.n, pattern.m
+    size = len(weight)
     # as many operations as the trailing updates have, in one go
     a, b = context.randn(size, size // 2, dtype=torch.float32), context.randn(size // 2, size, dtype=torch.float32)
     with context.backend("cuda"):
         updated, kept = op(weight, factor, n, m, BLOCK)
-        return context.row(
-            f"obs_prune {pattern} fp32",
-            f"{size}x{size}",
+        return context.measure(
             lambda turn: obs_prune(weight, factor, pattern),
             {
-                "torch loop": lambda turn: published(weight, factor, n, m),
+                "torch loop": (lambda turn: published(weight, factor, n, m)) if loop else Missing("with 2:8 only"),
                 "unpacked": lambda turn: op(weight, factor, n, m, BLOCK),
                 "one fp32 product": lambda turn: torch.mm(a, b),
             },
@@ -34,12 +35,19 @@ def measured(context: Context, weight: Tensor, factor: Tensor, pattern: NMPatter
             flops=size**3,
             # it looks at its inputs and outputs for NaN, and waits for the answer
             graph=False,
-            figures=("obs-prune",) if (size, n, m) == (4096, 2, 8) else (),
         )
 
 
-def rows(context: Context) -> Iterator[Row]:
+def rows(context: Context) -> Iterator[Planned]:
+    @functools.lru_cache(1)
+    def inputs(size: int) -> tuple[Tensor, Tensor]:
+        weight, factor = make(size)
+        return weight.to(context.device), factor.to(context.device)
+
+    def measure(size: int, text: str) -> Measured:
+        return measured(context, inputs(size), NMPattern.parse(text), loop=text == "2:8")
+
     for size in context.sizes([4096, 8192], small=[64]):
-        weight, factor = (tensor.to(context.device) for tensor in make(size))
         for text in ("2:8", "2:4", "4:16", "8:32"):
-            yield measured(context, weight, factor, NMPattern.parse(text))
+            figures = ("obs-prune",) if (size, text) == (4096, "2:8") else ()
+            yield Planned(f"obs_prune {text} fp32", f"{size}x{size}", functools.partial(measure, size, text), figures)

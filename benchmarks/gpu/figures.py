@@ -1,4 +1,4 @@
-"""The figures a GPU should reach, and how the rows that name one (``Row.figures``) make its value.
+"""The figures a GPU should reach, and how the rows that name one (``Planned.figures``) make its value.
 
 Rows and roofs are as in the result of ``make gpu-check``: dicts. A value is the worst of its rows unless it says
 otherwise; there is none while a row lacks what it needs.

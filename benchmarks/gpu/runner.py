@@ -1,24 +1,26 @@
 """One way to measure for every GPU benchmark: our call beside its peers, cold L2, the error in the same row.
 
-A benchmark is a file ``benchmarks/gpu/bench_<op>.py`` with one function::
+A benchmark is a file ``benchmarks/gpu/bench_<op>.py`` with a function that says which rows there are to measure; what
+they need is made when their turn comes, since some will fail and for some there will be no time::
 
-    from gpu.runner import Context, Row, relative_error
+    from gpu.runner import Context, Measured, Planned, relative_error
 
-    def rows(context: Context) -> Iterator[Row]:
+    def measured(context: Context, size: int) -> Measured:
+        weights = context.rotate(lambda: context.randn(size, size), size * size * 2)
+        with context.backend("cuda"):
+            return context.measure(
+                lambda turn: nm_example(weights[turn]),
+                {"cuBLAS": lambda turn: torch.mm(weights[turn], other), "cuSPARSELt": Missing("not in this torch")},
+                error=relative_error(nm_example(weights[0]), wanted),
+                bound=1e-2,
+                moved=...,
+                flops=...,
+            )
+
+    def rows(context: Context) -> Iterator[Planned]:
         for size in context.sizes([8192, 16384], small=[64]):
-            weights = context.rotate(lambda: context.randn(size, size), size * size * 2)
-            with context.backend("cuda"):
-                yield context.row(
-                    "nm_example bf16",
-                    f"{size}x{size}",
-                    lambda turn: nm_example(weights[turn]),
-                    {"cuBLAS": lambda turn: torch.mm(weights[turn], other), "cuSPARSELt": Missing("not in this torch")},
-                    error=relative_error(nm_example(weights[0]), wanted),
-                    bound=1e-2,
-                    moved=...,
-                    flops=...,
-                    figures=("example-bandwidth",),
-                )
+            measure = functools.partial(measured, context, size)
+            yield Planned("nm_example bf16", f"{size}x{size}", measure, ("example-bandwidth",))
 
 ``python -m gpu [op ...]`` in ``benchmarks/`` runs them, one JSON object a line; ``make gpu-check`` does so too. With
 ``--dry`` small shapes run on the CPU through whatever backend serves there: it shows that a benchmark runs, not how
@@ -33,6 +35,7 @@ import math
 import statistics
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -52,6 +55,8 @@ ROTATED_CACHES = 4
 # A row is sampled about so long in all, at least and at most so many times.
 ROW_SECONDS = 0.15
 FEWEST_SAMPLES, MOST_SAMPLES = 7, 101
+# Fewer will do where one of each takes so long.
+SLOW_SECONDS, FEWEST_SLOW_SAMPLES = 0.3, 3
 
 T = TypeVar("T")
 # Takes the number of its turn, by which it picks its inputs.
@@ -66,25 +71,21 @@ class Missing:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of a table.
+class Measured:
+    """What was found for one line of a table.
 
     Attributes:
-        name, shape: what ran, like ``nm_select wanda 2:8 bf16``, and on what, like ``8192x8192``.
         error, bound: of ours against a better computation; above the bound (or NaN) there is no speed.
         median_us: microseconds a call.
         gbps, tflops: 1e9 bytes that must move and 1e12 operations a second.
         percent_of_roof: the time that measured copy bandwidth or dense bf16 rate would need, whichever is longer, in
             percent of the median.
         ratio: peer -> its median over ours; above 1 ours is faster.
-        missing: peer -> why it was not measured.
+        missing: peer -> why it was not measured, and ``CUDA graph`` -> why there is none.
         method: ``graph`` (replays of a CUDA graph) or ``events`` (single calls after a flush of L2).
-        figures: the figures (``gpu.figures``) this row counts for.
         extra: anything else measured, by name.
     """
 
-    name: str
-    shape: str
     error: float
     bound: float
     median_us: float | None = None
@@ -94,13 +95,12 @@ class Row:
     ratio: dict[str, float] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     method: str | None = None
-    figures: tuple[str, ...] = ()
     extra: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.in_bound == (self.median_us is None):
             raise ValueError(
-                f"{self.name} {self.shape}: an error of {self.error:.2g} against a bound of {self.bound:.2g} "
+                f"an error of {self.error:.2g} against a bound of {self.bound:.2g} "
                 f"{'needs a' if self.in_bound else 'allows no'} speed"
             )
 
@@ -110,8 +110,36 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """Without what is empty; an error that is no number as a string, which JSON can hold."""
-        kept = {key: value for key, value in asdict(self).items() if value not in (None, {}, ())}
+        kept = {key: value for key, value in asdict(self).items() if value not in (None, {})}
         return {**kept, "error": self.error if math.isfinite(self.error) else str(self.error)}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A row before it is measured.
+
+    Attributes:
+        name, shape: what runs, like ``nm_select wanda 2:8 bf16``, and on what, like ``8192x8192``.
+        figures: the figures (``gpu.figures``) it counts for; rows that count for some are measured first.
+    """
+
+    name: str
+    shape: str
+    measure: Callable[[], Measured]
+    figures: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The row, measured now; one that fails says why in ``failed``."""
+        try:
+            found = self.measure().to_json()
+        except Exception as problem:
+            found = {"failed": told(problem)}
+        figures = {"figures": list(self.figures)} if self.figures else {}
+        return {"name": self.name, "shape": self.shape, **found, **figures}
+
+
+def told(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {problem}".split("\n")[0]
 
 
 class Rotation(Generic[T]):
@@ -179,13 +207,23 @@ class Context:
         source = self.randn(copied // 2)
         target = torch.empty_like(source)
         a, b = self.randn(size, size), self.randn(size, size)
-        medians = self._medians({"copy": lambda _: target.copy_(source), "mm": lambda _: torch.mm(a, b)}, 1, False)[0]
+        calls: dict[str, Call] = {"copy": lambda _: target.copy_(source), "mm": lambda _: torch.mm(a, b)}
+        medians = self._medians(self._one_by_one(calls))
         return Roofs(2 * source.nbytes / medians["copy"] * 1e-3, 2 * size**3 / medians["mm"] * 1e-6)
 
-    def row(
+    def clocks_under_load(self) -> str | None:
+        """Of a GPU that is busy with dense products while it is asked."""
+        if self.dry:
+            return None
+        a = self.randn(8192, 8192)
+        for _ in range(500):  # well over half a second
+            torch.mm(a, a)
+        found = clocks()
+        self.synchronize()
+        return found
+
+    def measure(
         self,
-        name: str,
-        shape: str,
         ours: Call,
         peers: dict[str, Call | Missing] | None = None,
         *,
@@ -195,9 +233,8 @@ class Context:
         flops: int | None = None,
         turns: int = 8,
         graph: bool = True,
-        figures: tuple[str, ...] = (),
         extra: dict[str, float] | None = None,
-    ) -> Row:
+    ) -> Measured:
         """Measure ``ours`` and the peers in turn; none of it where ``error`` is not within ``bound``.
 
         Args:
@@ -205,10 +242,10 @@ class Context:
             moved: bytes that must move; flops: operations (dense-equivalent ones for a sparse product).
             turns: turns after which the inputs come round again, the longest ``len`` of what ``rotate`` gave.
             graph: False where a call is known to synchronise, so that no CUDA graph can be made of it.
-            figures, extra: see ``Row``.
+            extra: see ``Measured``.
         """
         if not error <= bound:
-            return Row(name, shape, error, bound, figures=figures)
+            return Measured(error, bound)
         missing, calls = {}, {"ours": ours}
         for peer, call in (peers or {}).items():
             if isinstance(call, Missing):
@@ -216,16 +253,17 @@ class Context:
                 continue
             try:
                 call(0)
-                self._synchronize()
+                self.synchronize()
             except Exception as problem:
-                missing[peer] = f"{type(problem).__name__}: {problem}".split("\n")[0]
+                missing[peer] = told(problem)
             else:
                 calls[peer] = call
-        medians, method = self._medians(calls, turns, graph)
+        samplers, method, no_graph = self.samplers(calls, turns, graph)
+        if no_graph:
+            missing["CUDA graph"] = no_graph
+        medians = self._medians(samplers)
         median = medians["ours"]
-        return Row(
-            name,
-            shape,
+        return Measured(
             error,
             bound,
             median_us=median,
@@ -235,33 +273,43 @@ class Context:
             ratio={peer: value / median for peer, value in medians.items() if peer != "ours"},
             missing=missing,
             method=method,
-            figures=figures,
             extra=extra or {},
         )
 
-    def samplers(self, calls: dict[str, Call], turns: int, graph: bool) -> tuple[dict[str, Sampler], str]:
-        """One sampler a call, all of one kind, so that the comparison is fair: graphs where all can be captured."""
+    def samplers(self, calls: dict[str, Call], turns: int, graph: bool) -> tuple[dict[str, Sampler], str, str]:
+        """One sampler a call, all of one kind, so that the comparison is fair: graphs where all can be captured.
+
+        Then their method, and why there are no graphs where they were asked for.
+        """
         if self.dry:
-            return {name: HostSampler(call) for name, call in calls.items()}, "host"
+            return self._one_by_one(calls), "host", ""
+        why = ""
         if graph:
             try:
-                return {name: GraphSampler(call, turns) for name, call in calls.items()}, "graph"
-            except RuntimeError:
+                return {name: GraphSampler(call, turns) for name, call in calls.items()}, "graph", ""
+            except RuntimeError as problem:
+                why = told(problem)
                 torch.cuda.synchronize()
-        return {name: EventSampler(call, ROTATED_CACHES * self.l2_bytes) for name, call in calls.items()}, "events"
+        return self._one_by_one(calls), "events", why
 
-    def _medians(self, calls: dict[str, Call], turns: int, graph: bool) -> tuple[dict[str, float], str]:
-        """Microseconds a call, and how they were measured."""
-        samplers, method = self.samplers(calls, turns, graph)
+    def _one_by_one(self, calls: dict[str, Call]) -> dict[str, Sampler]:
+        if self.dry:
+            return {name: HostSampler(call) for name, call in calls.items()}
+        return {name: EventSampler(call, ROTATED_CACHES * self.l2_bytes) for name, call in calls.items()}
+
+    @staticmethod
+    def _medians(samplers: dict[str, Sampler]) -> dict[str, float]:
+        """Microseconds a call."""
         start = time.perf_counter()
         for sample in samplers.values():
             sample()
         once = time.perf_counter() - start
-        samples = max(FEWEST_SAMPLES, min(MOST_SAMPLES, int(ROW_SECONDS / once)))
+        fewest = FEWEST_SAMPLES if once < SLOW_SECONDS else FEWEST_SLOW_SAMPLES
+        samples = max(fewest, min(MOST_SAMPLES, int(ROW_SECONDS / once)))
         times = take_turns(samplers, samples)
-        return {name: statistics.median(values) for name, values in times.items()}, method
+        return {name: statistics.median(values) for name, values in times.items()}
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
         if not self.dry:
             torch.cuda.synchronize()
 
@@ -288,19 +336,31 @@ def registry() -> dict[str, Path]:
 
 
 def records(op: str, context: Context) -> Iterator[dict[str, Any]]:
-    """What ``bench_<op>`` yields as it comes: clocks, a record for each row, clocks and whether it got to its end.
+    """What ``bench_<op>`` finds, as it comes: what was planned, a record for each row, and how it ended.
 
-    Between rows it stops when the context's time is up. An exception ends it and is a record too.
+    The first has clocks (idle and under load), roofs, and figure -> how many rows it is to be made of. The rows that
+    figures are made of come first. None is begun when the context's time is up; one that fails takes no other along
+    unless it broke the device's context.
     """
-    yield {"op": op, "seed": context.seed, "clocks": None if context.dry else clocks()}
-    ended: dict[str, Any] = {"complete": True}
+    start: dict[str, Any] = {"op": op, "seed": context.seed, "clocks": None if context.dry else clocks()}
     try:
-        for row in importlib.import_module(f"gpu.bench_{op}").rows(context):
-            yield {"op": op, "row": row.to_json()}
-            if time.monotonic() > context.deadline:
-                ended = {"complete": False, "cut_short": True, "why": "its time was up"}
-                break
-        ended["roofs"] = asdict(context.roofs)
+        plan = sorted(importlib.import_module(f"gpu.bench_{op}").rows(context), key=lambda row: not row.figures)
+        start["figures"] = Counter(figure for row in plan for figure in row.figures)
+        start |= {"roofs": asdict(context.roofs), "clocks_under_load": context.clocks_under_load()}
     except Exception as problem:
-        ended = {"complete": False, "why": f"{type(problem).__name__}: {problem}"}
+        yield start
+        yield {"op": op, "complete": False, "why": told(problem)}
+        return
+    yield start
+    ended: dict[str, Any] = {"complete": True}
+    for index, row in enumerate(plan):
+        if time.monotonic() > context.deadline:
+            ended = {"complete": False, "cut_short": True, "why": f"its time was up after {index} of {len(plan)} rows"}
+            break
+        yield {"op": op, "row": row.to_json()}
+        try:
+            context.synchronize()
+        except Exception as problem:
+            ended = {"complete": False, "why": f"{row.name} {row.shape}: {told(problem)}"}
+            break
     yield {"op": op, **ended, "clocks": None if context.dry else clocks()}

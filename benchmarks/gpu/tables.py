@@ -1,16 +1,18 @@
-"""Fills the GPU figures of docs/results.md from the newest result of ``make gpu-check``.
+"""Fills the GPU figures of docs/results.md from the newest results of ``make gpu-check``.
 
-``python -m gpu.tables [gpu-check.json]`` in ``benchmarks/``. What no row of that result measured stays "not measured".
+``python -m gpu.tables [gpu-check.json ...]`` in ``benchmarks/``: of each benchmark, the newest of these results (or of
+all that are committed) that has rows of it. What no row measured stays "not measured", and a figure of which rows are
+missing is none.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from gpu.figures import FIGURES, Figure
+from gpu.figures import FIGURES, Entry, Figure
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "results.md"
@@ -18,60 +20,78 @@ START, END = "<!-- table:gpu -->", "<!-- /table:gpu -->"
 NOT_MEASURED = "not measured"
 
 
-def newest_result() -> dict[str, Any] | None:
-    """Of the result files that ran benchmarks; a dry run's are none."""
-    for path in sorted((ROOT / "benchmarks" / "results").glob("gpu-check-*.json"), reverse=True):
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not result["dry"] and any(unit["part"] == "bench" for unit in result["units"]):
-            return {**result, "file": path.relative_to(ROOT).as_posix()}
-    return None
+def newest_benchmarks(paths: Iterable[Path]) -> dict[str, Entry]:
+    """op -> what the newest result that has rows of it says of its benchmark, and in ``of`` of the run.
+
+    A dry run says nothing.
+    """
+    found: dict[str, Entry] = {}
+    read = [{**json.loads(path.read_text(encoding="utf-8")), "file": path.name} for path in paths]
+    for result in sorted(read, key=lambda result: result["date"]):
+        if not result["dry"]:
+            units = [unit for unit in result["units"] if unit["part"] == "bench" and unit.get("rows")]
+            found |= {unit["name"]: {**unit, "of": result} for unit in units}
+    return found
 
 
-def measured(key: str, figure: Figure, result: dict[str, Any] | None) -> str:
-    """What the result says of one figure, and whether that is enough; why it says nothing where it tried."""
-    units = [] if result is None else [unit for unit in result["units"] if unit["part"] == "bench"]
-    unit = next((unit for unit in units if unit["name"] == figure.op), None)
-    rows = [] if unit is None else [row for row in unit.get("rows", []) if key in row.get("figures", [])]
-    if unit is None or not rows:
+def committed() -> list[Path]:
+    return list((ROOT / "benchmarks" / "results").glob("gpu-check-*.json"))
+
+
+def measured(key: str, figure: Figure, benchmark: Entry | None) -> str:
+    """What a benchmark says of one figure, and whether that is enough; why it says nothing where it tried."""
+    rows = [row for row in benchmark["rows"] if key in row.get("figures", [])] if benchmark else []
+    if not benchmark or not rows:
         return NOT_MEASURED
-    if wrong := [row for row in rows if "median_us" not in row]:
+    wrong = [row for row in rows if "median_us" not in row and "failed" not in row]
+    if wrong:
         return f"{NOT_MEASURED}: the error of {len(wrong)} of {len(rows)} rows is out of bound"
+    fine, needed = [row for row in rows if "median_us" in row], benchmark["figures"][key]
+    if len(fine) < needed:
+        why = next((row["failed"] for row in rows if "failed" in row), benchmark["outcome"])
+        return f"incomplete: {len(fine)} of {needed} rows: {why}"
     try:
-        value = figure.value(rows, unit.get("roofs", {}))
+        value = figure.value(fine, benchmark.get("roofs", {}))
     except KeyError as missing:
         why = next((row["missing"][missing.args[0]] for row in rows if missing.args[0] in row.get("missing", {})), None)
         return f"{NOT_MEASURED}: {missing.args[0]}{': ' + why if why else ' is not in the result'}"
-    count = f"{len(rows)} row{'s' if len(rows) > 1 else ''}"
-    cut = "" if unit["outcome"] == "passed" else f", {unit['outcome']}"
     mark = "**" if figure.reached(value) else ""
-    return f"{mark}{value:.3g} {figure.unit}{mark} ({count}{cut})"
+    return f"{mark}{value:.3g} {figure.unit}{mark} ({needed} row{'s' if needed > 1 else ''})"
 
 
-def table(result: dict[str, Any] | None) -> str:
+def sources(benchmarks: dict[str, Entry]) -> str:
+    """Where each benchmark ran, a line for each result."""
+    files: dict[str, list[str]] = {}
+    for name, benchmark in sorted(benchmarks.items()):
+        files.setdefault(benchmark["of"]["file"], []).append(name)
+    told = ""
+    for file, names in files.items():
+        run = benchmarks[names[0]]["of"]
+        device = run["machine"]["device"]
+        where = f"{device['name']}, driver {device['driver']}, commit {run['commit'][:9]}"
+        told += f"- {', '.join(f'`{name}`' for name in names)}: {where}, `{file}`\n"
+    return told or "No run on a GPU is recorded yet.\n"
+
+
+def table(benchmarks: dict[str, Entry]) -> str:
     """Markdown; what reaches its figure is bold."""
-    if result is None:
-        told = "No run on a GPU is recorded yet.\n"
-    else:
-        device = result["machine"]["device"]
-        told = f"{device['name']}, driver {device['driver']}, commit {result['commit'][:9]}, `{result['file']}`:\n"
     lines = ["| what | against | wanted | measured | by |", "|---|---|---|---|---|"]
     for key, figure in FIGURES.items():
         wanted = f"at {'most' if figure.at_most else 'least'} {figure.wanted:g} {figure.unit}"
         command = f'`make gpu-check ONLY="bench {figure.op}"`'
-        lines.append(f"| {figure.what} | {figure.against} | {wanted} | {measured(key, figure, result)} | {command} |")
-    return told + "\n" + "\n".join(lines) + "\n"
+        found = measured(key, figure, benchmarks.get(figure.op))
+        lines.append(f"| {figure.what} | {figure.against} | {wanted} | {found} | {command} |")
+    return sources(benchmarks) + "\n" + "\n".join(lines) + "\n"
 
 
-def fill(page: str, result: dict[str, Any] | None) -> str:
+def fill(page: str, benchmarks: dict[str, Entry]) -> str:
     before, rest = page.split(START, 1)
-    return before + START + "\n" + table(result) + END + rest.split(END, 1)[1]
+    return before + START + "\n" + table(benchmarks) + END + rest.split(END, 1)[1]
 
 
 def main() -> None:
-    result = newest_result()
-    if sys.argv[1:]:
-        result = {**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), "file": Path(sys.argv[1]).name}
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), result), encoding="utf-8")
+    benchmarks = newest_benchmarks([Path(name) for name in sys.argv[1:]] or committed())
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), benchmarks), encoding="utf-8")
 
 
 if __name__ == "__main__":

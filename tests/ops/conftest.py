@@ -7,6 +7,11 @@ import warnings
 import pytest
 import torch
 
+# What kernels are compared with on a GPU must itself be summed in fp32; elsewhere these say nothing.
+torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
 
 @pytest.fixture
 def poisoned_memory():
