@@ -300,8 +300,6 @@ def figures_report(figures: Mapping[str, Any]) -> RenderableType:
 
 def packed_report(info: PackedInfo) -> RenderableType:
     """Bytes, patterns and recipe of a packed checkpoint."""
-    from msp.ops.nm_linear_plan import EXPAND_TOKENS
-
     table = _table("Bytes", right=("Packed", "Dense", "Smaller by"))
     total, dense = info.packed_bytes + info.other_bytes, info.dense_bytes + info.other_bytes
     for label, packed, before in (
@@ -317,10 +315,14 @@ def packed_report(info: PackedInfo) -> RenderableType:
             f"\n{len(dense_on_gpu)} linears save too little to be packed on a GPU: unpacked once, they take "
             f"{size(more)} more there"
         )
-    if prefill := [linear.fast_prefill_bytes for linear in info.linears if linear.fast_prefill_bytes]:
+    if prefill := [linear for linear in info.linears if linear.fast_prefill_bytes]:
+        limits = sorted(Counter(linear.slower_from_tokens for linear in prefill).items(), reverse=True)
+        told = ", ".join(f"{count} linears from about {tokens} tokens on" for tokens, count in limits)
         kept.append(
-            f"\n{len(prefill)} linears are unpacked on a GPU for every prompt of more than {EXPAND_TOKENS} tokens: "
-            f"msp.fast_prefill does it once, for up to {size(sum(prefill))} more there"
+            "\nOn a GPU, long prompts are slower than with dense weights, by calculation (not measured): "
+            f"{told}. msp.fast_prefill(model) unpacks once instead of for every prompt and takes up to "
+            f"{size(sum(linear.fast_prefill_bytes for linear in prefill))} more there, beside the "
+            f"{size(sum(linear.packed_bytes for linear in prefill))} of these linears"
         )
     made = _table("How it was made", right=())
     made.add_column("", overflow="fold")

@@ -4,6 +4,7 @@ An op's file says how its kernels are launched by a function ``compile_cases()``
 objects: the types and alignment of the arguments as its launch function passes them, for the settings
 that differ most, the commonest first. Every architecture gets a kernel's first case and Hopper gets all,
 unless ``--full`` asks for everything. ``--cubins FOLDER`` keeps what was compiled. Nothing is run, no driver needed.
+``--amd`` compiles for AMD's gfx942 instead, of each kernel the first case without tensor descriptors.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from triton.compiler import ASTSource
 
 HOPPER = 90
 ARCHITECTURES = (80, HOPPER, 100)
+# MI300: compute units have waves of 64 threads and 64 KiB of shared memory
+AMD = GPUTarget("hip", "gfx942", 64)
+NO_DESCRIPTORS = "tensor descriptors are for GPUs with a copy engine for tensors (TMA): launched without them elsewhere"
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,8 @@ def all_cases() -> Iterator[tuple[str, CompileCase]]:
             yield from ((module.name, case) for case in cases())
 
 
-def compile_case(op: str, case: CompileCase, architecture: int, folder: Path | None = None) -> Compiled:
-    """Compile one case to a cubin, kept in ``folder``, for one architecture; what the compiler raises goes through."""
+def source_of(op: str, case: CompileCase) -> ASTSource:
+    """What Triton compiles of a case."""
     names = case.kernel.arg_names
     missing = set(names) ^ (set(case.types) | set(case.constants))
     if missing:
@@ -90,8 +94,12 @@ def compile_case(op: str, case: CompileCase, architecture: int, folder: Path | N
     signature = {name: case.types.get(name, "constexpr") for name in names}
     aligned = [name for name, kind in case.types.items() if kind.startswith("*") or name in case.aligned]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(case.kernel, signature, case.constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=case.options)
+    return ASTSource(case.kernel, signature, case.constants, attributes)
+
+
+def compile_case(op: str, case: CompileCase, architecture: int, folder: Path | None = None) -> Compiled:
+    """Compile one case to a cubin, kept in ``folder``, for one architecture; what the compiler raises goes through."""
+    compiled = triton.compile(source_of(op, case), target=GPUTarget("cuda", architecture, 32), options=case.options)
     cubin = compiled.asm["cubin"]
     registers, local = resource_usage(cubin)
     kept = None
@@ -137,13 +145,44 @@ def plan(full: bool = False) -> Iterator[tuple[str, CompileCase, int]]:
             covered.add(kernel)
 
 
+def amd_cases() -> Iterator[dict[str, Any]]:
+    """Each kernel's first case that such a GPU launches, compiled; those before it that it does not, with the reason.
+
+    ``gradients.architecture`` takes a GPU that is not NVIDIA's for one with compute capability 8.0.
+    """
+    covered = set()
+    for op, case in all_cases():
+        told = {"op": op, "kernel": case.kernel.__name__, "name": case.name, "target": AMD.arch}
+        if any(kind.startswith("tensordesc") for kind in case.types.values()):
+            yield {**told, "skipped": NO_DESCRIPTORS}
+        elif (op, case.kernel.__name__) not in covered and 80 in case.architectures:
+            covered.add((op, case.kernel.__name__))
+            compiled = triton.compile(source_of(op, case), target=AMD, options=case.options)
+            use = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\n", compiled.asm["amdgcn"])}
+            yield {
+                **told,
+                "threads": AMD.warp_size * compiled.metadata.num_warps,
+                "hsaco_bytes": len(compiled.asm["hsaco"]),
+                "shared_bytes": compiled.metadata.shared,
+                "registers": use["vgpr_count"],
+                "spilled_registers": use["vgpr_spill_count"],
+                "local_bytes": use["private_segment_fixed_size"],
+            }
+
+
 def main() -> None:
     """Print one JSON object a line for every kernel, case and architecture."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--full", action="store_true", help="compile every case for every architecture")
     parser.add_argument("--cubins", type=Path, help="a folder to keep the cubins in")
     parser.add_argument("--op", action="append", help="only these ops")
+    parser.add_argument("--amd", action="store_true", help="compile for gfx942, one case of each kernel")
     options = parser.parse_args()
+    if options.amd:
+        for told in amd_cases():
+            if not options.op or told["op"] in options.op:
+                print(json.dumps(told), flush=True)
+        return
     for op, case, architecture in plan(options.full):
         if not options.op or op in options.op:
             print(json.dumps(asdict(compile_case(op, case, architecture, options.cubins))), flush=True)

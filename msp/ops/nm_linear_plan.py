@@ -24,6 +24,8 @@ GATHER_PASS = 4
 # Expansion once for every 32 tokens, until unpacking all is cheaper; where that was done before (``fast_prefill``),
 # until the product with the fragments of sparse tensor cores is, or the dense one.
 EXPAND_TOKENS, EXPAND_TOKENS_BEFORE_SPMM, EXPAND_TOKENS_BEFORE_DENSE = 192, 64, 96
+# An expansion takes as long as reading a dense weight at 115 tokens, and 5 % longer from so many on.
+SLOWER_TOKENS = 120
 # Sparse tensor cores need their own fragment order: where it is made for each product, it pays from here on.
 SPMM_TOKENS = 1024
 # Above this share of the dense bytes a weight is kept dense on the device.
@@ -84,6 +86,11 @@ def kept_bytes(pattern: NMPattern, rows: int, columns: int) -> int:
     return 2 * rows * columns
 
 
+def slower_from_tokens(pattern: NMPattern) -> int:
+    """Tokens from which on a product takes over 5 % longer than a dense one, by arithmetic, where nothing is kept."""
+    return SLOWER_TOKENS if can_expand(pattern) else GATHER_PASS * math.floor(1 / packed_share(pattern)) + 1
+
+
 def can_expand(pattern: NMPattern) -> bool:
     """Whether a byte permutation can place a group's values."""
     return pattern.m <= 8 or pattern.n <= 4
@@ -103,12 +110,12 @@ def plan(
     passes = math.ceil(tokens / GATHER_PASS)
     before = EXPAND_TOKENS_BEFORE_SPMM if compliant else EXPAND_TOKENS_BEFORE_DENSE
     if tokens <= GATHER_TOKENS:
-        return _cut("gather", tokens, tokens, rows, columns, device)
+        return cut("gather", tokens, tokens, rows, columns, device)
     if can_expand(pattern) and tokens <= (before if kept else EXPAND_TOKENS):
         at_once = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
-        return _cut("expand", at_once, tokens, rows, columns, device)
+        return cut("expand", at_once, tokens, rows, columns, device)
     if passes * packed_share(pattern) <= 1:
-        return _cut("gather", GATHER_PASS, tokens, rows, columns, device)
+        return cut("gather", GATHER_PASS, tokens, rows, columns, device)
     if compliant and (kept or tokens >= SPMM_TOKENS):
         return Plan("spmm")
     return Plan("unpack")
@@ -122,13 +129,18 @@ def shared_bytes(how: How, at_once: int, columns: int, splits: int) -> int:
     return _RING_BYTES + activations + (_TABLE_BYTES if how == "expand" else 0)
 
 
-def _cut(how: How, at_once: int, tokens: int, rows: int, columns: int, device: Device) -> Plan:
-    """More tokens, more rows a block: its activations are read for all of them. Then splits of the columns until two
-    blocks fit a multiprocessor, or one where two would have few tiles each, and until every multiprocessor has some."""
+def resident_blocks(how: How, at_once: int, columns: int, device: Device) -> int:
+    """How many blocks a multiprocessor is to hold at a time: two, or one where two would have few tiles each."""
+    few = min(columns // TILE_COLUMNS, FEW_TILES) * TILE_COLUMNS
+    return 2 if shared_bytes(how, at_once, few, 1) <= device.block_shared(2) else 1
+
+
+def cut(how: How, at_once: int, tokens: int, rows: int, columns: int, device: Device) -> Plan:
+    """More tokens, more rows a block: its activations are read for all of them. Then splits of the columns until
+    ``resident_blocks`` fit a multiprocessor, and until every multiprocessor has some."""
     stripes = {1: 1, 2: 1, 4: 2, 8: 2, 16: 4, 32: 8}[at_once]
     tiles = columns // TILE_COLUMNS
-    few = min(tiles, FEW_TILES) * TILE_COLUMNS
-    resident = 2 if shared_bytes(how, at_once, few, 1) <= device.block_shared(2) else 1
+    resident = resident_blocks(how, at_once, columns, device)
     room, splits = device.block_shared(resident), 1
     while splits < tiles and shared_bytes(how, at_once, columns, splits) > room:
         splits += 1

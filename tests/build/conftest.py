@@ -1,13 +1,21 @@
-"""Shared by the tests of what is built."""
+"""Shared by the tests of what is built.
+
+``MSP_CUDA_MODULE=path/to/_cuda.so`` has them read that module in place of the installed one: ``make wheel`` gives them
+the one of the wheel, which is built for more targets.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import cubins
 import kernel_table
 import pytest
+
+if os.environ.get("MSP_CUDA_MODULE"):
+    cubins.use_module(Path(os.environ["MSP_CUDA_MODULE"]).resolve())
 
 
 @pytest.fixture(scope="session")
@@ -31,4 +39,4 @@ def cuda_kernels(module: Path) -> tuple[cubins.Kernel, ...]:
 def triton_cases(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Every Triton kernel, compiled for every architecture: what ``msp.triton_kernels.targets`` prints."""
     pytest.importorskip("triton")
-    return kernel_table.compile_triton(tmp_path_factory.mktemp("cubins"))
+    return kernel_table.compile_triton("--cubins", str(tmp_path_factory.mktemp("cubins")))

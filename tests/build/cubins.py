@@ -15,6 +15,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -129,6 +130,17 @@ def cuda_module() -> Path | None:
     """The built ``msp._cuda``."""
     spec = importlib.util.find_spec("msp._cuda")
     return None if spec is None or spec.origin is None else Path(spec.origin)
+
+
+def use_module(path: Path) -> None:
+    """``msp._cuda`` is that file from here on, for all of this process."""
+    import msp
+
+    spec = importlib.util.spec_from_file_location("msp._cuda", path)
+    assert spec and spec.loader, f"{path} is no compiled module"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["msp._cuda"] = msp._cuda = module
 
 
 def dump(what: str, path: Path) -> str:

@@ -79,8 +79,8 @@ def labels(kernel: Kernel) -> set[str]:
     return found
 
 
-def line(name: str, kernels: list[Kernel], shared: list[int], planned: int | None) -> str:
-    """One row; ``shared`` is each kernel's dynamic shared memory in bytes."""
+def line(name: str, kernels: list[Kernel], shared: list[int], planned: list[int]) -> str:
+    """One row; ``shared`` is each kernel's dynamic shared memory in bytes, ``planned`` its blocks where known."""
     limits = LIMITS[kernels[0].capability]
     blocks = [kernel.blocks(dynamic_shared=size) for kernel, size in zip(kernels, shared, strict=True)]
     warps = [-(-kernel.threads // 32) * count for kernel, count in zip(kernels, blocks, strict=True)]
@@ -94,7 +94,7 @@ def line(name: str, kernels: list[Kernel], shared: list[int], planned: int | Non
         span(kernel.registers for kernel in kernels),
         span((kernel.shared + size) / 1024 for kernel, size in zip(kernels, shared, strict=True)),
         str(sum(kernel.spilled for kernel in kernels)),
-        span(blocks) + (f" ({planned})" if planned else ""),
+        span(blocks) + (f" ({span(planned)})" if planned else ""),
         span(round(100 * count / limits.warps) for count in warps) + " %",
         ", ".join(label if label in always else f"({label})" for label in INSTRUCTIONS if label in ever) or "-",
     )
@@ -109,10 +109,11 @@ def cuda_rows(kernels: Iterable[Kernel]) -> list[str]:
     families: dict[tuple[str, str], list[Kernel]] = defaultdict(list)
     for kernel in kernels:
         families[kernel.family, kernel.target].append(kernel)
-    return [
-        line(name, group, [plan_of(kernel).dynamic_shared(kernel) for kernel in group], plan_of(group[0]).blocks)
-        for (name, _), group in sorted(families.items())
-    ]
+    rows = []
+    for (name, _), group in sorted(families.items()):
+        plans = [plan_of(kernel) for kernel in group]
+        rows.append(line(name, group, [plan.dynamic_shared for plan in plans], [plan.blocks for plan in plans]))
+    return rows
 
 
 def triton_rows(cases: Iterable[dict[str, Any]]) -> list[str]:
@@ -123,14 +124,14 @@ def triton_rows(cases: Iterable[dict[str, Any]]) -> list[str]:
     rows = []
     for (op, name, _), group in sorted(families.items()):
         kernels = [kernel for case in group for kernel in cubins.read_kernels(Path(case["cubin"]))]
-        rows.append(line(f"{op}.{name}", kernels, [case["shared_bytes"] for case in group], None))
+        rows.append(line(f"{op}.{name}", kernels, [case["shared_bytes"] for case in group], []))
     return rows
 
 
-def compile_triton(folder: Path) -> list[dict[str, Any]]:
-    """In a process of its own, where Triton is no interpreter."""
+def compile_triton(*options: str) -> list[dict[str, Any]]:
+    """What ``msp.triton_kernels.targets`` prints, in a process of its own, where Triton is no interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "msp.triton_kernels.targets", "--cubins", str(folder)]
+    command = [sys.executable, "-m", "msp.triton_kernels.targets", *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:])
@@ -161,7 +162,7 @@ def main() -> None:
     if module is None or cubins.find_tool("cuobjdump") is None:
         raise SystemExit("msp._cuda or cuobjdump is not here: build with nvcc first")
     with tempfile.TemporaryDirectory() as folder:
-        triton = section(triton_heading(), triton_rows(compile_triton(Path(folder))))
+        triton = section(triton_heading(), triton_rows(compile_triton("--cubins", folder)))
     PAGE.parent.mkdir(parents=True, exist_ok=True)
     PAGE.write_text(HEAD + section(cuda_heading(module), cuda_rows(cubins.read_kernels(module))) + triton, "utf-8")
     print(PAGE.relative_to(ROOT))

@@ -9,15 +9,17 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cubins import Kernel
+from cubins import LIMITS, Kernel
+
+from msp.ops import nm_linear_plan
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``blocks`` on one multiprocessor, each with as much dynamic shared memory as a launch asks for at most."""
+    """``blocks`` on one multiprocessor of the kernel's target, each with ``dynamic_shared`` bytes of shared memory."""
 
     blocks: int = 1
-    dynamic_shared: Callable[[Kernel], int] = lambda kernel: 0
+    dynamic_shared: int = 0
 
 
 def select_shared(kernel: Kernel) -> int:
@@ -26,16 +28,23 @@ def select_shared(kernel: Kernel) -> int:
     return kernel.threads * max(8, group_size) * (4 if dtype == 0 else 2)
 
 
-def gather_shared(kernel: Kernel) -> int:
-    """The values' ring and the activations of a whole row of 4096 columns."""
-    tokens = int(kernel.arguments[-1])
-    return (32 << 10) + 4096 * 3 * tokens
+# how nm_linear_plan calls what a kernel does
+LINEAR_FORMS: dict[str, nm_linear_plan.How] = {
+    "nm_linear_gather_kernel": "gather",
+    "nm_linear_group_kernel": "gather",
+    "nm_linear_expand_kernel": "expand",
+}
 
 
-def expand_shared(kernel: Kernel) -> int:
-    """The values' ring, the table and the activations of one tile; ``nm_linear_plan`` adds tiles while two fit."""
-    tokens = int(kernel.arguments[3])
-    return (64 << 10) + 256 * 2 * tokens
+def linear_plan(kernel: Kernel, columns: int = 4096) -> Plan:
+    """As the host cuts a weight of so many columns on a GPU of the kernel's target, with rows enough to fill it."""
+    how, at_once = LINEAR_FORMS[kernel.family], int(kernel.arguments[-1])
+    device = nm_linear_plan.Device(1, LIMITS[kernel.capability].shared_bytes)
+    splits = nm_linear_plan.cut(how, at_once, at_once, 4096, columns, device).splits
+    return Plan(
+        nm_linear_plan.resident_blocks(how, at_once, columns, device),
+        nm_linear_plan.shared_bytes(how, at_once, columns, splits),
+    )
 
 
 def obs_prune_shared(kernel: Kernel) -> int:
@@ -69,20 +78,18 @@ def spmm_sm90_shared(kernel: Kernel) -> int:
     return 4 * tokens * 128 + spmm_epilogue_shared(tokens) + 64
 
 
-PLANS = {
-    "nm_linear_gather_kernel": Plan(2, gather_shared),
-    "nm_linear_group_kernel": Plan(2, gather_shared),
-    "nm_linear_expand_kernel": Plan(2, expand_shared),
-    "nm_linear_sum_kernel": Plan(4),
-    "nm_select_kernel": Plan(4, select_shared),
-    "nm_spmm_pack_kernel": Plan(6),
-    "nm_spmm_sm80_kernel": Plan(1, spmm_sm80_shared),
-    "nm_spmm_sm90_kernel": Plan(1, spmm_sm90_shared),
-    "nm_spmm_sum_kernel": Plan(3, lambda kernel: spmm_epilogue_shared(spmm_tokens(kernel))),
+PLANS: dict[str, Callable[[Kernel], Plan]] = {
+    **dict.fromkeys(LINEAR_FORMS, linear_plan),
+    "nm_linear_sum_kernel": lambda kernel: Plan(4),
+    "nm_select_kernel": lambda kernel: Plan(4, select_shared(kernel)),
+    "nm_spmm_pack_kernel": lambda kernel: Plan(6),
+    "nm_spmm_sm80_kernel": lambda kernel: Plan(1, spmm_sm80_shared(kernel)),
+    "nm_spmm_sm90_kernel": lambda kernel: Plan(1, spmm_sm90_shared(kernel)),
+    "nm_spmm_sum_kernel": lambda kernel: Plan(3, spmm_epilogue_shared(spmm_tokens(kernel))),
     # of the largest groups registers leave room for one; test_cubin_obs_prune.py has the others
-    "obs_prune_kernel": Plan(1, obs_prune_shared),
+    "obs_prune_kernel": lambda kernel: Plan(1, obs_prune_shared(kernel)),
 }
 
 
 def plan_of(kernel: Kernel) -> Plan:
-    return PLANS.get(kernel.family, Plan())
+    return PLANS[kernel.family](kernel) if kernel.family in PLANS else Plan()

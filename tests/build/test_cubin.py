@@ -50,7 +50,7 @@ def test_every_kernel_leaves_the_room_it_was_planned_to(cuda_kernels) -> None:
     for kernel in cuda_kernels:
         plan = plan_of(kernel)
         assert kernel.threads, f"{kernel.name} has no launch bounds"
-        assert kernel.blocks(dynamic_shared=plan.dynamic_shared(kernel)) >= plan.blocks, kernel.name
+        assert kernel.blocks(dynamic_shared=plan.dynamic_shared) >= plan.blocks, kernel
 
 
 def test_selection_moves_weights_16_bytes_at_a_time(cuda_kernels) -> None:

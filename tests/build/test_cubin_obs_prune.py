@@ -11,6 +11,8 @@ THREADS = 256
 # by capability and group size: what shared memory or, for large groups, registers allow
 BLOCKS = {
     (80, 4): 2, (80, 8): 2, (80, 16): 2, (80, 32): 1,
+    (86, 4): 1, (86, 8): 1, (86, 16): 1, (86, 32): 1,
+    (89, 4): 1, (89, 8): 1, (89, 16): 1, (89, 32): 1,
     (90, 4): 4, (90, 8): 4, (90, 16): 2, (90, 32): 1,
 }  # fmt: skip
 

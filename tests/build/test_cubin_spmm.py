@@ -48,7 +48,7 @@ def test_mma_sp_is_fed_by_asynchronous_copies_16_bytes_at_a_time(of_sm80) -> Non
 def test_mma_sp_leaves_room_for_two_blocks(of_sm80) -> None:
     for kernel in of_sm80:
         if kernel.target == "sm_80":
-            assert kernel.blocks(dynamic_shared=plan_of(kernel).dynamic_shared(kernel)) >= 2, kernel.name
+            assert kernel.blocks(dynamic_shared=plan_of(kernel).dynamic_shared) >= 2, kernel.name
 
 
 def test_wgmma_takes_the_weight_from_registers_and_x_from_bulk_copies(of_sm90) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import cubins
+from plans import LINEAR_FORMS, linear_plan
 
 from msp.ops.nm_linear_plan import can_expand
 from msp.patterns import GROUP_SIZES, NMPattern
@@ -33,6 +34,15 @@ def test_every_pattern_and_dtype_has_its_kernels(cuda_kernels) -> None:
         group = Counter(kernel.arguments for kernel in cubins.family(here, "nm_linear_group_kernel"))
         assert set(group) == {(dtype, tokens) for dtype in "12" for tokens in "12"}
         assert len(cubins.family(here, "nm_linear_sum_kernel")) == 2
+
+
+def test_blocks_fit_however_the_host_cuts_the_work(cuda_kernels) -> None:
+    """Two on one multiprocessor or one, as ``nm_linear_plan`` wants them on a GPU of each target."""
+    for name in LINEAR_FORMS:
+        for kernel in cubins.family(cuda_kernels, name):
+            for columns in (256, 1024, 4096, 11008, 28672):
+                plan = linear_plan(kernel, columns)
+                assert kernel.blocks(dynamic_shared=plan.dynamic_shared) >= plan.blocks, (kernel, columns)
 
 
 def test_weights_come_16_bytes_at_a_time(cuda_kernels) -> None:

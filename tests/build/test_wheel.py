@@ -42,9 +42,13 @@ print(msp._cpu.isa())
 """
 
 
+# what pip installed beside this Python comes first
+SEARCHED = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MSP_ISA", "MSP_SANITIZE")}
-    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
+    env["PATH"] = SEARCHED
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -179,8 +183,43 @@ def test_a_wheel_that_may_not_be_released_is_told(tmp_path: Path, monkeypatch: p
     assert "must stay below" in size and "manylinux" in tag and "libstdc++" in libraries
 
 
+def test_kernels_of_a_wheel_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the tests that read machine code, of its own module; what has none has nothing wrong."""
+    found = []
+
+    def pytest_fails(command, cwd, env):
+        found.append((command, Path(env["MSP_CUDA_MODULE"]).read_bytes()))
+        return subprocess.CompletedProcess(command, returncode=1)
+
+    monkeypatch.setattr(release.subprocess, "run", pytest_fails)
+    wheel = tmp_path / "msp-1-cp311-cp311-linux_x86_64.whl"
+    for name, wrong in (("msp/_cpu.so", 0), ("msp/_cuda.so", 1)):
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(name, b"module")
+        assert len(release.check_kernels(wheel)) == wrong == len(found)
+    assert set(release.CUBIN_TESTS) <= set(found[0][0]) and found[0][1] == b"module"
+    assert all((ROOT / name).is_file() for name in release.CUBIN_TESTS)
+
+
+def test_source_distribution_builds_the_cuda_kernels(unpacked: Path, tmp_path: Path) -> None:
+    """For one target, and without the CPU kernels, which the wheel's tests build: under two minutes of a processor."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not on PATH")
+    if shutil.which("cmake", path=SEARCHED) is None:
+        pytest.skip("cmake is not installed")
+    import pybind11
+
+    configure = ["cmake", "-S", unpacked, "-B", tmp_path, "-G", "Ninja", "-DMSP_CUDA=ON", "-DMSP_CUDA_ARCHS=90a"]
+    configure += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    run(*configure, f"-DPython_EXECUTABLE={sys.executable}", cwd=tmp_path)
+    run("cmake", "--build", tmp_path, "--target", "_cuda", cwd=tmp_path)
+    told = run(sys.executable, "-c", "import _cuda; print(_cuda.archs())", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert told.strip() == "['90a']"
+
+
 def test_source_distribution_has_what_nvcc_reads(unpacked: Path) -> None:
-    """Every header that a kernel includes is in it; that nvcc compiles them all is seen when msp itself is built."""
+    """Every header that a kernel includes is in it, for each kernel on its own."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not on PATH")

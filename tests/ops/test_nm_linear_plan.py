@@ -7,7 +7,16 @@ import itertools
 import pytest
 
 from msp.ops.nm_linear_group import MOST, MOST_TOKENS
-from msp.ops.nm_linear_plan import Device, can_expand, kept_bytes, packed_share, plan, shared_bytes, stays_dense
+from msp.ops.nm_linear_plan import (
+    Device,
+    can_expand,
+    kept_bytes,
+    packed_share,
+    plan,
+    resident_blocks,
+    shared_bytes,
+    stays_dense,
+)
 from msp.patterns import GROUP_SIZES, NMPattern
 
 H200 = Device(132, 228 << 10)
@@ -70,6 +79,12 @@ def test_every_plan_fits_the_device(device):
         assert found.how == "gather" or can_expand(pattern)
         assert 1 <= found.splits <= columns // 256 and found.stripes in (1, 2, 4, 8)
         assert shared_bytes(found.how, found.tokens_at_once, columns, found.splits) <= device.block_shared()
+
+
+def test_two_blocks_on_a_multiprocessor_where_both_have_room():
+    forms = [("gather", 1), ("gather", 4), ("expand", 8), ("expand", 16), ("expand", 32)]
+    for device, expected in ((H200, [2, 2, 2, 2, 1]), (A100, [2, 2, 2, 1, 1]), (RTX_4090, [2, 2, 1, 1, 1])):
+        assert [resident_blocks(how, at_once, 4096, device) for how, at_once in forms] == expected
 
 
 def test_large_products_fill_every_multiprocessor_twice():
