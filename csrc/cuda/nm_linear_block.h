@@ -131,7 +131,8 @@ __device__ void stage_activations(const NmLinear& op, const LinearPart& part, ui
     const int tile_bytes = place(2, 0, 0, 0), token_bytes = place(0, 1, 0, 0);
     const int in_tile = place(lane / 16, 0, lane / 4 % 4, lane % 4);
     const auto* x = static_cast<const uint16_t*>(op.x) + lane * 8;
-    MSP_ROLLED  // unrolled it would take registers from what follows
+    // unrolled it would take registers from what follows
+    MSP_ROLLED
     for (int i = 0; i < Tokens / kTokenWarps; ++i) {
         const int token = i * kTokenWarps + part.warp % kTokenWarps;
         const bool live = part.first_token + token < op.tokens;
