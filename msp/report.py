@@ -300,6 +300,8 @@ def figures_report(figures: Mapping[str, Any]) -> RenderableType:
 
 def packed_report(info: PackedInfo) -> RenderableType:
     """Bytes, patterns and recipe of a packed checkpoint."""
+    from msp.search.evolution import UNLIMITED
+
     table = _table("Bytes", right=("Packed", "Dense", "Smaller by"))
     total, dense = info.packed_bytes + info.other_bytes, info.dense_bytes + info.other_bytes
     for label, packed, before in (
@@ -329,7 +331,8 @@ def packed_report(info: PackedInfo) -> RenderableType:
     recipe = {**info.recipe, "versions": info.manifest.versions}
     for key, value in recipe.items():
         for label, item in _flat(str(key), value):
-            made.add_row(label.replace("_", " "), Text(_figure(item)))
+            endless = label == "search: generations" and isinstance(item, int) and item >= UNLIMITED
+            made.add_row(label.replace("_", " "), Text("until the tokens are spent" if endless else _figure(item)))
     return Group(table, kept, _levels(info.allocation.to_strings()), made)
 
 

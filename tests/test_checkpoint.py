@@ -34,6 +34,7 @@ from msp.checkpoint import (
 from msp.errors import MspError, UsageError
 from msp.patterns import NMPattern
 from msp.report import packed_report
+from msp.search.evolution import UNLIMITED
 from msp.sparse_linear import SparseLinear
 
 RECIPE: dict[str, Any] = {
@@ -151,6 +152,17 @@ def test_info_tells_what_a_gpu_unpacks(model: PreTrainedModel, tmp_path: Path) -
     assert "2 linears from about 120 tokens on, 1 linears from about 9 tokens on" in plainly
     assert "msp.fast_prefill(model) unpacks once" in plainly
     assert "takes up to 85.98 MB more there, beside the 33.55 MB of these linears" in plainly
+
+
+@pytest.mark.parametrize(("generations", "told"), [(30, "30"), (UNLIMITED, "until the tokens are spent")])
+def test_info_tells_how_long_the_search_was_to_go_on(
+    model: PreTrainedModel, tmp_path: Path, generations: int, told: str
+) -> None:
+    save_packed(model, None, tmp_path / "out", recipe={"search": {"generations": generations}})
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(packed_report(read_info(tmp_path / "out")))
+    (line,) = [line for line in console.export_text().splitlines() if "search: generations" in line]
+    assert line.split("generations")[1].strip() == told
 
 
 def test_info_counts_blocks_as_numbers(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from torch import nn
 
 import msp
 from msp import measure, opened, pipeline
-from msp.allocators.levels import cost, levels_from_densities, repair
 from msp.decode_table import DecodeTable
 from msp.errors import MspError, UsageError
+from msp.levels import cost, levels_from_densities, repair
 from msp.model import find_structure
 from msp.patterns import NMPattern
 from msp.plan import Goal, PatternRules, make_plan, parse_time

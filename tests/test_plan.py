@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from msp import ops
 from msp.allocators import Problem, get_allocator
-from msp.allocators.levels import cost, levels_from_densities, repair
 from msp.errors import UsageError
+from msp.levels import cost, levels_from_densities, repair
 from msp.model import find_structure
 from msp.patterns import Budget, NMPattern, Unit
 from msp.plan import Goal, PatternRules, make_plan, matches, parse_bytes

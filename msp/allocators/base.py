@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
-from msp.allocators.levels import Levels, cost, kept_weights, levels_from_densities, uniform_density
 from msp.errors import UsageError
+from msp.levels import Levels, cost, kept_weights, levels_from_densities, uniform_density
 from msp.patterns import Allocation, Budget, Unit
 from msp.progress import NoProgress, Progress
 from msp.search.evolution import EvolutionOptions, Fitness, Step

@@ -12,9 +12,9 @@ import numpy as np
 
 from msp.allocators.base import Allocated, Problem, register_allocator
 from msp.allocators.evolution import fisher_seeds, search
-from msp.allocators.levels import repair
 from msp.allocators.ramp import Ramp
 from msp.allocators.uniform import Uniform
+from msp.levels import repair
 from msp.search.evolution import EvolutionOptions
 from msp.search.operators import swap
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from msp.allocators.base import Allocated, Allocator, Problem, register_allocator
 from msp.allocators.fisher_rank import FisherRank, FisherRankLinear
-from msp.allocators.levels import Levels
 from msp.allocators.ramp import Ramp
 from msp.allocators.uniform import Uniform
+from msp.levels import Levels
 from msp.search.evolution import UNLIMITED, Evolution, EvolutionOptions, Step
 
 

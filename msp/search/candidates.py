@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from msp import ops
-from msp.allocators.levels import Levels
 from msp.evaluate import Reference, Sums
 from msp.gates import GatedModel
+from msp.levels import Levels
 from msp.model import Linear, Structure, device_of
 from msp.patterns import NMPattern, Unit
 from msp.search.database import PackedLevels

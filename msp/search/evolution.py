@@ -20,8 +20,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from msp.allocators.levels import Levels, levels_from_densities, repair
 from msp.errors import MspError, UsageError
+from msp.levels import Levels, levels_from_densities, repair
 from msp.patterns import Budget, Unit
 from msp.search.fitness import Key, key_of
 from msp.search.operators import crossover, swap

@@ -11,7 +11,7 @@ import numpy as np
 from msp.evaluate import Sums
 
 if TYPE_CHECKING:  # the allocators import the search
-    from msp.allocators.levels import Levels
+    from msp.levels import Levels
 
 Key = tuple[int, ...]
 """The level of every unit."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from msp.allocators.levels import Levels
+from msp.levels import Levels
 from msp.patterns import Unit
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from msp.allocators.levels import Levels, repair
+from msp.levels import Levels, repair
 from msp.patterns import Budget, Unit
 from msp.search.fitness import Key, key_of
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from msp.allocators import Problem, SearchSettings, get_allocator
-from msp.allocators.levels import Levels, kept_weights
+from msp.levels import Levels, kept_weights
 from msp.patterns import Budget, Unit
 from msp.search.fitness import Key
 

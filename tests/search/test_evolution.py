@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from msp.allocators.levels import Levels, kept_weights
 from msp.errors import MspError, UsageError
+from msp.levels import Levels, kept_weights
 from msp.patterns import Budget, Unit
 from msp.search.evolution import Evolution, EvolutionOptions
 from msp.search.fitness import Key

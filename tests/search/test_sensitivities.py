@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from msp.allocators.levels import cost
+from msp.levels import cost
 from msp.patterns import Budget, Unit
 from msp.search.sensitivities import DECAY, Sensitivities, averaged, least_known, single_moves
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msp.allocators.levels import kept_weights, levels_from_densities, repair
+from msp.levels import kept_weights, levels_from_densities, repair
 from msp.patterns import Budget, Unit
 
 
