@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from msp.integrations import register_with_transformers
 
 if TYPE_CHECKING:
-    from msp.checkpoint import PackedInfo, read_info, replace_linears, save_packed, validate_packed
+    from msp.checkpoint import replace_linears, save_packed
     from msp.errors import MspError, UsageError
     from msp.model import load_model
+    from msp.packed_files import PackedInfo, read_info, validate_packed
     from msp.pareto_curve import pareto
     from msp.patterns import Allocation, Budget, NMPattern
     from msp.pipeline import compare, prune
@@ -28,7 +29,7 @@ _HOME = {
     "CompareResult": "msp.results",
     "MspError": "msp.errors",
     "NMPattern": "msp.patterns",
-    "PackedInfo": "msp.checkpoint",
+    "PackedInfo": "msp.packed_files",
     "ParetoResult": "msp.results",
     "PruneResult": "msp.results",
     "SearchResult": "msp.results",
@@ -40,10 +41,10 @@ _HOME = {
     "load_model": "msp.model",
     "pareto": "msp.pareto_curve",
     "prune": "msp.pipeline",
-    "read_info": "msp.checkpoint",
+    "read_info": "msp.packed_files",
     "replace_linears": "msp.checkpoint",
     "save_packed": "msp.checkpoint",
-    "validate_packed": "msp.checkpoint",
+    "validate_packed": "msp.packed_files",
 }
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Packed checkpoints: what is written, how it is checked, and what can be read without loading it.
+"""Packed checkpoints: what is written, and how. ``msp.packed_files`` reads and checks it.
 
 A packed checkpoint is a ``transformers`` model directory in safetensors. A linear of pattern N:M is stored
 as ``<name>.values`` ``[R, K/M*N]`` and ``<name>.bitmask`` ``[R, ceil(K/8)]`` uint8, and one whose pattern
@@ -9,47 +9,28 @@ keeps everything as its plain ``<name>.weight``. The ``quantization_config`` of 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import __version__ as transformers_version
 
 from msp import __version__
 from msp.errors import MspError
-from msp.manifest import QUANT_METHOD, WEIGHT_BYTES, Manifest
+from msp.manifest import Manifest
 from msp.model_card import model_card
 from msp.ops import PackedWeight
-from msp.ops.layouts import has_tiles
-from msp.ops.nm_linear_plan import kept_bytes, slower_from_tokens, stays_dense
-from msp.patterns import Allocation, NMPattern
+from msp.packed_files import header_bytes, read_headers, read_info
 from msp.sparse_linear import SparseLinear, find_linear, note_pattern, patterns_of, shape_of
-
-__all__ = [
-    "LinearInfo",
-    "PackedInfo",
-    "check_headers",
-    "check_output",
-    "in_dtype",
-    "manifest_of",
-    "packed_shards",
-    "read_headers",
-    "read_info",
-    "replace_linears",
-    "save_packed",
-    "validate_packed",
-]
 
 
 def manifest_of(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> Manifest:
@@ -184,7 +165,7 @@ class PackedShards:
         files = [*self._blocks, self._folder / "model.safetensors"]
         shards = {file: f"model-{number:05}-of-{len(files):05}.safetensors" for number, file in enumerate(files, 1)}
         index = {
-            "metadata": {"total_size": sum(file.stat().st_size - _header_bytes(file) for file in files)},
+            "metadata": {"total_size": sum(file.stat().st_size - header_bytes(file) for file in files)},
             "weight_map": {name: shards[header.file] for name, header in read_headers(files).items()},
         }
         for file, shard in shards.items():
@@ -256,258 +237,3 @@ def _put_in_place(partial: Path, target: Path) -> None:
         if retired.exists() and not target.exists():
             retired.rename(target)
         shutil.rmtree(retired, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """Where a tensor lies, its shape and its dtype as safetensors spells it."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def tensor_files(path: str | Path) -> tuple[Path, ...]:
-    """The safetensors files of a model directory; ``MspError`` if it has none or one is missing."""
-    path = Path(path)
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.is_file():
-        return (single,)
-    if not index.is_file():
-        raise MspError(f"{path} has no model.safetensors")
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise MspError(f"{index}: no weight_map")
-    return tuple(path / name for name in sorted(set(weight_map.values())))
-
-
-def read_headers(files: Iterable[str | Path]) -> dict[str, TensorHeader]:
-    """Shape and dtype of every tensor in the safetensors ``files``; reads no tensor.
-
-    Raises:
-        MspError: a file that is missing, truncated or no safetensors, or a tensor that two files hold.
-    """
-    headers: dict[str, TensorHeader] = {}
-    for file in map(Path, files):
-        if file.suffix != ".safetensors":
-            raise MspError(f"{file}: a packed model is stored as safetensors only")
-        try:
-            with safe_open(file, framework="pt") as reader:
-                for name in list(reader.keys()):
-                    if name in headers:
-                        raise MspError(f"{name}: stored twice, in {headers[name].file.name} and {file.name}")
-                    piece = reader.get_slice(name)
-                    headers[name] = TensorHeader(file, tuple(piece.get_shape()), piece.get_dtype())
-        except (OSError, SafetensorError) as error:
-            raise MspError(f"{file}: missing, truncated or not safetensors: {error}") from error
-    return headers
-
-
-def check_headers(manifest: Manifest, headers: Mapping[str, TensorHeader]) -> None:
-    """Check that exactly the tensors that ``manifest`` calls for are stored, in their shapes and dtypes.
-
-    Raises:
-        MspError: names the first tensor that is missing, wrong, or packed without being in the manifest.
-    """
-    for name, pattern in manifest.patterns.items():
-        if pattern.is_dense:
-            rows, columns = manifest.shapes[name]
-            found = headers.get(f"{name}.weight")
-            if found is None:
-                raise MspError(f"{name}.weight: missing from the checkpoint, and {pattern} keeps it dense")
-            if found.shape not in ((rows, columns), (columns, rows)):
-                raise MspError(f"{name}.weight: shape {list(found.shape)}, needs [{rows}, {columns}]")
-            continue
-        for tensor, (shape, dtypes) in manifest.tensors(name).items():
-            found = headers.get(tensor)
-            if found is None:
-                raise MspError(f"{tensor}: missing from the checkpoint, and the allocation says {pattern}")
-            if found.shape != shape:
-                raise MspError(f"{tensor}: shape {list(found.shape)}, needs {list(shape)} for {pattern}")
-            if found.dtype not in dtypes:
-                raise MspError(f"{tensor}: dtype {found.dtype}, needs {' or '.join(dtypes)}")
-    for tensor in headers:
-        name, _, kind = tensor.rpartition(".")
-        packed = kind in ("values", "bitmask") and {f"{name}.values", f"{name}.bitmask"} <= headers.keys()
-        if packed and (name not in manifest.patterns or manifest.patterns[name].is_dense):
-            raise MspError(f"{tensor}: packed in the checkpoint, but not in the allocation")
-
-
-def read_manifest(path: str | Path) -> Manifest:
-    """The manifest in ``config.json`` of a model directory; ``MspError`` if it holds no packed model."""
-    config = Path(path) / "config.json"
-    if not config.is_file():
-        raise MspError(f"{path} is not a model: it has no config.json")
-    manifest = _read_json(config).get("quantization_config")
-    if not isinstance(manifest, dict) or manifest.get("quant_method") != QUANT_METHOD:
-        raise MspError(f"{path} is not a packed model: its config.json has no quantization_config of msp's")
-    try:
-        return Manifest.from_dict(manifest)
-    except MspError as error:
-        raise MspError(f"{config}: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise MspError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise MspError(f"{path}: not a JSON object")
-    return content
-
-
-@dataclass(frozen=True)
-class LinearInfo:
-    """One linear of a packed checkpoint; ``packed_bytes`` are on disk, ``dense_bytes`` at the same dtype."""
-
-    name: str
-    pattern: NMPattern
-    shape: tuple[int, int]
-    dtype: str
-    packed_bytes: int
-    dense_bytes: int
-
-    @property
-    def dense_on_gpu(self) -> bool:
-        """Whether it is unpacked once when it comes to a CUDA device; see ``SparseLinear.settle``."""
-        return not self.pattern.is_dense and stays_dense(self.pattern, max(self._itemsize, 1))
-
-    @property
-    def fast_prefill_bytes(self) -> int:
-        """What ``msp.fast_prefill`` keeps of it on a CUDA device at most; 0 for what does not lie in tiles there."""
-        in_tiles = self._itemsize == 2 and has_tiles(self.pattern, *self.shape, torch.bfloat16)
-        return kept_bytes(self.pattern, *self.shape) if in_tiles and not self.dense_on_gpu else 0
-
-    @property
-    def slower_from_tokens(self) -> int:
-        """From how many tokens on a CUDA device is over 5 % slower with it than with the dense weight, unless
-        ``msp.fast_prefill`` was called: by arithmetic, not measured. 0 where ``fast_prefill`` keeps nothing of it."""
-        return slower_from_tokens(self.pattern) if self.fast_prefill_bytes else 0
-
-    @property
-    def _itemsize(self) -> int:
-        return self.dense_bytes // max(self.shape[0] * self.shape[1], 1)
-
-
-@dataclass(frozen=True)
-class PackedInfo:
-    """What a packed checkpoint holds, read from its headers.
-
-    ``other_bytes`` are the tensors that are no allocated linear: embeddings, norms, biases, the head.
-    """
-
-    path: Path
-    manifest: Manifest
-    linears: tuple[LinearInfo, ...]
-    other_bytes: int
-    file_bytes: int
-
-    @property
-    def allocation(self) -> Allocation:
-        return Allocation(self.manifest.patterns)
-
-    @property
-    def recipe(self) -> Mapping[str, Any]:
-        return self.manifest.recipe
-
-    @property
-    def packed_bytes(self) -> int:
-        return sum(linear.packed_bytes for linear in self.linears)
-
-    @property
-    def dense_bytes(self) -> int:
-        return sum(linear.dense_bytes for linear in self.linears)
-
-    @property
-    def weights(self) -> int:
-        return sum(rows * columns for rows, columns in self.manifest.shapes.values())
-
-    @property
-    def kept(self) -> int:
-        return self.allocation.kept(self.manifest.shapes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return {
-            **self.manifest.to_dict(),
-            "linears": [
-                {
-                    "name": linear.name,
-                    "pattern": str(linear.pattern),
-                    "shape": list(linear.shape),
-                    "dtype": linear.dtype,
-                    "packed_bytes": linear.packed_bytes,
-                    "dense_bytes": linear.dense_bytes,
-                    "dense_on_gpu": linear.dense_on_gpu,
-                    "fast_prefill_bytes": linear.fast_prefill_bytes,
-                    "slower_from_tokens": linear.slower_from_tokens,
-                }
-                for linear in self.linears
-            ],
-            "weights": self.weights,
-            "kept": self.kept,
-            "packed_bytes": self.packed_bytes,
-            "dense_bytes": self.dense_bytes,
-            "other_bytes": self.other_bytes,
-            "file_bytes": self.file_bytes,
-        }
-
-
-def read_info(path: str | Path) -> PackedInfo:
-    """What the packed checkpoint at ``path`` holds; checks names, shapes and dtypes and loads no tensor.
-
-    Raises:
-        MspError: not a packed model, or a file of it is missing, truncated or does not fit the manifest.
-    """
-    manifest = read_manifest(path)
-    files = tensor_files(path)
-    headers = read_headers(files)
-    check_headers(manifest, headers)
-    linears = []
-    for name in sorted(manifest.patterns, key=_natural):
-        pattern = manifest.patterns[name]
-        (rows, columns), dense = manifest.shapes[name], pattern.is_dense
-        dtype = headers[f"{name}.{'weight' if dense else 'values'}"].dtype
-        width = WEIGHT_BYTES.get(dtype)
-        if width is None:
-            raise MspError(f"{name}.weight: dtype {dtype}, needs {' or '.join(WEIGHT_BYTES)}")
-        packed_bytes = pattern.kept(rows, columns) * width + (0 if dense else rows * math.ceil(columns / 8))
-        linears.append(LinearInfo(name, pattern, (rows, columns), dtype, packed_bytes, rows * columns * width))
-    tensor_bytes = sum(file.stat().st_size - _header_bytes(file) for file in files)
-    other_bytes = tensor_bytes - sum(linear.packed_bytes for linear in linears)
-    return PackedInfo(Path(path), manifest, tuple(linears), other_bytes, sum(file.stat().st_size for file in files))
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts block 2 before block 10; ``config.json`` has its keys sorted as text."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _header_bytes(file: Path) -> int:
-    """A safetensors file is the header's length in 8 bytes, the header, then the tensors without a gap."""
-    with file.open("rb") as stream:
-        return 8 + int.from_bytes(stream.read(8), "little")
-
-
-def validate_packed(path: str | Path) -> PackedInfo:
-    """Check a whole packed checkpoint: what ``read_info`` checks, and the kept positions of every group.
-
-    Raises:
-        MspError: names the tensor at fault.
-    """
-    info = read_info(path)
-    headers = read_headers(tensor_files(path))
-    for linear in info.linears:
-        if not linear.pattern.is_dense:
-            values, bitmask = (read_tensor(headers, f"{linear.name}.{kind}") for kind in ("values", "bitmask"))
-            PackedWeight(values, bitmask, linear.pattern, linear.shape).check(linear.name)
-    return info
-
-
-def read_tensor(headers: Mapping[str, TensorHeader], name: str) -> Tensor:
-    """One stored tensor, on the CPU."""
-    with safe_open(headers[name].file, framework="pt") as reader:
-        tensor = reader.get_tensor(name)
-    assert isinstance(tensor, Tensor)
-    return tensor

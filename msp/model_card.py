@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from msp.checkpoint import PackedInfo
+    from msp.packed_files import PackedInfo
 
 # What the recipe says about the making, in the order a reader asks; keys that a recipe lacks are left out.
 MADE_WITH = (

@@ -21,8 +21,8 @@ from rich.text import Text
 from msp.progress import Advance
 
 if TYPE_CHECKING:
-    from msp.checkpoint import PackedInfo
     from msp.decode_table import DecodeTable
+    from msp.packed_files import PackedInfo
     from msp.results import CompareResult, CompareRow, ParetoResult, PruneResult, SearchResult, SensitivityResult
 
 BAR_WIDTH = 24

@@ -15,7 +15,6 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from msp.checkpoint import read_headers, tensor_files
 from msp.errors import MspError
 from msp.model import (
     Block,
@@ -29,6 +28,7 @@ from msp.model import (
     read_tokenizer,
     stored_dtype,
 )
+from msp.packed_files import read_headers, tensor_files
 
 
 class StoredWeights:

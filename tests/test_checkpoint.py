@@ -22,16 +22,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from msp.checkpoint import (
-    LinearInfo,
-    check_output,
-    read_info,
-    replace_linears,
-    save_packed,
-    tensor_files,
-    validate_packed,
-)
+from msp.checkpoint import check_output, replace_linears, save_packed
 from msp.errors import MspError, UsageError
+from msp.packed_files import LinearInfo, read_info, tensor_files, validate_packed
 from msp.patterns import NMPattern
 from msp.report import packed_report
 from msp.search.evolution import UNLIMITED

@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 
 import msp
 from msp import opened
-from msp.checkpoint import PackedShards, read_headers, read_info, read_tensor, tensor_files, validate_packed
+from msp.checkpoint import PackedShards
 from msp.cli import app
 from msp.data import save_tokens
 from msp.errors import UsageError
 from msp.model import Structure, find_structure
+from msp.packed_files import read_headers, read_info, read_tensor, tensor_files, validate_packed
 from msp.patterns import Allocation, NMPattern
 from msp.stored import StoredBlock, load_stored
 

@@ -35,11 +35,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from msp.checkpoint import read_info, replace_linears, save_packed, validate_packed
+from msp.checkpoint import replace_linears, save_packed
 from msp.errors import MspError, UsageError
 from msp.integrations.transformers import MspConfig
 from msp.model import load_model
 from msp.ops import force_backend
+from msp.packed_files import read_info, validate_packed
 from msp.patterns import NMPattern
 from msp.sparse_linear import SparseLinear, patterns_of
 

@@ -24,7 +24,7 @@ from msp.manifest import QUANT_METHOD, Manifest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from msp.checkpoint import TensorHeader
+    from msp.packed_files import TensorHeader
 
 
 class MspConfig(QuantizationConfigMixin):
@@ -55,7 +55,7 @@ class MspQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        from msp.checkpoint import check_headers, read_headers
+        from msp.packed_files import check_headers, read_headers
         from msp.sparse_linear import SparseLinear, find_linear, note_pattern
 
         if not checkpoint_files:
@@ -77,8 +77,8 @@ class MspQuantizer(HfQuantizer):
         self.quantization_config = MspConfig(**manifest.to_dict())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        from msp.checkpoint import read_tensor
         from msp.ops import PackedWeight
+        from msp.packed_files import read_tensor
         from msp.sparse_linear import SparseLinear
 
         for name, module in model.named_modules():
