@@ -26,7 +26,8 @@ from msp.allocators import Allocated, SearchSettings, get_allocator
 from msp.allocators.evolution import search
 from msp.data import TokenSets
 from msp.evaluate import DenseReference
-from msp.model import find_structure, load_model
+from msp.loading import load_model
+from msp.model import find_structure
 from msp.plan import Goal, PatternRules, make_plan
 from msp.progress import NoProgress
 from msp.pruners import get_pruner

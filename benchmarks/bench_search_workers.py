@@ -16,7 +16,8 @@ from runner import ROOT, measure
 
 from msp import ops
 from msp.evaluate import DenseReference
-from msp.model import find_structure, load_model
+from msp.loading import load_model
+from msp.model import find_structure
 from msp.patterns import Unit
 from msp.progress import NoProgress
 from msp.search.distributed import Workers, ray_runner

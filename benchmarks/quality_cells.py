@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype
 
     from msp.data import TokenSets
-    from msp.model import LoadedModel
+    from msp.loading import LoadedModel
     from msp.progress import Advance
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -287,7 +287,8 @@ def _reference(cell: Cell, setting: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from msp.evaluate import DenseReference
-    from msp.model import find_structure, load_model
+    from msp.loading import load_model
+    from msp.model import find_structure
     from msp.workbench import batch_size
 
     device = torch.device("cpu")

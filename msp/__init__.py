@@ -9,11 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from msp.integrations import register_with_transformers
+from msp.namesake import warn_of_namesake
 
 if TYPE_CHECKING:
     from msp.checkpoint import replace_linears, save_packed
     from msp.errors import MspError, UsageError
-    from msp.model import load_model
+    from msp.loading import load_model
     from msp.packed_files import PackedInfo, read_info, validate_packed
     from msp.pareto_curve import pareto
     from msp.patterns import Allocation, Budget, NMPattern
@@ -38,7 +39,7 @@ _HOME = {
     "compare": "msp.pipeline",
     "fast_decode": "msp.sparse_linear",
     "fast_prefill": "msp.sparse_linear",
-    "load_model": "msp.model",
+    "load_model": "msp.loading",
     "pareto": "msp.pareto_curve",
     "prune": "msp.pipeline",
     "read_info": "msp.packed_files",
@@ -83,4 +84,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+warn_of_namesake()
 register_with_transformers()

@@ -92,7 +92,8 @@ class TokenSource:
         if self.kind in ("hub", "hub-joined"):
             if importlib.util.find_spec("datasets") is None:
                 raise MspError(
-                    f"{self.spec} is a hub data set, which needs the datasets library: pip install 'msp[hub]'"
+                    f"{self.spec} is a hub data set, which needs the datasets library: "
+                    "pip install 'mixed-sparsity-pruning[hub]'"
                 )
             return self
         path = Path(self.location)

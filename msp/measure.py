@@ -17,7 +17,8 @@ from torch import nn
 from msp import __version__
 from msp.decode_table import DENSE, DecodeTable, Shape
 from msp.errors import MspError
-from msp.model import DTYPES, check_dtype, find_device, find_structure, make_skeleton, read_config, stored_dtype
+from msp.loading import DTYPES, check_dtype, find_device, make_skeleton, read_config, stored_dtype
+from msp.model import find_structure
 from msp.ops import nm_select
 from msp.ops._dispatch import compiled_module
 from msp.patterns import NMPattern

@@ -12,8 +12,9 @@ from msp.data import DEFAULT_CALIBRATION, TokenSets, make_token_sets
 from msp.decode_table import DecodeTable
 from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference
+from msp.loading import LoadedModel, find_device, load_model
 from msp.measure import measure_decode
-from msp.model import LoadedModel, Structure, check_finite, device_of, find_device, find_structure, load_model
+from msp.model import Structure, check_finite, device_of, find_structure
 from msp.patterns import Allocation, parse_sparsity
 from msp.plan import Goal, Plan, make_plan, parse_bytes, parse_time
 from msp.progress import Progress

@@ -20,7 +20,7 @@ from msp.checkpoint import check_output, in_dtype, packed_shards, replace_linear
 from msp.data import DEFAULT_EVALUATION, read_windows
 from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference, Quality, Reference, Sums, perplexity
-from msp.model import find_device, load_model
+from msp.loading import find_device, load_model
 from msp.opened import Opened, open_model, tensor_bytes, vocabulary_size, window_of
 from msp.ops import PackedWeight
 from msp.patterns import Allocation

@@ -16,18 +16,16 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from msp.errors import MspError
-from msp.model import (
-    Block,
+from msp.loading import (
     LoadedModel,
-    Structure,
     check_dtype,
     computing_dtype,
-    find_structure,
     make_skeleton,
     read_causal_config,
     read_tokenizer,
     stored_dtype,
 )
+from msp.model import Block, Structure, find_structure
 from msp.packed_files import read_headers, tensor_files
 
 

@@ -213,7 +213,7 @@ def test_hub_errors_name_the_source(hub_set, tail: str, message: str):
 
 def test_without_the_datasets_library_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MspError, match=r"msp\[hub\]"):
+    with pytest.raises(MspError, match=r"mixed-sparsity-pruning\[hub\]"):
         TokenSource.parse("hub:a:train:text").check()
 
 

@@ -24,7 +24,8 @@ from transformers.utils import logging
 
 from msp.checkpoint import save_packed
 from msp.errors import MspError, UsageError
-from msp.model import check_finite, find_structure, load_model
+from msp.loading import load_model
+from msp.model import check_finite, find_structure
 
 LLAMA = {
     "self_attn.q_proj",

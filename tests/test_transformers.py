@@ -38,7 +38,7 @@ from transformers.utils import logging
 from msp.checkpoint import replace_linears, save_packed
 from msp.errors import MspError, UsageError
 from msp.integrations.transformers import MspConfig
-from msp.model import load_model
+from msp.loading import load_model
 from msp.ops import force_backend
 from msp.packed_files import read_info, validate_packed
 from msp.patterns import NMPattern

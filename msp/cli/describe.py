@@ -10,8 +10,9 @@ from rich.console import Group, RenderableType
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from msp.errors import MspError
+from msp.loading import make_skeleton, read_config, stored_dtype
 from msp.manifest import QUANT_METHOD
-from msp.model import find_structure, make_skeleton, read_config, stored_dtype
+from msp.model import find_structure
 from msp.packed_files import read_info
 from msp.patterns import GROUP_SIZES
 from msp.report import figures_report, kinds_report, merge_experts, packed_report

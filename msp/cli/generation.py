@@ -10,7 +10,8 @@ import torch
 from transformers import StoppingCriteria
 
 from msp.errors import MspError, UsageError
-from msp.model import device_of, load_model
+from msp.loading import load_model
+from msp.model import device_of
 from msp.ops import check_environment
 from msp.progress import Advance
 from msp.sparse_linear import fast_decode

@@ -69,7 +69,7 @@ class Workers:
         if self.count is not None and self.count < 1:
             raise UsageError(f"{self.count} workers: a search needs at least one")
         if importlib.util.find_spec("ray") is None:
-            raise UsageError("workers need the ray library: pip install 'msp[ray]'")
+            raise UsageError("workers need the ray library: pip install 'mixed-sparsity-pruning[ray]'")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import release_wheel as release
 from msp.ops._dispatch import ISAS
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("msp", "triton_kernels", "csrc", "CMakeLists.txt", "MANIFEST.in", "README.md", "constraints.txt")
+SOURCES = ("msp", "triton_kernels", "csrc", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt")
 SETUP = ("pyproject.toml", "setup.py")
 
 IMPORTS = """
@@ -30,7 +30,7 @@ home = pathlib.Path(sys.argv[1]).resolve()
 for module in (msp, msp._cpu, msp.triton_kernels):
     found = pathlib.Path(module.__file__).resolve()
     assert home in found.parents, f"{module.__name__} comes from {found}, not from {home}"
-assert importlib.metadata.version("msp") == msp.__version__
+assert importlib.metadata.version("mixed-sparsity-pruning") == msp.__version__
 assert [e.value for e in importlib.metadata.entry_points(group="console_scripts", name="msp")] == ["msp.cli:main"]
 import torch
 from msp.ops import force_backend, nm_select
@@ -108,7 +108,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sdist(source: Path) -> Path:
     backend = "import setuptools.build_meta as backend; backend.build_sdist('dist')"
     run(sys.executable, "-c", backend, cwd=source)
-    (archive,) = (source / "dist").glob("msp-*.tar.gz")
+    (archive,) = (source / "dist").glob("mixed_sparsity_pruning-*.tar.gz")
     return archive
 
 
@@ -124,7 +124,7 @@ def unpacked(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(unpacked: Path) -> Path:
     pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index")
     run(*pip, "--wheel-dir", unpacked.parent, unpacked, cwd=unpacked.parent, **without_nvcc())
-    (path,) = unpacked.parent.glob("msp-*.whl")
+    (path,) = unpacked.parent.glob("mixed_sparsity_pruning-*.whl")
     return path
 
 
@@ -161,6 +161,14 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert "msp/py.typed" in names
 
 
+def test_the_licence_goes_with_the_wheel(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (licence,) = [name for name in archive.namelist() if name.endswith("licenses/LICENSE")]
+        (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+        assert b"License-Expression: Apache-2.0" in archive.read(metadata)
+
+
 def test_wheel_imports(repaired: Path, tmp_path: Path) -> None:
     python = fresh_environment(tmp_path / "venv")
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index")
@@ -175,7 +183,7 @@ def test_the_repaired_wheel_may_be_released(repaired: Path) -> None:
 
 
 def test_a_wheel_that_may_not_be_released_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wheel = tmp_path / "msp-1-cp311-cp311-linux_x86_64.whl"
+    wheel = tmp_path / "mixed_sparsity_pruning-1-cp311-cp311-linux_x86_64.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("msp.libs/libstdc++.so", b"x" * 100)
     monkeypatch.setattr(release, "MOST_BYTES", 50)
@@ -192,7 +200,7 @@ def test_kernels_of_a_wheel_are_checked(tmp_path: Path, monkeypatch: pytest.Monk
         return subprocess.CompletedProcess(command, returncode=1)
 
     monkeypatch.setattr(release.subprocess, "run", pytest_fails)
-    wheel = tmp_path / "msp-1-cp311-cp311-linux_x86_64.whl"
+    wheel = tmp_path / "mixed_sparsity_pruning-1-cp311-cp311-linux_x86_64.whl"
     for name, wrong in (("msp/_cpu.so", 0), ("msp/_cuda.so", 1)):
         with zipfile.ZipFile(wheel, "w") as archive:
             archive.writestr(name, b"module")

@@ -33,7 +33,9 @@ from msp.search.runners import Setting, open_runner
 GROUP, BATCHES = 8, 12
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray: pip install 'msp[ray]'")
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="needs ray: pip install 'mixed-sparsity-pruning[ray]'"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -276,7 +278,7 @@ def test_workers_without_ray_are_refused_before_any_work(monkeypatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else find(name, *rest))
     for asked in ({"workers": 2}, {"ray_address": "auto"}):
-        with pytest.raises(UsageError, match=r"pip install 'msp\[ray\]'"):
+        with pytest.raises(UsageError, match=r"pip install 'mixed-sparsity-pruning\[ray\]'"):
             pipeline.prune("no-such-model", sparsity=0.5, **asked)
 
 

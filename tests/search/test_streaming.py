@@ -21,7 +21,8 @@ from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference
 from msp.gates import GatedModel
 from msp.hidden import HiddenStates
-from msp.model import Structure, find_structure, load_model
+from msp.loading import load_model
+from msp.model import Structure, find_structure
 from msp.ops import nm_rank
 from msp.patterns import Unit
 from msp.search.candidates import CandidateModel, LocalRunner, Ranks
