@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
+from itertools import count
 from typing import Any
 
 import torch
 from torch import nn
 
-from msp.gates import GatedModel
-from msp.model import Block, Linear, Structure
+from msp.gates import GatedModel, State
+from msp.model import Block, Linear, Structure, device_of
 from msp.progress import NoProgress, Progress
 from msp.pruners.base import LinearStatistics
 
@@ -19,7 +21,7 @@ HESSIAN = "hessian"
 
 
 class BlockStream:
-    """The hidden states of a token set in front of one block after another, waiting in host memory.
+    """The states of a token set in front of one block after another, waiting in host memory.
 
     Args:
         gates: the model, entered while blocks run.
@@ -30,7 +32,13 @@ class BlockStream:
     def __init__(self, gates: GatedModel, windows: torch.Tensor, *, batch_size: int = 8) -> None:
         self._gates = gates
         self._batches = list(torch.split(windows, batch_size))
-        self._hidden: list[torch.Tensor | None] = [None] * len(self._batches)
+        self._states: list[State | None] = [None] * len(self._batches)
+
+    def copy(self) -> BlockStream:
+        """Another one in front of the same block."""
+        other = copy(self)
+        other._states = list(self._states)
+        return other
 
     def run(self, index: int, *, advance: bool) -> Iterator[None]:
         """Run every batch through block ``index``, one per item drawn; keep the outputs if ``advance``.
@@ -38,12 +46,12 @@ class BlockStream:
         Blocks must be advanced in order: block ``index`` reads what ``index - 1`` left.
         """
         for batch, tokens in enumerate(self._batches):
-            hidden = self._hidden[batch]
-            assert hidden is not None or index == 0, f"block {index} runs before block {index - 1}"
+            state = self._states[batch]
+            assert state is not None or index == 0, f"block {index} runs before block {index - 1}"
             with torch.no_grad():
-                output = self._gates.block(index, tokens, hidden)
+                output = self._gates.block(index, tokens, state)
             if advance:
-                self._hidden[batch] = output.to("cpu")
+                self._states[batch] = output.to("cpu")
             yield
 
     def pass_through(self, index: int) -> None:
@@ -54,10 +62,10 @@ class BlockStream:
     def logits(self) -> Iterator[torch.Tensor]:
         """``[B, T, V]`` of every batch, when all blocks have been advanced."""
         for batch, tokens in enumerate(self._batches):
-            hidden, self._hidden[batch] = self._hidden[batch], None
-            assert hidden is not None, "the head runs before the blocks"
+            state, self._states[batch] = self._states[batch], None
+            assert state is not None, "the head runs before the blocks"
             with torch.no_grad():
-                logits = self._gates.logits(tokens, hidden)
+                logits = self._gates.logits(tokens, state)
             yield logits
 
     def __len__(self) -> int:
@@ -69,7 +77,7 @@ def gather(linears: Sequence[Linear], needs: frozenset[str]) -> Iterator[dict[st
     """Within the context, forwards of ``linears`` add to the statistics that are yielded.
 
     ``needs`` may hold ``"input_sum_squares"`` (fp32 ``[K]``, sum over tokens of x^2) and ``"hessian"``
-    (fp32 ``[K, K]``, sum over tokens of x x^T).
+    (fp32 ``[K, K]``, sum over tokens of x x^T). A weight that stands at several places has the sum over all of them.
     """
     statistics = {linear.name: LinearStatistics() for linear in linears}
 
@@ -92,7 +100,10 @@ def gather(linears: Sequence[Linear], needs: frozenset[str]) -> Iterator[dict[st
 
         return hook
 
-    handles = [linear.module.register_forward_pre_hook(hook_for(linear)) for linear in linears]
+    handles = []
+    for linear in linears:
+        hook = hook_for(linear)
+        handles += [module.register_forward_pre_hook(hook) for module in linear.modules]
     try:
         yield statistics
     finally:
@@ -110,6 +121,7 @@ def stream_statistics(
     only: Container[str] | None = None,
     batch_size: int = 8,
     device: str | torch.device | None = None,
+    whole: bool = False,
     progress: Progress | None = None,
     label: str = "Calibrating",
 ) -> Iterator[tuple[Block, Mapping[str, LinearStatistics]]]:
@@ -117,21 +129,82 @@ def stream_statistics(
 
     With ``sequential`` the block runs again after the caller has changed it, so that later blocks see
     what a pruned model gives them; without, one run serves both. ``only`` names the linears to look at.
-    Memory beyond the model: one block, its statistics, and one hidden state per token of ``windows`` in
-    host memory.
+    Memory beyond the model: one block, its statistics, and one state per token of ``windows`` in host memory.
+
+    The statistics of a weight that later blocks have too are of all its places, as the model is when its first block
+    is yielded: the blocks up to the last such place run once more for it.
+
+    With ``whole``, for models of which blocks do not run alone, every block costs a forward of the whole model, where
+    it is, and ``device`` says nothing.
     """
+    if whole:
+        return _whole_statistics(model, structure, windows, needs, sequential, only, batch_size, progress, label)
     gates = GatedModel(model, structure, device)
     stream = BlockStream(gates, windows, batch_size=batch_size)
-    runs = len(structure.blocks) * (2 if sequential else 1)
+    return _streamed_statistics(gates, stream, needs, sequential, only, progress, label)
+
+
+def _streamed_statistics(
+    gates: GatedModel,
+    stream: BlockStream,
+    needs: frozenset[str],
+    sequential: bool,
+    only: Container[str] | None,
+    progress: Progress | None,
+    label: str,
+) -> Iterator[tuple[Block, Mapping[str, LinearStatistics]]]:
+    blocks = gates.structure.blocks
+    wanted = {block.index: _wanted(block, only) for block in blocks}
+    last = {index: max((x.last_block for x in linears), default=index) for index, linears in wanted.items()}
+    # a block whose weights stand elsewhere too is run for its statistics and again to go on
+    again = [sequential or last[block.index] > block.index for block in blocks]
+    runs = sum(1 + last[block.index] - block.index + again[block.index] for block in blocks)
     with gates, (progress or NoProgress()).stage(label, runs * len(stream)) as advance:
-        done = 0
-        for block in structure.blocks:
-            wanted = [linear for linear in block.linears if only is None or linear.name in only]
+        steps = count(1)
+        for block in blocks:
             with block.on(gates.device):
-                with gather(wanted, needs) as statistics:
-                    for _ in stream.run(block.index, advance=not sequential):
-                        advance(done := done + 1)
+                with gather(wanted[block.index], needs) as statistics:
+                    ahead = stream.copy() if again[block.index] else stream
+                    goes_on = last[block.index] > block.index or not again[block.index]
+                    for _ in ahead.run(block.index, advance=goes_on):
+                        advance(next(steps))
+                    for later in blocks[block.index + 1 : last[block.index] + 1]:
+                        with later.on(gates.device):
+                            for _ in ahead.run(later.index, advance=True):
+                                advance(next(steps))
+                        block.module.to(gates.device)  # what both share has just left
                 yield block, statistics
-                if sequential:
+                if again[block.index]:
                     for _ in stream.run(block.index, advance=True):
-                        advance(done := done + 1)
+                        advance(next(steps))
+
+
+def _whole_statistics(
+    model: Any,
+    structure: Structure,
+    windows: torch.Tensor,
+    needs: frozenset[str],
+    sequential: bool,
+    only: Container[str] | None,
+    batch_size: int,
+    progress: Progress | None,
+    label: str,
+) -> Iterator[tuple[Block, Mapping[str, LinearStatistics]]]:
+    """Of one forward for all blocks where they stay as they are, and else of one for each block."""
+    batches = torch.split(windows, batch_size)
+    home = device_of(model)
+    groups = [[block] for block in structure.blocks] if sequential else [list(structure.blocks)]
+    with (progress or NoProgress()).stage(label, len(groups) * len(batches)) as advance:
+        steps = count(1)
+        for group in groups:
+            with gather([linear for block in group for linear in _wanted(block, only)], needs) as statistics:
+                for tokens in batches:
+                    with torch.no_grad():
+                        model(input_ids=tokens.to(home), use_cache=False)
+                    advance(next(steps))
+            for block in group:
+                yield block, {linear.name: statistics[linear.name] for linear in _wanted(block, only)}
+
+
+def _wanted(block: Block, only: Container[str] | None) -> list[Linear]:
+    return [linear for linear in block.linears if only is None or linear.name in only]

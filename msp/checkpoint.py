@@ -13,7 +13,8 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import __version__ as transformers_version
+from transformers.pytorch_utils import Conv1D
 
 from msp import __version__
 from msp.errors import MspError
 from msp.manifest import Manifest
+from msp.model import weight_identity
 from msp.model_card import model_card
 from msp.ops import PackedWeight
 from msp.packed_files import header_bytes, read_headers, read_info
-from msp.sparse_linear import SparseLinear, find_linear, note_pattern, patterns_of, shape_of
+from msp.sparse_linear import at_places, find_linear, note_pattern, patterns_of, shape_of, shared_by
 
 
 def manifest_of(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> Manifest:
@@ -40,11 +43,13 @@ def manifest_of(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> Ma
         raise MspError(f"this {type(model).__name__} has no packed linears: prune it first")
     shapes = {name: shape_of(model.get_submodule(name)) for name in patterns}
     versions = {"msp": __version__, "torch": str(torch.__version__), "transformers": transformers_version}
-    return Manifest(patterns, shapes, recipe or {}, versions)
+    return Manifest(patterns, shapes, recipe or {}, versions, shared_by(model))
 
 
 def replace_linears(model: nn.Module, packed: Mapping[str, PackedWeight]) -> None:
     """Put a ``SparseLinear`` in the place of each named linear of ``model``, with the linear's own bias.
+
+    A weight that stands at several places is replaced at all of them, whichever of their names is given.
 
     A pattern that keeps everything leaves its module as it is and only notes the pattern on it. The
     model's own ``save_pretrained`` writes a packed checkpoint from then on.
@@ -53,11 +58,19 @@ def replace_linears(model: nn.Module, packed: Mapping[str, PackedWeight]) -> Non
         MspError: a name without a linear, or a packed weight of another shape; nothing is replaced then.
     """
     modules = {name: find_linear(model, name, weight.shape) for name, weight in packed.items()}
+    places: dict[Hashable, list[tuple[str, nn.Module]]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (nn.Linear, Conv1D)):
+            places[weight_identity(module.weight)].append((name, module))
     for name, weight in packed.items():
+        same = places[weight_identity(modules[name].weight)]
         if weight.pattern.is_dense:
-            note_pattern(modules[name], weight.pattern)
+            for _, module in same:
+                note_pattern(module, weight.pattern)
         else:
-            model.set_submodule(name, SparseLinear.from_packed(weight, modules[name].bias))
+            sparse = at_places(weight, [module for _, module in same])
+            for (place, _), module in zip(same, sparse, strict=True):
+                model.set_submodule(place, module)
     _attach_manifest(model, manifest_of(model))
 
 

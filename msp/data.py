@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 
-from msp.errors import MspError, UsageError
+from msp.errors import MspError, UsageError, first_line
 
 # What the literature calibrates on, and the text most published perplexities are of.
 DEFAULT_CALIBRATION = "hub:allenai/c4:en:train:text"
@@ -160,12 +160,6 @@ class TokenSource:
             if not isinstance(row[self.column], str):
                 raise MspError(f"{self.spec}: row {number} holds {type(row[self.column]).__name__}, not text")
             yield row[self.column]
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _file_pieces(location: str) -> Iterator[str]:

@@ -7,3 +7,9 @@ class MspError(ValueError):
 
 class UsageError(MspError):
     """The request itself is wrong: an unknown name, a value out of range (exit code 2)."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -3,23 +3,70 @@
 The model's own forward drives: every block is replaced by a gate, so embeddings, masks and position
 encodings are made by the model itself, with whatever arguments this version of transformers passes.
 Gates before the piece that is wanted pass hidden states through; behind it the forward is cut short.
+
+What a block is given that earlier blocks made is its ``State``: hidden states, and whatever else reaches its gate
+only if the blocks before it have run (keys and values that blocks share, a residual stream, router states).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from msp.errors import MspError, first_line
 from msp.model import Structure, device_of
 
-Keep = Callable[[int, Tensor], None]
-"""Hears of the hidden states behind so many blocks."""
+Slot = tuple[Any, ...]
+"""Where something stands in the arguments of a block: the argument's position or name, and its key in a mapping."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a block is given that the blocks before it made; or what comes out of the last one.
+
+    Attributes:
+        hidden: the hidden states, ``[B, T, H]`` as a rule.
+        left: what else earlier blocks left, by its slot among the arguments: tensors, or tuples and lists of them.
+    """
+
+    hidden: Tensor
+    left: Mapping[Slot, Any] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in self._flat()[0] if isinstance(leaf, Tensor)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> State:
+        """The same with every tensor changed."""
+        return self.replaced([change(tensor) for tensor in self.tensors])
+
+    def replaced(self, tensors: Sequence[Tensor]) -> State:
+        """The same with other tensors, in the order of ``tensors``."""
+        leaves, spec = self._flat()
+        new = iter(tensors)
+        hidden, left = tree_unflatten([next(new) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+        return State(hidden, left)
+
+    def to(self, device: torch.device | str) -> State:
+        return self.map(lambda tensor: tensor.to(device))
+
+    def _flat(self) -> tuple[list[Any], Any]:
+        return tree_flatten((self.hidden, dict(self.left)))
+
+
+Keep = Callable[[int, State], None]
+"""Hears of the state behind so many blocks."""
 
 
 class _Reached(Exception):
@@ -46,6 +93,27 @@ class _Gate(nn.Module):
         return self._gates[0]._at_gate(self._index, args, kwargs)
 
 
+@dataclass
+class _Run:
+    """One forward of the gated model.
+
+    Attributes:
+        first: the first block that runs; those before it pass hidden states through.
+        stop: the gate before which the forward is cut short, the number of blocks for behind the last one; or None.
+        entering: what the first block is given instead of what passed through.
+        found: the hidden states at ``stop``, and what else stands there in the arguments.
+        keep: hears of the state at every gate behind the first one.
+        passed: the gates that the forward came to.
+    """
+
+    first: int
+    stop: int | None = None
+    entering: State | None = None
+    found: tuple[Tensor, dict[Slot, Any]] | None = None
+    keep: Keep | None = None
+    passed: set[int] = field(default_factory=set)
+
+
 class GatedModel(AbstractContextManager["GatedModel"]):
     """A causal LM whose pieces can be run one at a time while it is entered, as often as wanted.
 
@@ -59,13 +127,12 @@ class GatedModel(AbstractContextManager["GatedModel"]):
         self.model = model
         self.structure = structure
         self.device = torch.device(device) if device is not None else device_of(model)
+        self._depth = len(structure.blocks)
         # How each block returns hidden states: known once it has run.
-        self._wrap: list[Callable[[Any], Any]] = []
-        self._active = 0
-        self._entering: Tensor | None = None
-        self._output: Tensor | None = None
-        # Hears of what every block gives while all from the active one on are run.
-        self._keep: Keep | None = None
+        self._wrap: dict[int, Callable[[Any], Any]] = {}
+        # What stands at a gate only if the blocks before it have run: known once they have.
+        self._carried: dict[int, frozenset[Slot]] = {}
+        self._run = _Run(0)
 
     def __enter__(self) -> GatedModel:
         for block in self.structure.blocks:
@@ -78,76 +145,184 @@ class GatedModel(AbstractContextManager["GatedModel"]):
         for block in self.structure.blocks:
             self.model.set_submodule(block.name, block.module)
 
-    def embedded(self, tokens: Tensor) -> Tensor:
-        """The hidden states in front of the first block."""
-        return self.block(-1, tokens)
+    def embedded(self, tokens: Tensor) -> State:
+        """The state in front of the first block."""
+        return State(self._until(tokens, _Run(0, stop=0))[0])
 
-    def block(self, index: int, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """The hidden states behind block ``index``.
+    def block(self, index: int, tokens: Tensor, state: State | None = None) -> State:
+        """The state behind block ``index``: what the next block is given, or what the last one gives.
 
         Args:
             tokens: int64 ``[B, T]``, from which the model makes masks and positions.
-            hidden: those before the block; may be left out for the first one.
+            state: the one before the block; may be left out for the first one.
+
+        Raises:
+            MspError: the model's forward does not come there.
         """
-        self._active, self._entering = index, None if hidden is None else hidden.to(self.device)
-        with suppress(_Reached):
-            self._forward(tokens)
-        output, self._output = self._output, None
-        assert output is not None
-        return output
+        entering = None if state is None else state.to(self.device)
+        hidden, standing = self._until(tokens, _Run(index, index + 1, entering))
+        if index + 1 not in self._carried:
+            with torch.no_grad():
+                self._carried[index + 1] = self._differing(index + 1, tokens, standing)
+        return State(hidden, {slot: standing[slot] for slot in self._carried[index + 1] if slot in standing})
 
-    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """``[B, T, V]`` from the hidden states behind the last block; each block must have run before."""
-        self._active, self._entering = len(self.structure.blocks), hidden.to(device_of(self.model))
-        logits: Tensor = self._forward(tokens).logits
-        return logits
+    def logits(self, tokens: Tensor, state: State) -> Tensor:
+        """``[B, T, V]`` from the state behind the last block; each block must have run before."""
+        return self._logits(tokens, _Run(self._depth, entering=state.to(device_of(self.model))))
 
-    def resume(self, depth: int, tokens: Tensor, hidden: Tensor | None, keep: Keep) -> Tensor:
-        """``[B, T, V]`` from the hidden states behind ``depth`` blocks, in one forward.
+    def resume(self, depth: int, tokens: Tensor, state: State | None, keep: Keep) -> Tensor:
+        """``[B, T, V]`` from the state behind ``depth`` blocks, in one forward.
 
         Args:
-            hidden: may be left out for ``depth`` 0; the first blocks must have run before.
-            keep: hears of what every block gives that runs.
+            state: may be left out for ``depth`` 0; each block must have run by itself before.
+            keep: hears of the state behind every block that runs.
         """
-        self._active, self._entering, self._keep = depth, hidden, keep
+        return self._logits(tokens, _Run(depth, entering=state, keep=keep))
+
+    def why_not_one_by_one(self, tokens: Tensor) -> str | None:
+        """Why single blocks do not give what a whole forward gives; None if they do.
+
+        ``tokens``, int64 ``[1, T]``, and the same in the opposite order go through each block behind one another:
+        whatever a block remembers is of other tokens. Blocks run where the rest of the model is.
+        """
+        counts = self.structure.calls
+        if counts is not None and max(counts) > 1:
+            again = next(block.name for block in self.structure.blocks if counts[block.index] > 1)
+            return f"a forward runs {again} more than once"
+        both, states = (tokens, tokens.flip(-1)), list[State | None]([None, None])
+        device, self.device = self.device, device_of(self.model)
         try:
-            logits: Tensor = self._forward(tokens).logits
+            with torch.no_grad():
+                whole = self.resume(0, tokens, None, lambda *_: None)
+                for block in self.structure.blocks:
+                    states = [self.block(block.index, each, state) for each, state in zip(both, states, strict=True)]
+                assert states[0] is not None
+                single = self.logits(tokens, states[0])
+        except Exception as error:  # whatever a model's own code raises where blocks before it have not run
+            return f"they do not run alone ({type(error).__name__}: {first_line(error)})"
         finally:
-            self._keep = None
+            self.device = device
+        close = 1e-5 if whole.dtype == torch.float32 else 2e-2
+        if not torch.allclose(single, whole, rtol=close, atol=close * float(whole.abs().max())):
+            return "they exchange more than what they are called with"
+        return None
+
+    def _differing(self, index: int, tokens: Tensor, standing: Mapping[Slot, Any]) -> frozenset[Slot]:
+        """What of ``standing``, at the gate ``index``, is not there or differs when no block has run."""
+        if index == self._depth:
+            return frozenset()
+        try:
+            untouched = self._until(tokens, _Run(index, index))[1]
+        except MspError:
+            raise
+        except Exception:  # what a model computes between blocks may need that they have run: all is carried then
+            untouched = {}
+        return frozenset(slot for slot, value in standing.items() if not _equal(value, untouched.get(slot)))
+
+    def _until(self, tokens: Tensor, run: _Run) -> tuple[Tensor, dict[Slot, Any]]:
+        """What stands at the gate where ``run`` stops."""
+        with suppress(_Reached):
+            self._forward(tokens, run)
+        if run.found is None:
+            name = self.structure.blocks[min(run.first, self._depth - 1)].name
+            raise MspError(f"a forward of {type(self.model).__name__} ends without coming to {name}")
+        return run.found
+
+    def _logits(self, tokens: Tensor, run: _Run) -> Tensor:
+        logits: Tensor = self._forward(tokens, run).logits
         return logits
 
-    def _forward(self, tokens: Tensor) -> Any:
+    def _forward(self, tokens: Tensor, run: _Run) -> Any:
+        self._run = run
         try:
             return self.model(input_ids=tokens.to(device_of(self.model)), use_cache=False)
         finally:
-            self._entering = None
+            self._run = _Run(0)
 
     def _at_gate(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if index > self._active and self._keep is None:
-            self._output = hidden
+        run = self._run
+        standing = _entries(args, kwargs)
+        # the first argument, or by the name that most models have for it
+        at: Slot = ("hidden_states",) if ("hidden_states",) in standing else next(iter(standing))
+        hidden = standing.pop(at)
+        if run.stop == index:
+            run.found = hidden, standing
             raise _Reached
-        if index < self._active:
-            behind_blocks = self._active == len(self.structure.blocks)
-            return self._wrap[index](self._entering if behind_blocks else hidden)
-        args, kwargs = tree_map(self._to_device, (args, kwargs))
-        if index == self._active and self._entering is not None:
-            if args:
-                args = (self._entering, *args[1:])
-            else:
-                kwargs["hidden_states"] = self._entering
+        if index in run.passed and run.keep is None:
+            name = self.structure.blocks[index].name
+            raise MspError(f"a forward runs {name} more than once: it cannot be run alone, so load this model whole")
+        run.passed.add(index)
+        if index < run.first:
+            behind_blocks = run.entering if run.first == self._depth else None
+            return self._wrap[index](hidden if behind_blocks is None else behind_blocks.hidden)
+        if run.keep is not None and index > run.first:
+            left = {slot: standing[slot] for slot in self._carried.get(index, ()) if slot in standing}
+            run.keep(index, State(hidden, left))
+        args, kwargs = _moved((args, kwargs), self.device)
+        if index == run.first and run.entering is not None:
+            args = _put(args, kwargs, {at: run.entering.hidden, **run.entering.left})
         output = self.structure.blocks[index].module(*args, **kwargs)
-        if len(self._wrap) == index:
-            self._wrap.append(_wrapper_like(output))
-        hidden = output[0] if isinstance(output, tuple) else output
-        if self._keep is not None:
-            self._keep(index + 1, hidden)
-            return output
-        self._output = hidden
-        raise _Reached
+        self._wrap.setdefault(index, _wrapper_like(output))
+        if index == self._depth - 1:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if run.stop == self._depth:
+                run.found = hidden, {}
+                raise _Reached
+            if run.keep is not None:
+                run.keep(self._depth, State(hidden))
+        return output
 
-    def _to_device(self, leaf: Any) -> Any:
-        return leaf.to(self.device) if isinstance(leaf, Tensor) else leaf
+
+def _entries(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Slot, Any]:
+    """The arguments that hold tensors; of a mapping, each of its entries."""
+    entries: dict[Slot, Any] = {}
+    named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    for name, value in named.items():
+        if isinstance(value, Mapping):
+            entries |= {(name, key): entry for key, entry in value.items()}
+        else:
+            entries[(name,)] = list(value) if isinstance(value, list) else value
+    return {slot: value for slot, value in entries.items() if any(map(torch.is_tensor, tree_flatten(value)[0]))}
+
+
+def _put(args: tuple[Any, ...], kwargs: dict[str, Any], entries: Mapping[Slot, Any]) -> tuple[Any, ...]:
+    """Put ``entries`` into their slots, in mappings and lists that blocks share themselves; the new positional ones."""
+    positional: list[Any] = list(args)
+    named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    for (name, *key), value in entries.items():
+        holder: Any = positional if isinstance(name, int) else kwargs
+        if key:
+            holder[name][key[0]] = value
+        elif isinstance(value, list) and isinstance(named.get(name), list):
+            named[name][:] = value
+        else:
+            holder[name] = value
+    return tuple(positional)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """``value`` with all tensors on ``device``; mappings and lists stay the objects that blocks share."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, MutableMapping):
+        for key in list(value):
+            value[key] = _moved(value[key], device)
+        return value
+    if isinstance(value, list):
+        value[:] = [_moved(item, device) for item in value]
+        return value
+    if type(value) is tuple:
+        return tuple(_moved(item, device) for item in value)
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, value)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two arguments hold the same tensors."""
+    (first, spec), (second, other_spec) = tree_flatten(one), tree_flatten(other)
+    return spec == other_spec and all(
+        isinstance(a, Tensor) == isinstance(b, Tensor) and (torch.equal(a, b) if isinstance(a, Tensor) else True)
+        for a, b in zip(first, second, strict=True)
+    )
 
 
 def _wrapper_like(output: Any) -> Callable[[Any], Any]:

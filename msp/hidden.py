@@ -1,4 +1,4 @@
-"""Hidden states that wait for the next block, in host memory up to a bound."""
+"""States that wait for the next block, in host memory up to a bound."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
+from msp.gates import State
+
 
 class HiddenStates:
-    """Tensors by key: in memory up to ``limit`` bytes, what comes beyond them in mapped temporary files.
+    """States by key: in memory up to ``limit`` bytes, what comes beyond them in mapped temporary files.
 
     Attributes:
         held: bytes in memory now; ``spilled``: bytes in files.
@@ -18,20 +20,20 @@ class HiddenStates:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._states: dict[Hashable, tuple[Tensor, bool]] = {}
+        self._states: dict[Hashable, tuple[State, bool]] = {}
         self.held = 0
         self.spilled = 0
 
-    def put(self, key: Hashable, state: Tensor) -> None:
-        state = state.detach()
+    def put(self, key: Hashable, state: State) -> None:
+        state = state.map(Tensor.detach)
         spills = self.held + state.nbytes > self._limit
-        self._states[key] = (_mapped(state) if spills else state.to("cpu"), spills)
+        self._states[key] = (state.map(_mapped) if spills else state.to("cpu"), spills)
         self._count(state.nbytes, spills)
 
-    def get(self, key: Hashable) -> Tensor:
+    def get(self, key: Hashable) -> State:
         return self._states[key][0]
 
-    def pop(self, key: Hashable) -> Tensor:
+    def pop(self, key: Hashable) -> State:
         state, spilled = self._states.pop(key)
         self._count(-state.nbytes, spilled)
         return state

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from msp.errors import MspError, UsageError
+from msp.errors import MspError, UsageError, first_line
 from msp.ops import check_environment
 
 
@@ -49,7 +49,7 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str | torch.d
     except MspError:
         raise
     except Exception as error:  # the loaders underneath raise many kinds, none of them ours
-        raise MspError(f"{path}: cannot load the weights: {_first_line(error)}") from error
+        raise MspError(f"{path}: cannot load the weights: {first_line(error)}") from error
     if report["missing_keys"]:
         first, *others = sorted(report["missing_keys"])
         more = f" and {len(others)} more" if others else ""
@@ -91,7 +91,7 @@ def read_config(source: str | Path) -> Any:
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        raise MspError(f"{source} is not a model that transformers can read: {_first_line(error)}") from error
+        raise MspError(f"{source} is not a model that transformers can read: {first_line(error)}") from error
 
 
 def read_causal_config(source: str | Path) -> Any:
@@ -130,11 +130,6 @@ DTYPES: dict[str, torch.dtype | None] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def find_device(name: str) -> torch.device:

@@ -20,12 +20,17 @@ VALUE_DTYPES = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``config.json`` says about a packed model: patterns, ``[out, in]`` shapes, recipe, versions."""
+    """What ``config.json`` says about a packed model: patterns, ``[out, in]`` shapes, recipe, versions.
+
+    A weight that stands at several places is stored once, under the name of the first one. ``shared`` names the others,
+    and for each the first one.
+    """
 
     patterns: Mapping[str, NMPattern]
     shapes: Mapping[str, tuple[int, int]]
     recipe: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -33,6 +38,7 @@ class Manifest:
             "format": FORMAT,
             "allocation": {name: str(pattern) for name, pattern in self.patterns.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            **({"shared": dict(self.shared)} if self.shared else {}),
             "recipe": _json_safe(self.recipe),
             "versions": dict(self.versions),
         }
@@ -61,7 +67,15 @@ class Manifest:
             raise MspError(f"quantization_config: allocation and shapes do not name the same linears: {names}")
         patterns = {name: _parse_pattern(name, text) for name, text in allocation.items()}
         parsed = {name: _parse_shape(name, shape, patterns[name]) for name, shape in shapes.items()}
-        return cls(patterns, parsed, config.get("recipe") or {}, config.get("versions") or {})
+        shared = config.get("shared") or {}
+        if not isinstance(shared, Mapping):
+            raise MspError("quantization_config: shared is not an object")
+        for name, first in shared.items():
+            if first not in patterns or name in patterns:
+                raise MspError(
+                    f"quantization_config: shared: {name} has the weight of {first!r}, which is not allocated"
+                )
+        return cls(patterns, parsed, config.get("recipe") or {}, config.get("versions") or {}, dict(shared))
 
     def renamed(self, names: Mapping[str, str]) -> Manifest:
         """The same manifest with every linear ``name`` called ``names[name]``."""
@@ -69,7 +83,13 @@ class Manifest:
             self,
             patterns={names[name]: pattern for name, pattern in self.patterns.items()},
             shapes={names[name]: shape for name, shape in self.shapes.items()},
+            shared={names[name]: names[first] for name, first in self.shared.items()},
         )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every linear that has an allocated weight."""
+        return (*self.patterns, *self.shared)
 
     def tensors(self, name: str) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
         """The shape and the possible dtypes (safetensors names) of each tensor of a packed linear."""

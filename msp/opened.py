@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,15 @@ def open_model(
     if any(isinstance(module, SparseLinear) for module in loaded.model.modules()):
         raise MspError(f"{loaded.source} is packed already; start from the dense model")
     structure = find_structure(loaded.model)
+    if structure.failure is not None:
+        raise MspError(f"{loaded.source}: a forward of token ids fails: {structure.failure}")
+    changed = structure.changes.again
+    if changed:
+        warnings.warn(
+            f"{loaded.source}: every forward changes {len(changed)} of its tensors ({min(changed)}): here each starts "
+            "from the values that they were loaded with",
+            stacklevel=2,
+        )
     check_finite(structure.linears)
     return Opened(loaded, structure, device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from msp.patterns import NMPattern
-from msp.report import merge_experts, split_name
+from msp.report import merge_experts, split_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,8 +50,9 @@ def prune_pictures(result: PruneResult, folder: str | Path) -> list[Path]:
 def sensitivity_picture(traces: Mapping[str, float], path: str | Path) -> Path:
     """Fisher trace against depth, one line per kind of linear (experts averaged), on a log scale."""
     by_kind: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    places = split_names(traces)
     for name, trace in traces.items():
-        block, kind = split_name(name)
+        block, kind = places[name]
         by_kind[merge_experts(kind)][block].append(trace)
     figure, axes = _figure(8, 4.5)
     for index, (kind, blocks) in enumerate(by_kind.items()):
@@ -70,19 +72,23 @@ def sensitivity_picture(traces: Mapping[str, float], path: str | Path) -> Path:
 def allocation_picture(allocation: Mapping[str, NMPattern], path: str | Path, *, skipped: Sequence[str] = ()) -> Path:
     """Weights kept per group: a heat map of kind of linear against block, N written into each cell.
 
-    Linears in ``skipped`` are grey. Many experts share a row, which then shows their mean.
+    Linears in ``skipped`` that are in the same lists of blocks are grey. Many experts share a row, which then shows
+    their mean.
     """
     if not allocation:
         raise ValueError("an empty allocation has no picture")
     group = max(pattern.m for pattern in allocation.values())
-    kinds = list(dict.fromkeys(split_name(name)[1] for name in (*allocation, *skipped)))
+    lists = {re.split(r"\d+\.", name, maxsplit=1)[0] for name in allocation}
+    grey = [name for name in skipped if re.split(r"\d+\.", name, maxsplit=1)[0] in lists]
+    places = split_names([*allocation, *grey])
+    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     merge = len(kinds) > MOST_KINDS
     if merge:
         kinds = list(dict.fromkeys(map(merge_experts, kinds)))
-    blocks = max(split_name(name)[0] for name in (*allocation, *skipped)) + 1
+    blocks = max(block for block, _ in places.values()) + 1
     cells: dict[tuple[int, int], list[float]] = defaultdict(list)
     for name, pattern in allocation.items():
-        block, kind = split_name(name)
+        block, kind = places[name]
         cells[kinds.index(merge_experts(kind) if merge else kind), block].append(float(pattern.density) * group)
     kept = np.full((len(kinds), blocks), np.nan)
     for cell, values in cells.items():

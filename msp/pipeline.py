@@ -87,15 +87,18 @@ def prune(
         tokens = opened.tokens(settings, settings.seed)
     pruner = get_pruner(settings.pruner)
     bench = opened.bench(plan, tokens, settings, listener)
-    with clock("evaluate"):
-        reference = bench.predictions(tokens.test, "Dense test predictions")
-    with clock("allocate"):
-        problem = _problem(bench, pruner, settings, settings.seed)
-        found = _allocate(problem, settings)
-        allocation = problem.allocation(found.levels)
-    dense_bytes = tensor_bytes(opened.model, opened.loaded.stored_dtype)
-    fitness = bench.reference(settings.measure) if found.history else None
     with ExitStack() as stack:
+        stack.enter_context(opened.structure.changes.steady(opened.model))
+        with clock("calibrate"):
+            _ = bench.unreached  # warns before any long work
+        with clock("evaluate"):
+            reference = bench.predictions(tokens.test, "Dense test predictions")
+        with clock("allocate"):
+            problem = _problem(bench, pruner, settings, settings.seed)
+            found = _allocate(problem, settings)
+            allocation = problem.allocation(found.levels)
+        dense_bytes = tensor_bytes(opened.model, opened.loaded.stored_dtype)
+        fitness = bench.reference(settings.measure) if found.history else None
         shards = None
         if isinstance(bench, StreamedWorkbench):
             assert output is not None
@@ -106,9 +109,10 @@ def prune(
         else:
             packed, sums, on_fitness = _pruned(bench, allocation, pruner, reference, fitness, clock)
         quality, searched = reference.quality_of(sums), _search_fitness(found, on_fitness, settings)
-        for name, pattern in allocation.items():
-            if pattern.is_dense:
-                note_pattern(opened.model.get_submodule(name), pattern)
+        for linear in bench.linears:
+            if allocation[linear.name].is_dense:
+                for module in linear.modules:
+                    note_pattern(module, allocation[linear.name])
         replace_linears(opened.model, packed)
         bytes_ = {"dense": dense_bytes, "packed": tensor_bytes(opened.model, opened.loaded.stored_dtype)}
         recipe = _recipe(settings, opened, bench, plan, found)
@@ -118,7 +122,8 @@ def prune(
             with clock("save"):
                 shards.finish(opened.model, opened.loaded.tokenizer, recipe)
         elif output is not None:
-            with clock("save"), in_dtype(opened.model, opened.loaded.stored_dtype):
+            as_loaded = opened.structure.changes.undone(opened.model)
+            with clock("save"), as_loaded, in_dtype(opened.model, opened.loaded.stored_dtype):
                 save_packed(opened.model, opened.loaded.tokenizer, output, recipe=recipe, force=force)
     return PruneResult(
         **_spending(plan, problem, found),
@@ -192,7 +197,7 @@ def search_all(
         problem = replace(shared, budget=plan.budget, search=each.search)
         if relative is not None:
             problem = replace(problem, hints=(problem.from_densities(relative).levels,))
-        with clock("allocate"):
+        with clock("allocate"), opened.structure.changes.steady(opened.model):
             found = _allocate(problem, each)
             loss = _loss(problem, found) if measured or found.history else None
         relative = [density / problem.density for density in problem.densities(found.levels)]
@@ -241,7 +246,8 @@ def _pruned(
             sums, on_fitness = test.total(model, progress=bench.progress), None
             if fitness is not None:
                 on_fitness = fitness.total(model, progress=bench.progress, label="Evaluating on fitness tokens")
-        packed = {name: module.packed for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+        sparse = {linear.name: model.get_submodule(linear.name) for linear in bench.linears}
+        packed = {name: module.packed for name, module in sparse.items() if isinstance(module, SparseLinear)}
     return packed, sums, on_fitness
 
 
@@ -297,7 +303,10 @@ def compare(
     plan = opened.plan(settings, listener)
     rows: list[CompareRow] = []
     reference: DenseReference | None = None
-    with listener.stage("Rows", len(chosen) * len(methods) * len(seeds)) as advance:
+    with (
+        opened.structure.changes.steady(opened.model),
+        listener.stage("Rows", len(chosen) * len(methods) * len(seeds)) as advance,
+    ):
         for seed in seeds:
             tokens = opened.tokens(settings, seed)
             reference = reference or opened.test_reference(tokens, listener)
@@ -340,7 +349,10 @@ def sensitivity(
     opened = open_model(model, settings, tokenizer, listener)
     tokens = opened.tokens(settings, settings.seed)
     linears = opened.structure.linears
-    with listener.stage("Fisher traces", len(tokens.calibration)) as advance:
+    with (
+        opened.structure.changes.steady(opened.model),
+        listener.stage("Fisher traces", len(tokens.calibration)) as advance,
+    ):
         traces = fisher_traces(opened.model, linears, tokens.calibration, progress=advance)
     blocks = [sum(traces[linear.name] for linear in block.linears) for block in opened.structure.blocks]
     return SensitivityResult(

@@ -213,7 +213,7 @@ def make_plan(structure: Structure, goal: Goal, rules: PatternRules, *, unit: st
     if unit not in UNITS:
         raise UsageError(f"unit {unit!r} is not one of {', '.join(UNITS)}")
     _check_rules(structure, rules)
-    skipped = dict(structure.not_linear)
+    skipped = structure.skipped
     units: list[Unit] = []
     fixed, skipped_weights, total = goal.other_bytes, 0, 0
     for block in structure.blocks:

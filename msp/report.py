@@ -266,8 +266,9 @@ def sensitivity_report(result: SensitivityResult) -> RenderableType:
     total = sum(result.traces.values()) or 1.0
     by_block: dict[int, dict[str, float]] = defaultdict(dict)
     by_kind: dict[str, list[float]] = defaultdict(list)
+    places = split_names(result.traces)
     for name, trace in result.traces.items():
-        block, kind = split_name(name)
+        block, kind = places[name]
         by_block[block][kind] = trace
         by_kind[merge_experts(kind)].append(trace)
     blocks = _table("Block", right=("Fisher trace", "Share"), title="Sensitivity by depth")
@@ -351,6 +352,15 @@ def split_name(name: str) -> tuple[int, str]:
     """Block index and kind of a linear's name: ``model.layers.3.mlp.up_proj`` -> ``(3, "mlp.up_proj")``."""
     match = re.match(r"(?:.*?\.)??(\d+)\.(.+)", name)
     return (int(match[1]), match[2]) if match else (0, name)
+
+
+def split_names(names: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """``split_name`` of each; where blocks are in several lists, the list's name goes before the kind."""
+    names = list(names)
+    lists = {name: match[1] for name in names if (match := re.match(r"(.*?)\.?\d+\.", name))}
+    if len({*lists.values()}) < 2:
+        return {name: split_name(name) for name in names}
+    return {name: (split_name(name)[0], f"{lists.get(name, '')} {split_name(name)[1]}".strip()) for name in names}
 
 
 def merge_experts(kind: str) -> str:

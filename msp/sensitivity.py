@@ -178,8 +178,8 @@ class Tap:
 
     Gradients flow back to the output of ``embeddings``; without them, to what is made ``with_gradient``.
 
-    A linear called several times in one forward gets its calls joined along T: its gradient is the
-    sum over calls. x and g are let go as soon as the last call's g is there.
+    A linear called several times in one forward, at one place or at several, gets its calls joined along T: its
+    gradient is the sum over calls. x and g are let go as soon as the last call's g is there.
     """
 
     def __init__(self, embeddings: nn.Module | None, linears: Sequence[Linear], consume: Consume) -> None:
@@ -195,7 +195,7 @@ class Tap:
             hook = self._embeddings.register_forward_hook(lambda module, inputs, output: self.with_gradient(output))
             self._handles.append(hook)
         for linear in self._linears:
-            self._handles.append(linear.module.register_forward_hook(self._watch(linear)))
+            self._handles += [module.register_forward_hook(self._watch(linear)) for module in linear.modules]
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -204,19 +204,29 @@ class Tap:
         self._calls.clear()
         self._sources.clear()
 
-    def backward(self, output: Tensor, gradient: Tensor | None = None) -> Tensor | None:
-        """Run the backward from ``output``, a loss or what has a ``gradient``; all linears are consumed then.
+    def backward(
+        self, output: Tensor | Sequence[Tensor], gradient: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """Run the backward from ``output``, a loss or tensors that have each a ``gradient``; all linears are consumed.
 
         Returns:
-            The gradient of the first thing that was made ``with_gradient``, the embeddings as a rule.
+            The gradients of what was made ``with_gradient``, in that order: the embeddings as a rule. None where
+            ``output`` does not depend on it.
         """
-        first, *_ = torch.autograd.grad(output, self._sources, gradient, allow_unused=True)
+        outputs = [output] if isinstance(output, Tensor) else list(output)
+        pairs = [
+            (each, None if gradient is None else gradient[number])
+            for number, each in enumerate(outputs)
+            if each.requires_grad
+        ]
+        kept, given = zip(*pairs, strict=True)
+        found = torch.autograd.grad(kept, self._sources, None if gradient is None else given, allow_unused=True)
         # Left over: linears of which one call's output did not reach the loss.
         for linear in self._linears:
             self._finish(linear)
         self._calls.clear()
         self._sources.clear()
-        return first
+        return found
 
     def with_gradient(self, output: Tensor) -> Tensor:
         """``output`` as something gradients flow to: a leaf, behind a copy that may be changed in place."""
@@ -226,6 +236,8 @@ class Tap:
 
     def _watch(self, linear: Linear) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return output  # the model itself keeps this call out of its gradient
             if not output.requires_grad:
                 # Its input does not depend on the embeddings (a relative position, say); its loss may.
                 output = self.with_gradient(output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from msp.errors import MspError
+from msp.model import weight_identity
 from msp.ops import PackedWeight, nm_linear_tiles
 from msp.ops.layouts import from_tiles, to_tiles
 from msp.ops.nm_linear import product
@@ -315,6 +316,20 @@ def fast_prefill(model: nn.Module) -> int:
     return total
 
 
+def at_places(packed: PackedWeight, dense: Sequence[nn.Module]) -> list[SparseLinear]:
+    """A module for each place of one weight, with the bias of the ``dense`` one there; one for all equal biases."""
+    made: dict[int, SparseLinear] = {}
+    for module in dense:
+        bias = module.bias
+        assert bias is None or isinstance(bias, Tensor)
+        if id(bias) not in made:
+            made[id(bias)] = SparseLinear.from_packed(packed, bias)
+    first, *others = made.values()
+    for other in others:
+        other.values = first.values
+    return [made[id(module.bias)] for module in dense]
+
+
 def find_linear(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Linear | Conv1D:
     """The linear called ``name``; ``MspError`` if there is none or it is not ``[out, in]`` = ``shape``."""
     try:
@@ -344,10 +359,24 @@ def note_pattern(linear: nn.Module, pattern: NMPattern) -> None:
 
 
 def patterns_of(model: nn.Module) -> dict[str, NMPattern]:
-    """The pattern of every sparse linear of ``model``, and of every dense one that was given one."""
-    patterns = {}
-    for name, module in model.named_modules():
+    """The pattern of every sparse linear of ``model``, and of every dense one that was given one.
+
+    A weight that stands at several places has its pattern under the first of their names, see ``shared_by``.
+    """
+    return {names[0]: pattern for names, pattern in _by_weight(model)}
+
+
+def shared_by(model: nn.Module) -> dict[str, str]:
+    """The places of a weight beyond its first one, and for each the name of the first one."""
+    return {other: names[0] for names, _ in _by_weight(model) for other in names[1:]}
+
+
+def _by_weight(model: nn.Module) -> list[tuple[list[str], NMPattern]]:
+    """The names and the pattern of every weight that was given one, in the order of ``named_modules``."""
+    found: dict[Hashable, tuple[list[str], NMPattern]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
         pattern = getattr(module, "pattern", None)
         if isinstance(pattern, NMPattern):
-            patterns[name] = pattern
-    return patterns
+            weight = id(module.values) if isinstance(module, SparseLinear) else weight_identity(module.weight)
+            found.setdefault(weight, ([], pattern))[0].append(name)
+    return list(found.values())

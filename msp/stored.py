@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +110,21 @@ def load_stored(source: str | Path, *, dtype: str = "auto", device: torch.device
         raise MspError(f"{path}: {sorted(in_fp32)[0]} is computed in float32 beside {computed}: load this model whole")
     weights = StoredWeights(path, model)
     blocks = find_structure(model)
+    for linear in blocks.linears:
+        if linear.others:
+            raise MspError(f"{path}: {linear.name} and {linear.others[0].name} are one weight: load this model whole")
+    if blocks.changes.before:
+        raise MspError(f"{path}: a forward changes {min(blocks.changes.before)}: load this model whole")
+    if blocks.calls is not None and max(blocks.calls) > 1:
+        again = next(block.name for block in blocks.blocks if blocks.calls[block.index] > 1)
+        raise MspError(f"{path}: a forward runs {again} more than once: load this model whole")
     stored_blocks = [
         StoredBlock(block.index, block.name, block.module, block.linears, weights) for block in blocks.blocks
     ]
     _make_buffers(model, device)
     weights.fill(model, "", device, copy=True, without=tuple(f"{block.name}." for block in stored_blocks))
     model.tie_weights(missing_keys=set(model.state_dict()) - weights.names, recompute_mapping=False)
-    return LoadedModel(model, read_tokenizer(path), path, stored), Structure(tuple(stored_blocks), blocks.not_linear)
+    return LoadedModel(model, read_tokenizer(path), path, stored), replace(blocks, blocks=tuple(stored_blocks))
 
 
 def _local(source: str) -> Path:

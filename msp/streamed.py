@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -94,19 +94,33 @@ def _forward(gates: GatedModel, batch: Mapping[int, Tensor], hidden: HiddenState
 
 
 def _backward(gates: GatedModel, batch: Mapping[int, Tensor], hidden: HiddenStates, consume: Consume) -> Iterator[None]:
-    """Put gradients in the place of the hidden states, from the last to the first; a block per item drawn."""
+    """Put gradients in the place of the states, from the last to the first; a block per item drawn."""
     depth = len(gates.structure.blocks)
     for index, window in batch.items():
         with torch.enable_grad():
-            state = hidden.pop((depth, index)).to(device_of(gates.model)).requires_grad_()
+            state = hidden.pop((depth, index)).to(device_of(gates.model)).map(Tensor.requires_grad_)
             loss = sequence_loss(gates.logits(window, state), window, index)
-            hidden.put((depth, index), torch.autograd.grad(loss, state)[0])
+            hidden.put((depth, index), state.replaced(torch.autograd.grad(loss, state.tensors)))
     for block in reversed(gates.structure.blocks):
         with block.on(gates.device), Tap(None, block.linears, consume) as tap, torch.enable_grad():
             for index, window in batch.items():
-                entering = tap.with_gradient(hidden.pop((block.index, index)).to(gates.device))
-                output = gates.block(block.index, window, entering)
-                first = tap.backward(output, hidden.pop((block.index + 1, index)).to(output.device))
-                assert first is not None, f"{block.name} does not use its input"
-                hidden.put((block.index, index), first)
+                entering = hidden.pop((block.index, index)).to(gates.device)
+                output = gates.block(block.index, window, entering.map(_source_in(tap)))
+                gradients = hidden.pop((block.index + 1, index)).to(gates.device)
+                found = iter(tap.backward(output.tensors, gradients.tensors))
+                hidden.put((block.index, index), entering.map(_next_of(found)))
         yield
+
+
+def _source_in(tap: Tap) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tap.with_gradient(tensor) if tensor.is_floating_point() else tensor
+
+
+def _next_of(gradients: Iterator[Tensor | None]) -> Callable[[Tensor], Tensor]:
+    """The gradient of one tensor after the other: 0 where the loss does not depend on it, and of integers."""
+
+    def take(tensor: Tensor) -> Tensor:
+        gradient = next(gradients) if tensor.is_floating_point() else None
+        return torch.zeros_like(tensor) if gradient is None else gradient
+
+    return take

@@ -42,6 +42,11 @@ class StreamedWorkbench(Workbench):
         super().__init__(*args, **options)
         self._folder = folder
 
+    @property
+    def whole(self) -> bool:
+        """Never: gates refuse what cannot be run one block at a time."""
+        return False
+
     def _measure_traces(self) -> dict[str, float]:
         return streamed_fisher_traces(
             self.model,

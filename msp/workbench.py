@@ -7,8 +7,9 @@ import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Container, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from msp.calibration import stream_statistics
 from msp.data import TokenSets
 from msp.errors import UsageError
 from msp.evaluate import DenseReference, Reference
+from msp.gates import GatedModel
 from msp.model import Block, Structure, check_finite, device_of
 from msp.ops import PackedWeight
 from msp.patterns import Allocation
 from msp.plan import Plan
 from msp.progress import Progress
-from msp.pruners import LinearStatistics, Pruner
+from msp.pruners import LinearStatistics, Pruner, get_pruner
 from msp.search.candidates import HIDDEN_BYTES, Candidates, Ranks, forward_in_bf16
 from msp.search.database import LevelDatabase, PackedLevels
 from msp.search.distributed import Workers
@@ -34,7 +36,7 @@ from msp.search.evolution import Fitness
 from msp.search.fitness import Runner, TokenFitness
 from msp.search.runners import Setting, open_runner
 from msp.sensitivity import fisher_diagonals, fisher_traces
-from msp.sparse_linear import SparseLinear
+from msp.sparse_linear import at_places
 from msp.task_loss import TaskLoss, TaskReference, fitness_name
 
 # Tokens per forward: enough to fill a machine, few enough that activations stay small.
@@ -42,6 +44,14 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 # Batches of fitness tokens: the first stage of a race is one. Shorter ones than so many tokens take longer a token.
 FITNESS_BATCHES, FITNESS_BATCH_TOKENS = 32, 512
+
+# Tokens on which it is tried whether blocks run one by one.
+PROBED_TOKENS = 32
+# Names that a warning lists.
+LISTED = 4
+KEEP_HINT = (
+    "a search may empty them, since nothing is lost on its text: pin them with keep, or give text that needs them"
+)
 
 
 class Workbench:
@@ -104,20 +114,55 @@ class Workbench:
         evidence = WorkbenchEvidence(self, pruner, fitness, search, database)
         return Problem(self.plan.units, self.plan.budget, evidence, seed, search, self.progress)
 
+    @cached_property
+    def whole(self) -> bool:
+        """Whether single blocks cannot be run alone, so that each one costs a forward of the whole model."""
+        with GatedModel(self.model, self.structure) as gates:
+            reason = gates.why_not_one_by_one(self.tokens.calibration[:1, :PROBED_TOKENS])
+        if reason is not None:
+            _warn(f"{self.name}: blocks are not run one by one, but the whole model for each of them, since {reason}")
+        return reason is not None
+
+    @cached_property
+    def unreached(self) -> frozenset[str]:
+        """Linears that no calibration token reaches, an expert that is never chosen say: only their weights are known.
+
+        They are pruned by magnitude, and to allocators they are as sensitive as the mean weight.
+        """
+        structure = self.structure
+        doubtful = {x.name for x in structure.linears if structure.failure is not None or x.name in structure.unreached}
+        found = set[str]()
+        if doubtful:
+            label = "Looking for linears that no token reaches"
+            for _, statistics in self._stream(frozenset(), sequential=False, only=doubtful, label=label):
+                found |= {name for name, entry in statistics.items() if not entry.tokens}
+        if found:
+            _warn(f"{_named(found)}: no calibration token reaches them, so they are pruned by magnitude; {KEEP_HINT}")
+        return frozenset(found)
+
     def fisher_traces(self) -> Mapping[str, float]:
-        """Fisher trace of every linear; ``traces`` holds them once they were asked for."""
+        """Fisher trace of every linear; ``traces`` holds those that were measured once they were asked for."""
         if self.traces is None:
             self.traces = self._measure_traces()
-        return self.traces
+        sizes = {linear.name: linear.weight.numel() for linear in self.structure.linears}
+        mean = _mean_of_weights(self.traces, sizes, self.unreached)
+        return {name: mean * sizes[name] if name in self.unreached else trace for name, trace in self.traces.items()}
 
     def _measure_traces(self) -> dict[str, float]:
         with self.progress.stage("Fisher traces", len(self.tokens.calibration)) as advance:
             return fisher_traces(self.model, self.structure.linears, self.tokens.calibration, progress=advance)
 
     def fisher_diagonals(self) -> Mapping[str, Tensor]:
+        """Fisher diagonal of every linear that is pruned: of one that is all zero, the others' mean for each weight."""
         if self._diagonals is None:
             with self.progress.stage("Fisher diagonals", len(self.tokens.calibration)) as advance:
-                self._diagonals = fisher_diagonals(self.model, self.linears, self.tokens.calibration, progress=advance)
+                diagonals = fisher_diagonals(self.model, self.linears, self.tokens.calibration, progress=advance)
+            sums = {name: float(diagonal.double().sum()) for name, diagonal in diagonals.items()}
+            unknown = {name for name, total in sums.items() if not total}
+            mean = _mean_of_weights(sums, {name: diagonal.numel() for name, diagonal in diagonals.items()}, unknown)
+            for name in unknown:  # the same for each of its weights: what is left to tell them apart is magnitude
+                diagonals[name].fill_(mean)
+            self._diagonals = diagonals
         return self._diagonals
 
     def input_norms(self) -> Mapping[str, Tensor]:
@@ -139,7 +184,8 @@ class Workbench:
                 assert entry.input_sum_squares is not None
                 norms[linear.name] = entry.input_sum_squares.cpu()
                 if pruner is not None and linear.name in self.unit_of:
-                    scoring = pruner.scoring(linear.weight, self._complete(linear.name, entry, pruner))
+                    chosen, entry = self._serving(linear.name, entry, pruner)
+                    scoring = chosen.scoring(linear.weight, entry)
                     weight = linear.weight.contiguous()
                     ranks[linear.name] = {
                         size: ops.nm_rank(weight, size, **scoring.kwargs()).to(device_of(self.model))
@@ -175,9 +221,9 @@ class Workbench:
             for block, statistics in self._stream(pruner.needs, sequential=False, only=missing, label=label):
                 for linear in block.linears:
                     if linear.name in missing:
-                        entry = self._complete(linear.name, statistics[linear.name], pruner)
+                        chosen, entry = self._serving(linear.name, statistics[linear.name], pruner)
                         weight, wanted = linear.weight.contiguous(), database.patterns[linear.name]
-                        found = pruner.prune_levels(weight, entry, wanted, name=linear.name, warn=_warn)
+                        found = chosen.prune_levels(weight, entry, wanted, name=linear.name, warn=_warn)
                         database.write(linear.name, found)
         return database.read()
 
@@ -244,16 +290,16 @@ class Workbench:
             for linear in block.linears:
                 if linear.name not in self.unit_of or allocation[linear.name].is_dense:
                     continue
-                entry = self._complete(linear.name, statistics[linear.name], pruner)
+                chosen, entry = self._serving(linear.name, statistics[linear.name], pruner)
                 pattern = allocation[linear.name]
-                packed = pruner.prune(linear.weight.contiguous(), entry, pattern, name=linear.name, warn=_warn)
-                packed = self._rounded(packed)
-                block.module.set_submodule(linear.kind, SparseLinear.from_packed(packed, linear.bias))
+                packed = chosen.prune(linear.weight.contiguous(), entry, pattern, name=linear.name, warn=_warn)
+                modules = at_places(self._rounded(packed), [place.module for place in linear.places])
+                self.structure.put(linear, modules)
                 replaced.append(linear)
             yield
         finally:
             for linear in replaced:
-                block.module.set_submodule(linear.kind, linear.module)
+                self.structure.put(linear, [place.module for place in linear.places])
 
     def _rounded(self, packed: PackedWeight) -> PackedWeight:
         computed = packed.dtype
@@ -273,15 +319,22 @@ class Workbench:
             only=only,
             batch_size=self._batch_size,
             device=self._device,
+            whole=self.whole,
             progress=self.progress,
             label=label or ("Pruning" if sequential else "Calibrating"),
         )
 
-    def _complete(self, name: str, statistics: LinearStatistics, pruner: Pruner) -> LinearStatistics:
+    def _serving(self, name: str, entry: LinearStatistics, pruner: Pruner) -> tuple[Pruner, LinearStatistics]:
+        """The pruner that serves a linear, and the statistics: magnitude where they say nothing of its weights."""
         if "fisher" in pruner.needs:
-            statistics.fisher = self.fisher_diagonals()[name].to(self._device)
-            statistics.sequences = len(self.tokens.calibration)
-        return statistics
+            entry.fisher = self.fisher_diagonals()[name].to(self._device)
+            entry.sequences = len(self.tokens.calibration)
+        if not pruner.needs or name in self.unreached:
+            return get_pruner("magnitude") if name in self.unreached else pruner, entry
+        if entry.say_nothing(pruner.needs - {"fisher"}):
+            _warn(f"{name}: the calibration tokens say nothing of its weights here, so it is pruned by magnitude")
+            return get_pruner("magnitude"), entry
+        return pruner, entry
 
 
 class WorkbenchEvidence:
@@ -323,13 +376,14 @@ class WorkbenchEvidence:
         return self._bench.fisher_traces()
 
     def outlier_ratios(self, threshold: float) -> Sequence[float]:
-        norms = self._bench.input_norms()
+        norms, unreached = self._bench.input_norms(), self._bench.unreached
         ratios = []
         for block in self._bench.structure.blocks:
             with block.on(device_of(self._bench.model)):
                 scores = [
                     linear.weight.float().abs() * norms[linear.name].sqrt().to(linear.weight)
                     for linear in block.linears
+                    if linear.name not in unreached
                 ]
             count = sum(score.numel() for score in scores)
             mean = sum(float(score.double().sum()) for score in scores) / max(count, 1)
@@ -385,3 +439,15 @@ def batch_size(device: torch.device, window: int) -> int:
 
 def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=3)
+
+
+def _named(names: Iterable[str]) -> str:
+    """The first of ``names``, and how many more there are."""
+    first, more = sorted(names)[:LISTED], len(set(names)) - LISTED
+    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
+
+
+def _mean_of_weights(totals: Mapping[str, float], sizes: Mapping[str, int], without: Container[str]) -> float:
+    """The mean over all weights of what ``totals`` sums up per linear, leaving some linears out."""
+    counted = [name for name in totals if name not in without]
+    return sum(totals[name] for name in counted) / max(sum(sizes[name] for name in counted), 1)

@@ -53,6 +53,7 @@ def test_a_saved_model_predicts_what_the_masked_dense_one_does(family: str, tmp_
 def test_experts_that_are_no_linears_are_listed(text: str) -> None:
     result = msp.prune(build("mixtral"), sparsity=0.5, allocator="uniform", calibration=text, **SMALL)
     assert any("experts" in name for name in result.skipped)
+    assert result.skipped.pop("lm_head") == "the output head"
     assert all("not a linear" in reason for reason in result.skipped.values())
 
 
@@ -183,6 +184,7 @@ def test_linears_that_do_not_divide_stay_dense_and_the_rest_pays(text: str) -> N
     config.intermediate_size = 68
     odd = AutoModelForCausalLM.from_config(config)
     result = msp.prune(odd, sparsity=0.5, allocator="ramp", calibration=text, **SMALL)
+    assert result.skipped.pop("lm_head") == "the output head"
     assert set(result.skipped) == {f"model.layers.{i}.mlp.down_proj" for i in range(2)}
     assert all("68 input features" in reason for reason in result.skipped.values())
     assert result.density == pytest.approx(0.5, abs=0.01)

@@ -118,7 +118,8 @@ def test_pinned_linears_have_one_level_or_stay_dense() -> None:
     assert all(unit.patterns == (NMPattern(4, 8),) for unit in plan.units if unit.block == 0)
     # The first rule that matches counts.
     assert units["model.layers.0.mlp.down_proj"].top == 0
-    assert plan.skipped == {"model.layers.1.mlp.down_proj": "kept dense by .*down_proj=dense"}
+    dense = {"model.layers.1.mlp.down_proj": "kept dense by .*down_proj=dense"}
+    assert plan.skipped == {**dense, "lm_head": "the output head"}
     found = get_allocator("ramp").allocate(Problem(plan.units, plan.budget, None))  # type: ignore[arg-type]
     patterns = Problem(plan.units, plan.budget, None).allocation(found.levels)  # type: ignore[arg-type]
     assert str(patterns["model.layers.0.self_attn.v_proj"]) == "4:8"

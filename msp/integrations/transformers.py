@@ -55,22 +55,32 @@ class MspQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        from torch import nn
+
         from msp.packed_files import check_headers, read_headers
         from msp.sparse_linear import SparseLinear, find_linear, note_pattern
 
         if not checkpoint_files:
             raise MspError("a packed model is loaded from its safetensors files, not from a state dict")
         manifest = self.quantization_config.manifest
-        manifest = manifest.renamed({name: _name_in(model, name) for name in manifest.patterns})
-        for name, pattern in manifest.patterns.items():
-            linear = find_linear(model, name, manifest.shapes[name])
+        manifest = manifest.renamed({name: _name_in(model, name) for name in manifest.names})
+        linears = {
+            name: find_linear(model, name, manifest.shapes[manifest.shared.get(name, name)]) for name in manifest.names
+        }
+        for name, linear in linears.items():
+            first = manifest.shared.get(name, name)
+            pattern, (rows, columns) = manifest.patterns[first], manifest.shapes[first]
             if pattern.is_dense:
                 note_pattern(linear, pattern)
-                continue
-            rows, columns = manifest.shapes[name]
-            has_bias, dtype = linear.bias is not None, linear.weight.dtype
-            sparse = SparseLinear(columns, rows, pattern, has_bias, device="meta", dtype=dtype)
-            model.set_submodule(name, sparse)
+            elif name == first:
+                has_bias, dtype = linear.bias is not None, linear.weight.dtype
+                sparse = SparseLinear(columns, rows, pattern, has_bias, device="meta", dtype=dtype)
+                model.set_submodule(name, sparse)
+            else:  # gets its weight when that is loaded
+                place = nn.Module()
+                place.register_parameter("bias", linear.bias)
+                model.set_submodule(name, place)
+        _tie(model, manifest)
         self._headers = _named_as_loaded(model, read_headers(checkpoint_files), self)
         check_headers(manifest, self._headers)
         _check_complete(model, self._headers)
@@ -79,7 +89,7 @@ class MspQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from msp.ops import PackedWeight
         from msp.packed_files import read_tensor
-        from msp.sparse_linear import SparseLinear
+        from msp.sparse_linear import SparseLinear, at_places
 
         for name, module in model.named_modules():
             if not isinstance(module, SparseLinear):
@@ -90,7 +100,17 @@ class MspQuantizer(HfQuantizer):
                 values, bitmask = (read_tensor(self._headers, f"{name}.{kind}") for kind in ("values", "bitmask"))
                 packed = PackedWeight(values, bitmask, packed.pattern, packed.shape)
             packed.check(name)
-            module.settle()
+        shared = self.quantization_config.manifest.shared
+        for first in dict.fromkeys(shared.values()):
+            sparse = model.get_submodule(first)
+            if isinstance(sparse, SparseLinear):
+                names = [first, *(name for name, other in shared.items() if other == first)]
+                modules = at_places(sparse.packed, [model.get_submodule(name) for name in names])
+                for name, module in zip(names, modules, strict=True):
+                    model.set_submodule(name, module)
+        for module in model.modules():
+            if isinstance(module, SparseLinear):
+                module.settle()
         del self._headers
 
     def is_serializable(self) -> bool:
@@ -114,10 +134,25 @@ class MspQuantizer(HfQuantizer):
 def attach(model: Any, manifest: Manifest) -> None:
     """Make a model whose linears were packed in memory one that ``save_pretrained`` writes as packed."""
     config = MspConfig(**manifest.to_dict())
+    _tie(model, manifest)
     model.config.quantization_config = config
     model.hf_quantizer = MspQuantizer(config, pre_quantized=True)
     model.quantization_method = QUANT_METHOD
     model.is_quantized = True
+
+
+def _tie(model: PreTrainedModel, manifest: Manifest) -> None:
+    """Tell transformers, which stores one tensor of those that are tied, which tensors of packed linears are one."""
+    packed = [name for name in manifest.names if not manifest.patterns[manifest.shared.get(name, name)].is_dense]
+    gone = {f"{name}.weight" for name in packed}
+    tied = dict(model.all_tied_weights_keys)
+    model.all_tied_weights_keys = {name: first for name, first in tied.items() if not gone & {name, first}}
+    keys: dict[str, str] = {}
+    for name, first in manifest.shared.items():
+        kinds = ("values", "bitmask") if name in packed else ("weight",)
+        keys |= {f"{name}.{kind}": f"{first}.{kind}" for kind in kinds}
+    if keys:
+        model._tied_weights_keys = {**(model._tied_weights_keys or {}), **keys}
 
 
 def _name_in(model: PreTrainedModel, name: str) -> str:

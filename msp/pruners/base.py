@@ -48,6 +48,11 @@ class LinearStatistics:
     sequences: int = 0
     """Sequences that ``fisher`` sums over."""
 
+    def say_nothing(self, needs: frozenset[str]) -> bool:
+        """Whether no token was seen, or what a pruner ``needs`` is zero throughout: all weights would score alike."""
+        found = (getattr(self, name) for name in needs)
+        return not self.tokens or any(tensor is not None and not bool(tensor.any()) for tensor in found)
+
 
 STATISTICS = frozenset({"input_sum_squares", "hessian", "fisher"})
 

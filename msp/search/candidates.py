@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from msp import ops
 from msp.evaluate import Reference, Sums
-from msp.gates import GatedModel
+from msp.gates import GatedModel, State
 from msp.levels import Levels
 from msp.model import Linear, Structure, device_of
 from msp.patterns import NMPattern, Unit
@@ -25,7 +25,7 @@ from msp.search.fitness import Job, Key
 # What hidden states may take where nobody says it.
 HIDDEN_BYTES = 4_000_000_000
 
-State = tuple[int, int]
+Point = tuple[int, int]
 """A batch, and behind how many blocks."""
 Ranks = Mapping[int, Tensor]
 """Of one linear, for every M it may have: uint8 ``[R, K]`` from ``ops.nm_rank``."""
@@ -33,8 +33,8 @@ Candidates = Mapping[str, Ranks] | Mapping[str, PackedLevels]
 """By linear, what candidates are made from: ranks, or its weights at every level."""
 
 
-class RankedLinear(nn.Module):
-    """A linear that keeps what a pattern keeps, by ranks or from a database, and can change its pattern at any time.
+class RankedWeight:
+    """A weight of which a pattern keeps a part, by ranks or from a database; the pattern can change at any time.
 
     Args:
         linear: the dense linear, left untouched.
@@ -42,32 +42,48 @@ class RankedLinear(nn.Module):
     """
 
     def __init__(self, linear: Linear, ranks: Ranks | PackedLevels) -> None:
-        super().__init__()
-        self._dense = linear.weight.contiguous()
-        self._bias = linear.bias
+        self.pattern: NMPattern | None = None
+        self.dense = linear.weight.contiguous()
         self._ranks = ranks
-        self._pattern: NMPattern | None = None
         self._kept: Tensor | None = None
 
     def keep(self, pattern: NMPattern) -> None:
         """Keep N of every M weights from now on."""
-        if pattern != self._pattern and not pattern.is_dense and not pattern.is_empty:
+        if pattern != self.pattern and not pattern.is_dense and not pattern.is_empty:
             if self._kept is None:
-                self._kept = torch.empty_like(self._dense)
+                self._kept = torch.empty_like(self.dense)
             if isinstance(self._ranks, PackedLevels):
                 ops.nm_unpack(self._ranks[pattern], out=self._kept)
             else:
-                ops.nm_keep(self._dense, self._ranks[pattern.m], pattern.n, out=self._kept)
-        self._pattern = pattern
+                ops.nm_keep(self.dense, self._ranks[pattern.m], pattern.n, out=self._kept)
+        self.pattern = pattern
+
+    @property
+    def kept(self) -> Tensor:
+        """``[R, K]``, zero where nothing is kept."""
+        if self.pattern is None or self.pattern.is_dense:
+            return self.dense
+        assert self._kept is not None
+        return self._kept
+
+    def modules(self, linear: Linear) -> list[RankedLinear]:
+        """One for each place of the linear."""
+        return [RankedLinear(self, place.bias) for place in linear.places]
+
+
+class RankedLinear(nn.Module):
+    """A linear with what is kept of ``weight``, and the bias of its own place."""
+
+    def __init__(self, weight: RankedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self._weight = weight
+        self._bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._pattern is None or self._pattern.is_dense:
-            return functional.linear(x, self._dense, self._bias)
-        if self._pattern.is_empty:
-            empty = x.new_zeros(*x.shape[:-1], self._dense.shape[0])
+        if self._weight.pattern is not None and self._weight.pattern.is_empty:
+            empty = x.new_zeros(*x.shape[:-1], self._weight.dense.shape[0])
             return empty if self._bias is None else empty + self._bias
-        assert self._kept is not None
-        return functional.linear(x, self._kept, self._bias)
+        return functional.linear(x, self._weight.kept, self._bias)
 
 
 class CandidateModel(AbstractContextManager["CandidateModel"]):
@@ -80,25 +96,26 @@ class CandidateModel(AbstractContextManager["CandidateModel"]):
     def __init__(
         self,
         model: nn.Module,
-        linears: Sequence[Linear],
+        structure: Structure,
         ranks: Candidates,
         units: Sequence[Unit],
     ) -> None:
         self.model = model
-        self._linears = {linear.name: linear for linear in linears if linear.name in ranks}
+        self._structure = structure
+        self._linears = [linear for linear in structure.linears if linear.name in ranks]
         self._units = units
-        self._ranked = {name: RankedLinear(linear, ranks[name]) for name, linear in self._linears.items()}
+        self._ranked = {linear.name: RankedWeight(linear, ranks[linear.name]) for linear in self._linears}
 
     def __enter__(self) -> CandidateModel:
-        for name, ranked in self._ranked.items():
-            self.model.set_submodule(name, ranked)
+        for linear in self._linears:
+            self._structure.put(linear, self._ranked[linear.name].modules(linear))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for name, linear in self._linears.items():
-            self.model.set_submodule(name, linear.module)
+        for linear in self._linears:
+            self._structure.put(linear, [place.module for place in linear.places])
 
     def blocks_alike(self, one: Key, two: Key) -> int:
         """In how many blocks from the first on two candidates have the same levels."""
@@ -161,7 +178,7 @@ class LocalRunner:
         order = sorted(range(len(jobs)), key=lambda number: jobs[number].levels)
         ordered = [jobs[number] for number in order]
         alike = [self._candidates.blocks_alike(one.levels, two.levels) for one, two in pairwise(ordered)]
-        states: dict[State, Tensor] = {}
+        states: dict[Point, State] = {}
         sums: dict[int, Sums] = {}
         with torch.inference_mode(), self._gates:
             if any(alike) and not self._from_block_to_block:
@@ -173,10 +190,10 @@ class LocalRunner:
                 states = {key: state for key, state in states.items() if key in wanted}
         return [sums[number] for number in range(len(jobs))]
 
-    def _run(self, job: Job, states: dict[State, Tensor], wanted: Set[State]) -> Sums:
+    def _run(self, job: Job, states: dict[Point, State], wanted: Set[Point]) -> Sums:
         """Start from the deepest of ``states``, which all belong to the job, and add those that are ``wanted``."""
 
-        def keep(batch: int, depth: int, state: Tensor) -> None:
+        def keep(batch: int, depth: int, state: State) -> None:
             held = sum(other.nbytes for other in states.values())
             if (batch, depth) in wanted and held + state.nbytes <= self._hidden_bytes:
                 states[batch, depth] = state
@@ -194,13 +211,16 @@ class LocalRunner:
 
     @cached_property
     def _from_block_to_block(self) -> bool:
-        """Whether single blocks give what a whole forward gives: not if one uses more than hidden states."""
-        tokens = self._reference.tokens(0)[:1]
-        # Other tokens go through each block behind these, and take the place of whatever it remembers.
-        both, states = (tokens, tokens.flip(-1)), list[Tensor | None]([None, None])
+        """Whether a forward may start behind any block: not if blocks use more than their states."""
+        tokens, states = self._reference.tokens(0)[:1], dict[int, State]()
         with precision(self._candidates.model):
-            whole = self._gates.resume(0, tokens, None, lambda *_: None)
-            for block in self._gates.structure.blocks:
-                states = [self._gates.block(block.index, each, state) for each, state in zip(both, states, strict=True)]
-            assert states[0] is not None
-            return torch.equal(self._gates.logits(tokens, states[0]), whole)
+            if self._gates.why_not_one_by_one(tokens) is not None:
+                return False
+            whole = self._gates.resume(0, tokens, None, states.__setitem__)
+            # other tokens take the place of whatever the blocks remember
+            self._gates.resume(0, tokens.flip(-1), None, lambda *_: None)
+            starts = {len(self._gates.structure.blocks) // 2, len(self._gates.structure.blocks)} & states.keys()
+            return all(
+                torch.equal(self._gates.resume(start, tokens, states[start], lambda *_: None), whole)
+                for start in starts
+            )

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msp.data import first_line
-from msp.errors import MspError, UsageError
+from msp.errors import MspError, UsageError, first_line
 from msp.evaluate import Sums, summed
 from msp.model import device_of
 from msp.progress import Progress

@@ -40,5 +40,5 @@ def open_runner(setting: Setting, workers: Workers | None = None, progress: Prog
             yield runner
     else:
         structure = setting.structure
-        with CandidateModel(setting.model, structure.linears, setting.ranks, setting.units) as candidates:
+        with CandidateModel(setting.model, structure, setting.ranks, setting.units) as candidates:
             yield LocalRunner(candidates, setting.reference, structure, hidden_bytes=setting.hidden_bytes)

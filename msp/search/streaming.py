@@ -17,7 +17,7 @@ from msp.hidden import HiddenStates
 from msp.model import Block
 from msp.patterns import Unit
 from msp.progress import NoProgress, Progress
-from msp.search.candidates import RankedLinear, Ranks, precision
+from msp.search.candidates import RankedWeight, Ranks, precision
 from msp.search.fitness import Job, Key
 
 Item = tuple[int, Key]
@@ -131,7 +131,7 @@ class StreamingRunner:
         return measured
 
     def _pass(
-        self, block: Block, ranked: Mapping[str, RankedLinear], hidden: HiddenStates, items: Sequence[Item], before: int
+        self, block: Block, ranked: Mapping[str, RankedWeight], hidden: HiddenStates, items: Sequence[Item], before: int
     ) -> None:
         """Bring ``items``, with levels up to ``block``, behind it from the ``before`` levels that lead up to it."""
         continued = Counter((batch, key[:before]) for batch, key in items)
@@ -147,27 +147,27 @@ class StreamingRunner:
             hidden.put((block.index + 1, batch, key), output)
             self.peak_bytes = max(self.peak_bytes, hidden.held + hidden.spilled)
 
-    def _apply(self, ranked: Mapping[str, RankedLinear], key: Key, before: int) -> None:
+    def _apply(self, ranked: Mapping[str, RankedWeight], key: Key, before: int) -> None:
         for unit, level in zip(self._units[before : len(key)], key[before:], strict=True):
             for name in unit.linears:
                 ranked[name].keep(unit.patterns[level])
 
     @contextmanager
-    def _ranked(self, block: Block) -> Iterator[dict[str, RankedLinear]]:
-        """``block`` on its device with ranked linears in it, by name."""
+    def _ranked(self, block: Block) -> Iterator[dict[str, RankedWeight]]:
+        """``block`` on its device with ranked linears in it; their weights by name."""
         linears = [linear for linear in block.linears if linear.name in self._ranks]
         with block.on(self._gates.device):
             self.loads += 1
             ranked = {
-                linear.name: RankedLinear(linear, _on(self._ranks[linear.name], linear.weight)) for linear in linears
+                linear.name: RankedWeight(linear, _on(self._ranks[linear.name], linear.weight)) for linear in linears
             }
             try:
                 for linear in linears:
-                    block.module.set_submodule(linear.kind, ranked[linear.name])
+                    self._gates.structure.put(linear, ranked[linear.name].modules(linear))
                 yield ranked
             finally:
                 for linear in linears:
-                    block.module.set_submodule(linear.kind, linear.module)
+                    self._gates.structure.put(linear, [place.module for place in linear.places])
                 ranked.clear()  # whoever still has the dictionary must not keep a block beside the next one
 
 

@@ -110,7 +110,7 @@ def test_a_candidate_is_the_model_with_those_weights(family, tmp_path: Path):
     windows, units = tokens(2, 9, seed=1), bench.plan.units
     dense = copy.deepcopy(bench.model)
     before = bench.model(input_ids=windows).logits
-    with CandidateModel(bench.model, bench.structure.linears, levels, units) as candidate, torch.no_grad():
+    with CandidateModel(bench.model, bench.structure, levels, units) as candidate, torch.no_grad():
         for seed in range(4):
             drawn = [np.random.default_rng([seed, i]).integers(0, len(u.patterns)) for i, u in enumerate(units)]
             candidate.apply(drawn)
@@ -131,7 +131,7 @@ def test_a_pruner_that_only_selects_finds_the_same_either_way(tmp_path: Path):
     windows, found = tokens(2, 9, seed=1), []
     drawn = [np.random.default_rng(i).integers(0, len(unit.patterns)) for i, unit in enumerate(bench.plan.units)]
     for source in sources:
-        with CandidateModel(bench.model, bench.structure.linears, source, bench.plan.units) as candidate:
+        with CandidateModel(bench.model, bench.structure, source, bench.plan.units) as candidate:
             candidate.apply(drawn)
             with torch.no_grad():
                 found.append(candidate.model(input_ids=windows).logits)

@@ -19,7 +19,7 @@ from msp import pipeline
 from msp.data import save_tokens
 from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference
-from msp.gates import GatedModel
+from msp.gates import GatedModel, State
 from msp.hidden import HiddenStates
 from msp.loading import load_model
 from msp.model import Structure, find_structure
@@ -105,7 +105,7 @@ def test_candidates_measure_what_they_do_in_memory(folder: Path, tmp_path: Path)
     stored_ranks.update(ranks)
     reference = DenseReference(model, text, batch_size=2)
     jobs = random_jobs(units, reference.batches)
-    with CandidateModel(model, structure.linears, ranks, units) as candidates:
+    with CandidateModel(model, structure, ranks, units) as candidates:
         expected = LocalRunner(candidates, reference, structure).run(jobs)
 
     loaded, stored = load_stored(folder, device=CPU)
@@ -170,15 +170,22 @@ def test_traces_are_those_of_the_whole_model(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_hidden_states_spill_beyond_their_limit(dtype: torch.dtype) -> None:
-    states = {key: torch.randn(3, 5).to(dtype) for key in range(4)}
-    size = states[0].nbytes
+def test_states_spill_beyond_their_limit(dtype: torch.dtype) -> None:
+    """Hidden states, and keys and values that blocks share."""
+
+    def tensor() -> torch.Tensor:
+        return torch.randn(3, 5).to(dtype)
+
+    states = {key: State(tensor(), {("shared", "full"): (tensor(), tensor())}) for key in range(4)}
+    size = 3 * tensor().nbytes
     hidden = HiddenStates(2 * size)
     for key, state in states.items():
         hidden.put(key, state)
     assert (hidden.held, hidden.spilled) == (2 * size, 2 * size)
-    assert all(torch.equal(hidden.get(key), state) for key, state in states.items())
-    assert torch.equal(hidden.pop(0), states[0]) and torch.equal(hidden.pop(3), states[3])
+    for read, key in ((hidden.get, 1), (hidden.get, 2), (hidden.pop, 0), (hidden.pop, 3)):
+        found, state = read(key), states[key]
+        assert found.left.keys() == state.left.keys() and isinstance(found.left["shared", "full"], tuple)
+        assert all(torch.equal(one, other) for one, other in zip(found.tensors, state.tensors, strict=True))
     assert (hidden.held, hidden.spilled) == (size, size)
 
 
