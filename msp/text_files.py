@@ -36,19 +36,24 @@ _PACKED_SUFFIXES = ("gz", "bz2", "xz", "zst", "lz4", "zip")
 # PATH:FIELD, split at the last colon that follows a suffix of records
 FIELD_OF = re.compile(rf"(.+\.(?:{'|'.join(_FORMATS)})(?:\.(?:{'|'.join(_PACKED_SUFFIXES)}))?):(.*)", re.I | re.S)
 
-_OPENERS: dict[bytes, Callable[[str], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_OPENERS: dict[bytes, Callable[[str], Any]] = {
+    rb"\x1f\x8b": gzip.open,
+    rb"BZh[1-9]1AY&SY": bz2.open,
+    rb"\xfd7zXZ\x00": lzma.open,
+}
+_LFS_POINTER = b"version https://git-lfs."
 _NO_TEXT = {
     b"PK\x03\x04": "a zip archive: unpack it first",
     b"\x28\xb5\x2f\xfd": "compressed by zstd: decompress it first",
     b"\x04\x22\x4d\x18": "compressed by lz4: decompress it first",
     b"7z\xbc\xaf": "a 7z archive: unpack it first",
-    b"PAR1": "a Parquet file: rename it to end in .parquet, and name the field to read, FILE.parquet:FIELD",
-    b"ARROW1": "an Arrow file: rename it to end in .arrow, and name the field to read, FILE.arrow:FIELD",
+    b"PAR1\x15": "a Parquet file: rename it to end in .parquet, and name the field to read, FILE.parquet:FIELD",
+    b"ARROW1\0": "an Arrow file: rename it to end in .arrow, and name the field to read, FILE.arrow:FIELD",
     b"%PDF-": "a PDF: save its text first",
     b"\x93NUMPY": "a NumPy array: write tokens with msp.data.save_tokens",
     b"\x89HDF": "an HDF5 file: save its text first",
-    b"SQLite format 3": "an SQLite database: save its text first",
-    b"version https://git-lfs.": "a pointer of git-lfs: fetch the file itself with git lfs pull",
+    b"SQLite format 3\0": "an SQLite database: save its text first",
+    _LFS_POINTER: "a pointer of git-lfs: fetch the file itself with git lfs pull",
 }
 # Beside records in folders that data set libraries and the hub write.
 _DESCRIPTIONS = re.compile(
@@ -72,6 +77,7 @@ _CHUNK_BYTES = 1 << 20
 _LOOKED_AT = 1 << 20
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 _JSON_LINES_SHARE = 0.9
+_MOST_ZEROS = 0.01
 
 T = TypeVar("T")
 
@@ -144,7 +150,7 @@ def data_files(location: str) -> list[Path]:
             "(.jsonl, .json, .csv, .tsv, .parquet, .arrow)"
         )
     if len(files) > 1:
-        examples = ", ".join(str(min(of_one).relative_to(path)) for of_one in files.values())
+        examples = ", ".join(sorted(str(min(of_one).relative_to(path)) for of_one in files.values()))
         raise MspError(f"{location} is a folder with files of several formats ({examples}): name one file")
     ((kind, found_files),) = files.items()
     if kind == "tokens":
@@ -153,7 +159,7 @@ def data_files(location: str) -> list[Path]:
     if len(splits) > 1:
         raise MspError(
             f"{location} is a folder with the splits {' and '.join(splits)}: name one file, "
-            f"or one split with hub:{location}:{splits[-1]}:FIELD"
+            f"or one split of records with hub:{location}:{'train' if 'train' in splits else splits[0]}:FIELD"
         )
     for file in found_files:
         if not file.stat().st_size:
@@ -198,20 +204,27 @@ def text_pieces(location: str) -> Iterator[str]:
 
 def _opened(location: str) -> Any:
     with open(location, "rb") as file:
-        beginning = file.read(8)
+        beginning = file.read(10)
     for magic, opener in _OPENERS.items():
-        if beginning.startswith(magic):
+        if re.match(magic, beginning):
             return opener(location)
     return open(location, "rb")
+
+
+def check_pointer(location: str) -> None:
+    """Raise ``MspError`` for a file that git-lfs has yet to fetch, which no format's own reader would name."""
+    with open(location, "rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise MspError(f"{location} is {_NO_TEXT[_LFS_POINTER]}")
 
 
 def _check_beginning(location: str, chunk: bytes) -> None:
     for magic, what in _NO_TEXT.items():
         if chunk.startswith(magic):
             raise MspError(f"{location} is {what}")
-    place = chunk.find(b"\0")
-    if place >= 0 and not chunk.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise MspError(f"{location} is not text: byte {place} is zero")
+    # Text may hold a stray one; tokens in binary and UTF-16 are full of them.
+    if chunk.count(0) > _MOST_ZEROS * len(chunk) and not chunk.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise MspError(f"{location} is not text: byte {chunk.index(0)} is zero, and so are {chunk.count(0) - 1} others")
 
 
 def check_prose(location: str) -> None:
@@ -290,32 +303,32 @@ def guarded(items: Iterator[T], name: str, unit: str, size: Callable[[T], int] =
         count += size(item)
 
 
-def file_records(path: Path, field: str) -> Iterator[Record]:
-    """The records of a file in a format of records; ``field`` says which column is to be read of a columnar one.
+def file_records(path: Path, field: str | None = None) -> Iterator[Record]:
+    """The records of a file in a format of records; of Parquet only the column of ``field``, if it is given.
 
     Raises:
-        MspError: a library that is not installed, a file that breaks off, a record that does not parse.
+        MspError: a library that is not installed, a file that git-lfs has yet to fetch or that breaks off, a
+            record that does not parse.
     """
     location, kind = str(path), format_of(path)
     if kind in ("parquet", "arrow"):
         if importlib.util.find_spec("pyarrow") is None:
             raise MspError(f"{location} needs the pyarrow library, which comes with datasets: {INSTALL_HUB}")
-        read = _parquet_rows if kind == "parquet" else _arrow_rows
-        rows = guarded(read(location, field), location, "rows")
+        check_pointer(location)
+        rows = guarded(_parquet_rows(location, field) if kind == "parquet" else _arrow_rows(location), location, "rows")
         return (Record(f"{location}, row {number}", row) for number, row in enumerate(rows))
     records = _json_records(location) if kind == "json" else _csv_records(location, "\t" if kind == "tsv" else ",")
     return guarded(records, location, "records")
 
 
-def _parquet_rows(location: str, field: str) -> Iterator[Any]:
+def _parquet_rows(location: str, field: str | None) -> Iterator[Any]:
     with importlib.import_module("pyarrow.parquet").ParquetFile(location) as file:
-        columns = [name for name in file.schema_arrow.names if f"{field}.".startswith(f"{name}.")]
-        # Without the column all are read, so that the error can list them.
+        columns = [name for name in file.schema_arrow.names if field and f"{field}.".startswith(f"{name}.")]
         for batch in file.iter_batches(batch_size=256, columns=columns or None):
             yield from batch.to_pylist()
 
 
-def _arrow_rows(location: str, field: str) -> Iterator[Any]:
+def _arrow_rows(location: str) -> Iterator[Any]:
     ipc = importlib.import_module("pyarrow.ipc")
     with open(location, "rb") as file:
         is_file = file.read(6) == b"ARROW1"
@@ -424,7 +437,7 @@ class _JsonText:
             except json.JSONDecodeError as error:
                 if _is_cut(error, len(self._text)) and self._grow():
                     continue
-                rest = self._text[error.pos : error.pos + 20]
+                rest = error.doc[error.pos : error.pos + 20]
                 place = f"at {rest!r}" if rest else "at the end of the file"
                 raise MspError(f"{where} is not JSON: {error.msg} {place}") from error
             except (ValueError, RecursionError) as error:

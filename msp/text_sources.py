@@ -20,6 +20,7 @@ from msp.text_files import (
     FIELD_OF,
     INSTALL_HUB,
     Record,
+    check_pointer,
     check_prose,
     data_files,
     file_records,
@@ -116,7 +117,8 @@ class TokenSource:
         if self.kind == "tokens":
             _read_saved(self.location, 1)
         elif format_of(files[0]) != "text":
-            self._check_first(chain.from_iterable(file_records(file, self.column) for file in files))
+            # With all columns, so that an error can list them.
+            self._check_first(chain.from_iterable(file_records(file) for file in files))
         elif self.column != "text":
             raise MspError(f"{self.location} holds text files, which have no fields: leave out :{self.column}")
         else:
@@ -295,6 +297,7 @@ def _encode(tokenizer: Any, text: str | list[str], **options: Any) -> Any:
 
 
 def _read_saved(location: str, limit: int | None) -> torch.Tensor:
+    check_pointer(location)
     try:
         with safe_open(location, framework="pt") as file:
             names = list(file.keys())

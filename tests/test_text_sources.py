@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import string
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,10 @@ import torch
 from safetensors.torch import save_file
 from texts import VOCABULARY, byte_tokenizer, random_text
 
+import msp
 from msp.data import TokenSource, save_tokens
 from msp.errors import MspError, UsageError
+from msp.pipeline import evaluate
 from msp.text_sources import _encode as encode
 
 
@@ -264,3 +268,84 @@ def test_utf8_offsets_are_exact(tmp_path: Path, seed: int, monkeypatch):
     (tmp_path / "a.txt").write_bytes(good + b"\xfe" + good)
     with pytest.raises(MspError, match=rf"byte {len(good)} \(0xfe\)"):
         TokenSource.parse(str(tmp_path / "a.txt")).read(byte_tokenizer(), VOCABULARY)
+
+
+def test_the_same_text_in_whatever_form(tmp_path: Path):
+    for name in ("set/train.jsonl", "set/test.jsonl", "one/a.jsonl", "one/b.jsonl", "notes/a.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": "the fox"}))
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "one" / "a.jsonl")
+    (tmp_path / "hard.jsonl").hardlink_to(tmp_path / "one" / "a.jsonl")
+
+    def same(left: str, right: str) -> bool:
+        one, other = (TokenSource.parse(source.replace("~", str(tmp_path))) for source in (left, right))
+        assert one.same_text(one) and other.same_text(other)
+        assert one.same_text(other) == other.same_text(one)
+        return one.same_text(other)
+
+    for left, right in [
+        ("~/one/a.jsonl", "~/one/a.jsonl:meta.body"),
+        ("~/one/a.jsonl", "~/set/../one/a.jsonl:body"),
+        ("~/one/a.jsonl", "~/link.jsonl"),
+        ("~/one/a.jsonl:body", "~/hard.jsonl:text"),
+        ("~/one", "~/one/b.jsonl"),
+        ("~/one:text", "~/one/:body"),
+        ("hub:~/set:train:text", "~/set/train.jsonl:body"),
+        ("hub:~/set:train:text", "hub-joined:~/set/../set:default:train:body"),
+        ("hub:~/set:train+test:text", "hub:~/set:test:text"),
+        ("hub:~/one:train:text", "~/one/b.jsonl"),
+        ("hub:~/one:train:text", "~/one"),
+        ("hub:me/set:train:text", "hub-joined:me/set:train:body"),
+    ]:
+        assert same(left, right), (left, right)
+    for left, right in [
+        ("~/one/a.jsonl", "~/one/b.jsonl"),
+        ("~/one", "~/notes"),
+        ("~/set/train.jsonl", "~/set/test.jsonl"),
+        ("hub:~/set:train:text", "~/set/test.jsonl"),
+        ("hub:~/set:train:text", "hub:~/set:test:text"),
+        ("hub:~/set:train:text", "~/one/a.jsonl"),
+        ("hub:me/set:train:text", "hub:me/set:other:train:text"),
+        ("hub:me/set:train:text", "hub:me/other:train:text"),
+        ("hub:me/set:train:text", "~/set/train.jsonl"),
+    ]:
+        assert not same(left, right), (left, right)
+
+
+def test_a_hub_stream_that_breaks_names_the_row(tmp_path: Path):
+    """The second shard is cut off in the middle."""
+    pytest.importorskip("datasets")
+    whole = gzip.compress("\n".join(json.dumps({"text": random_text(seed, 20)}) for seed in range(50)).encode())
+    (tmp_path / "train-0.jsonl.gz").write_bytes(whole)
+    (tmp_path / "train-1.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    for kind in ("hub", "hub-joined"):
+        source = f"{kind}:{tmp_path}:train:text"
+        TokenSource.parse(source).check()
+        with pytest.raises(MspError, match=r"the data set breaks off after \d+ rows: ") as error:
+            TokenSource.parse(source).read(byte_tokenizer(), VOCABULARY)
+        assert str(error.value).startswith(source)
+        assert 50 <= int(str(error.value).partition("after ")[2].split()[0]) < 100
+
+
+@pytest.mark.parametrize("cut", ["dropped", "timed out"])
+def test_a_connection_that_is_lost_is_named(cut: str, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def stream(*_: object, **__: object) -> Iterator[dict[str, str]]:
+        yield from ({"text": "the fox"} for _ in range(7))
+        raise {"dropped": ConnectionResetError, "timed out": TimeoutError}[cut](f"{cut}\nand so on")
+
+    monkeypatch.setattr(datasets, "load_dataset", stream)
+    with pytest.raises(MspError, match=f"^hub:me/set:train:text: the data set breaks off after 7 rows: {cut}$"):
+        TokenSource.parse("hub:me/set:train:text").read(byte_tokenizer(), VOCABULARY)
+
+
+@pytest.mark.parametrize("option", ["calibration", "evaluate"])
+def test_the_api_looks_at_sources_before_it_loads_the_model(option: str, tmp_path: Path):
+    (tmp_path / "good.txt").write_text("the fox")
+    (tmp_path / "a.json").write_text('[{"body": "the fox"}]')
+    sources = {"calibration": str(tmp_path / "good.txt"), option: str(tmp_path / "a.json")}
+    with pytest.raises(MspError, match=r"record 1 has no field 'text'; it has 'body'"):
+        msp.prune(str(tmp_path / "no model"), sparsity=0.5, output=tmp_path / "out", **sources)
+    with pytest.raises(MspError, match=r"record 1 has no field 'text'; it has 'body'"):
+        evaluate(str(tmp_path / "no model"), evaluate=str(tmp_path / "a.json"))
