@@ -314,7 +314,6 @@ def file_records(path: Path, field: str | None = None) -> Iterator[Record]:
     if kind in ("parquet", "arrow"):
         if importlib.util.find_spec("pyarrow") is None:
             raise MspError(f"{location} needs the pyarrow library, which comes with datasets: {INSTALL_HUB}")
-        check_pointer(location)
         rows = guarded(_parquet_rows(location, field) if kind == "parquet" else _arrow_rows(location), location, "rows")
         return (Record(f"{location}, row {number}", row) for number, row in enumerate(rows))
     records = _json_records(location) if kind == "json" else _csv_records(location, "\t" if kind == "tsv" else ",")
@@ -322,6 +321,7 @@ def file_records(path: Path, field: str | None = None) -> Iterator[Record]:
 
 
 def _parquet_rows(location: str, field: str | None) -> Iterator[Any]:
+    check_pointer(location)
     with importlib.import_module("pyarrow.parquet").ParquetFile(location) as file:
         columns = [name for name in file.schema_arrow.names if field and f"{field}.".startswith(f"{name}.")]
         for batch in file.iter_batches(batch_size=256, columns=columns or None):
@@ -329,6 +329,7 @@ def _parquet_rows(location: str, field: str | None) -> Iterator[Any]:
 
 
 def _arrow_rows(location: str) -> Iterator[Any]:
+    check_pointer(location)
     ipc = importlib.import_module("pyarrow.ipc")
     with open(location, "rb") as file:
         is_file = file.read(6) == b"ARROW1"

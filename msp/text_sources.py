@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -92,7 +93,7 @@ class TokenSource:
         path, field = spec, "text"
         if named := FIELD_OF.fullmatch(spec):
             path, field = named.groups()
-        elif ":" in spec and not Path(spec).exists() and Path(spec.rpartition(":")[0] or spec).is_dir():
+        elif ":" in spec and not os.path.exists(spec) and os.path.isdir(spec.rpartition(":")[0]):
             path, _, field = spec.rpartition(":")
         if not field:
             raise UsageError(f"source {spec!r} names no field: write {path}:FIELD")
@@ -108,7 +109,7 @@ class TokenSource:
         if self._is_hub:
             if importlib.util.find_spec("datasets") is None:
                 raise MspError(f"{self.spec} is a hub data set, which needs the datasets library: {INSTALL_HUB}")
-            if Path(self.location).is_dir():
+            if os.path.isdir(self.location):
                 self._check_first(self._hub_rows())
             elif self.location.startswith((".", "/", "~")):
                 raise MspError(f"{self.spec}: no such folder as {self.location}")
@@ -147,7 +148,7 @@ class TokenSource:
             tokens = _tokenise_text(self._joined_rows(tokenizer), tokenizer, limit, self.spec)
         elif self.kind == "hub":
             tokens = _tokenise_documents(documents(self._hub_rows(), self.column, tokenizer), tokenizer, limit)
-        elif Path(self.location).is_file() and format_of(self.location) == "text":
+        elif os.path.isfile(self.location) and format_of(self.location) == "text":
             tokens = _tokenise_text(prose_pieces(self.location), tokenizer, limit, self.spec)
         else:
             tokens = _tokenise_documents(self._file_documents(tokenizer), tokenizer, limit)
@@ -184,14 +185,17 @@ class TokenSource:
         return set(self.split.split("+"))
 
     def _files(self) -> list[Path]:
-        if not Path(self.location).exists():
+        if not os.path.exists(self.location):
             head = self.location.rpartition(":")[0]
             if "://" in self.location:
                 raise MspError(f"{self.spec} is an address on the network: download the file first")
-            if head and Path(head).is_file():
+            if os.path.isfile(head):
                 raise MspError(f"{head} is a text file, which has no fields: leave out {self.location[len(head) :]}")
             raise MspError(f"{self.location}: no such file (a source is {SOURCE_FORMS})")
-        return data_files(self.location)
+        try:
+            return data_files(self.location)
+        except OSError as error:
+            raise MspError(f"{self.location} cannot be read: {first_line(error)}") from error
 
     def _check_first(self, records: Iterator[Record]) -> None:
         first = next(records, None)
@@ -230,7 +234,7 @@ class TokenSource:
 
 def _absolute(location: str) -> str:
     """A data set's name, or the folder that it is in, under one name."""
-    return str(Path(location).resolve()) if Path(location).is_dir() else location
+    return str(Path(location).resolve()) if os.path.isdir(location) else location
 
 
 def _identity(file: Path) -> tuple[int, int]:
@@ -297,8 +301,8 @@ def _encode(tokenizer: Any, text: str | list[str], **options: Any) -> Any:
 
 
 def _read_saved(location: str, limit: int | None) -> torch.Tensor:
-    check_pointer(location)
     try:
+        check_pointer(location)
         with safe_open(location, framework="pt") as file:
             names = list(file.keys())
             if len(names) != 1:

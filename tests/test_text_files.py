@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -172,7 +173,7 @@ def test_the_records_before_the_damage_are_all_counted(make: Callable[[list[str]
     texts = [random_text(seed, 60) for seed in range(1000)]
     cut = gzip.compress(make(texts))[:-3000]
     (tmp_path / name).write_bytes(cut)
-    found = gzip.zlib.decompressobj(31).decompress(cut)  # type: ignore[attr-defined]
+    found = zlib.decompressobj(31).decompress(cut)
     within = max(n for n in range(1000) if found.startswith(make(texts[:n]).rstrip(b"]\r\n")))
     with pytest.raises(MspError, match="breaks off after") as error:
         read(tmp_path / name)
@@ -423,14 +424,34 @@ def test_an_empty_file_of_a_folder_is_named(tmp_path: Path):
 
 def test_sources_that_are_no_such_file_say_what_was_meant(tmp_path: Path):
     (tmp_path / "a.txt").write_text("the fox")
+    folder_of(tmp_path / "folder.safetensors", {"a.txt": b"the fox"})
     for source, message in [
         (f"{tmp_path}/a.txt:body", r"a\.txt is a text file, which has no fields: leave out :body"),
         ("https://example.com/a.jsonl:text", "is an address on the network: download the file first"),
         (f"{tmp_path}/gone.parquet:text", r"gone\.parquet: no such file"),
         ("/dev/null", "neither a file nor a folder"),
+        ("the fox: jumps " * 1000, "no such file"),
+        (f"{tmp_path}/folder.safetensors", "cannot be read as safetensors: .* directory"),
         (f"hub:{tmp_path}/gone:train:text", "no such folder"),
     ]:
         with pytest.raises(MspError, match=message):
             TokenSource.parse(source).check()
     with pytest.raises(UsageError, match="names no field"):
         TokenSource.parse(f"{tmp_path}:")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.parquet", "a.arrow", "a.safetensors", "folder"])
+def test_what_the_system_refuses_is_named(name: str, tmp_path: Path, monkeypatch):
+    """As for a file of another user."""
+    if name in ("a.parquet", "a.arrow"):
+        pytest.importorskip("pyarrow")
+    folder_of(tmp_path, {"folder/a.txt": b"the fox"} if name == "folder" else {name: b"the fox"})
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("os.walk", refuse)
+    with pytest.raises(MspError, match=r"cannot be read.* Permission denied") as error:
+        TokenSource.parse(str(tmp_path / name)).check()
+    assert name in str(error.value)
