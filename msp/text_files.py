@@ -260,7 +260,8 @@ def _is_json(text: str, whole: bool) -> bool:
         except (ValueError, RecursionError):
             return True
     lines = [line for line in text.split("\n") if line.strip()]
-    if not whole and len(lines) > 1:
+    # The last line may be cut off, by the end of what is looked at or of what was copied.
+    if len(lines) > 1 and (not whole or (lines[-1].startswith('{"') and not _is_object(lines[-1]))):
         lines.pop()
     return bool(lines) and sum(map(_is_object, lines)) >= _JSON_LINES_SHARE * len(lines)
 

@@ -261,7 +261,7 @@ NOT_PROSE = {
     "an array of strings": '["the fox", "jumps"]',
     "JSON lines": "\n".join([RECORDS] * 5) + "\n",
     "JSON lines with a mark of byte order": "\ufeff" + "\n".join([RECORDS] * 5),
-    "JSON lines of which the last is cut off": "\n".join([RECORDS] * 20) + RECORDS[:-3],
+    "JSON lines of which the last is cut off": "\n".join([RECORDS] * 2) + "\n" + RECORDS[:-3],
     "JSON lines after a remark": "# records\n" + "\n".join([RECORDS] * 20),
     "many JSON lines": "\n".join([RECORDS] * 40_000),
     "a long array": "[" + ",\n".join([RECORDS] * 40_000) + "]",
