@@ -17,7 +17,7 @@ import torch
 from msp import __version__
 from msp.allocators import Allocated, Problem, get_allocator
 from msp.checkpoint import check_output, in_dtype, packed_shards, replace_linears, save_packed
-from msp.data import DEFAULT_EVALUATION, read_windows
+from msp.data import DEFAULT_EVALUATION, TokenSource, read_windows
 from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference, Quality, Reference, Sums, perplexity
 from msp.loading import find_device, load_model
@@ -376,6 +376,7 @@ def evaluate(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Perplexity of a dense or packed model on a text, and KL to a dense ``reference`` if one is given."""
+    TokenSource.parse(evaluate).check()
     listener = progress or NoProgress()
     place = find_device(device)
     loaded = load_model(model, dtype=dtype, device=place)

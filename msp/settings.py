@@ -17,6 +17,7 @@ from msp.recipe import read_rules
 from msp.search.constants import read_constants
 from msp.search.distributed import Workers
 from msp.task_loss import TaskLoss, fitness_name, load_task_loss
+from msp.text_sources import DEFAULT_CALIBRATION, TokenSource
 
 FITNESS = ("kl", "perplexity")
 CANDIDATES = ("auto", "ranks", "database")
@@ -99,7 +100,12 @@ class PruneOptions:
     hidden_bytes: int | str = "4GB"
 
     def check(self) -> None:
-        """Raise ``UsageError`` for anything wrong that can be known without the model."""
+        """Look at all that can be known without the model.
+
+        Raises:
+            UsageError: options that are wrong, or do not go together.
+            MspError: a text source that cannot be read.
+        """
         ways = (self.sparsity, self.budget_bytes, self.budget_decode, self.allocation)
         if sum(given is not None for given in ways) != 1:
             raise UsageError(
@@ -133,6 +139,9 @@ class PruneOptions:
             raise UsageError(f"{self.search_tokens} search tokens: a search needs at least one")
         if self.resume and self.work_dir is None:
             raise UsageError("resume needs work_dir, the folder with the checkpoint of the search")
+        for source in (self.calibration or DEFAULT_CALIBRATION, self.evaluate):
+            if source is not None:
+                TokenSource.parse(source).check()
 
     def _check_stream(self, pruner: Pruner) -> None:
         if "fisher" in pruner.needs or self.allocator == "fisher-knapsack":

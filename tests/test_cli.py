@@ -329,6 +329,10 @@ EARLY = [
     (["prune", "M", "-o", "OUT", "--calibration", "hub:x"], 2, "hub:DATASET"),
     (["prune", "M", "-o", "OUT", "--calibration", "GONE"], 1, "no such file"),
     (["prune", "M", "-o", "OUT", "--calibration", "EMPTY"], 1, "is empty"),
+    (["prune", "M", "-o", "OUT", "--calibration", "RECORDS"], 1, "has no field 'text'; it has 'body', 'messages'"),
+    (["evaluate", "M", "--evaluate", "BODIES"], 1, "has no field 'bodies'"),
+    (["evaluate", "M", "--evaluate", "JSON"], 1, "holds JSON, not prose"),
+    (["sensitivity", "M", "--calibration", "M"], 1, "is the folder of a model"),
     (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--evaluate", "GONE"], 1, "no such file"),
     (["prune", "M", "-o", "TAKEN", "--calibration", "TEXT"], 1, "exists"),
     (["prune", "M", "--calibration", "TEXT"], 2, "--output"),
@@ -381,8 +385,11 @@ def test_wrong_requests_fail_before_the_model_is_loaded(
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "precious.txt").write_text("x")
     (tmp_path / "empty.txt").touch()
+    for name in ("records.json", "json.txt"):
+        (tmp_path / name).write_text('[{"body": "w3", "messages": [{"role": "user", "content": "w4"}]}]')
     places = {"M": llama, "OUT": tmp_path / "out", "TEXT": text, "TAKEN": tmp_path / "taken"}
-    places |= {"EMPTY": tmp_path / "empty.txt", "GONE": tmp_path / "gone.txt"}
+    places |= {"EMPTY": tmp_path / "empty.txt", "GONE": tmp_path / "gone.txt", "JSON": tmp_path / "json.txt"}
+    places |= {"RECORDS": tmp_path / "records.json", "BODIES": f"{tmp_path / 'records.json'}:bodies"}
     failed = msp_run(*(places.get(argument, argument) for argument in arguments))
     assert failed.exit_code == code, failed.stderr
     assert message in failed.stderr

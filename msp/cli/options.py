@@ -12,8 +12,10 @@ import typer
 
 METHOD, DATA, COST, RUN = "Method", "Text", "Cost", "Output and running"
 SOURCE_HELP = (
-    "a text file, records.jsonl:FIELD, tokens.safetensors (saved token ids) or a hub data set "
-    "hub:DATASET[:CONFIG]:SPLIT:COLUMN"
+    "a text file; records.jsonl:FIELD (also .json, .ndjson, .csv, .tsv, .parquet, .arrow), where FIELD is text when "
+    "left out, FIELD.SUB if nested, or a chat such as messages; a folder of such files, FOLDER:FIELD; "
+    "tokens.safetensors (saved token ids); or a hub data set, hub:DATASET[:CONFIG]:SPLIT:COLUMN, or hub-joined:... to "
+    "join its rows into one text"
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, a hub id, or a packed model.")]
