@@ -91,6 +91,14 @@ class Manifest:
         """Every linear that has an allocated weight."""
         return (*self.patterns, *self.shared)
 
+    @property
+    def places(self) -> dict[str, list[str]]:
+        """Of every weight that stands at several places, by the name of the first one, the names of the others."""
+        places: dict[str, list[str]] = {}
+        for name, first in self.shared.items():
+            places.setdefault(first, []).append(name)
+        return places
+
     def tensors(self, name: str) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
         """The shape and the possible dtypes (safetensors names) of each tensor of a packed linear."""
         (rows, columns), pattern = self.shapes[name], self.patterns[name]

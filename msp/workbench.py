@@ -49,9 +49,7 @@ FITNESS_BATCHES, FITNESS_BATCH_TOKENS = 32, 512
 PROBED_TOKENS = 32
 # Names that a warning lists.
 LISTED = 4
-KEEP_HINT = (
-    "a search may empty them, since nothing is lost on its text: pin them with keep, or give text that needs them"
-)
+KEEP_HINT = "a search may empty them where its fitness tokens do not need them: pin them with keep, or give other text"
 
 
 class Workbench:
@@ -125,7 +123,9 @@ class Workbench:
 
     @cached_property
     def unreached(self) -> frozenset[str]:
-        """Linears that no calibration token reaches, an expert that is never chosen say: only their weights are known.
+        """Linears that no calibration token is sent through: nothing but their weights is known of them.
+
+        Experts that are never chosen, say, or weights that a model takes without calling their linear.
 
         They are pruned by magnitude, and to allocators they are as sensitive as the mean weight.
         """
@@ -137,7 +137,8 @@ class Workbench:
             for _, statistics in self._stream(frozenset(), sequential=False, only=doubtful, label=label):
                 found |= {name for name, entry in statistics.items() if not entry.tokens}
         if found:
-            _warn(f"{_named(found)}: no calibration token reaches them, so they are pruned by magnitude; {KEEP_HINT}")
+            why = "no calibration token comes to them, so they are pruned by magnitude"
+            _warn(f"{_named(found)}: {why}; {KEEP_HINT}")
         return frozenset(found)
 
     def fisher_traces(self) -> Mapping[str, float]:
@@ -332,7 +333,8 @@ class Workbench:
         if not pruner.needs or name in self.unreached:
             return get_pruner("magnitude") if name in self.unreached else pruner, entry
         if entry.say_nothing(pruner.needs - {"fisher"}):
-            _warn(f"{name}: the calibration tokens say nothing of its weights here, so it is pruned by magnitude")
+            if not entry.tokens:  # with a pruned prefix a router may choose otherwise
+                _warn(f"{name}: no calibration token comes to it any more, so it is pruned by magnitude")
             return get_pruner("magnitude"), entry
         return pruner, entry
 

@@ -88,10 +88,75 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 
 
+# Models whose blocks have more to do with one another than hidden states.
+UNUSUAL: dict[str, Callable[[], Any]] = {
+    # blocks share the weights of one attention block, each with adapters and a mixer of its own
+    "zamba2": _config(
+        "Zamba2Config",
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        layers_block_type=["linear_attention", "hybrid"] * 3,
+        num_mem_blocks=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        attention_hidden_size=64,
+        attention_head_dim=16,
+        mamba_headdim=8,
+        n_mamba_heads=8,
+        mamba_d_state=8,
+        max_position_embeddings=CONTEXT,
+    ),
+    # the last blocks read keys and values of earlier ones; each has an input of its own for every token
+    "gemma4": _config(
+        "Gemma4TextConfig",
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        global_head_dim=8,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+        sliding_window=8,
+        max_position_embeddings=CONTEXT,
+    ),
+    # a decoder whose cross-attention has nothing to attend to
+    "bart": _config(
+        "BartConfig",
+        d_model=32,
+        decoder_layers=2,
+        encoder_layers=2,
+        decoder_attention_heads=4,
+        encoder_attention_heads=4,
+        decoder_ffn_dim=64,
+        encoder_ffn_dim=64,
+        max_position_embeddings=CONTEXT,
+        is_decoder=True,
+    ),
+    # two stacks that a forward runs in turns, again and again
+    "hrm": llama_like("HrmTextConfig", num_hidden_layers=4, head_dim=8),
+    # the first forward divides weights of the later blocks
+    "rwkv": _config(
+        "RwkvConfig",
+        hidden_size=32,
+        attention_hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        rescale_every=2,
+        context_length=CONTEXT,
+    ),
+}
+
+
 def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model of ``family`` with random weights, biases and norms, so that none can be left out unnoticed."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=dtype).eval()
+    config = {**FAMILIES, **UNUSUAL}[family]()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     model.generation_config.eos_token_id = None
     with torch.no_grad():
         for parameter in model.parameters():

@@ -47,6 +47,7 @@ class MspQuantizer(HfQuantizer):
 
     quantization_config: MspConfig
     _headers: Mapping[str, TensorHeader]
+    _places: dict[str, Any]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -67,21 +68,23 @@ class MspQuantizer(HfQuantizer):
         linears = {
             name: find_linear(model, name, manifest.shapes[manifest.shared.get(name, name)]) for name in manifest.names
         }
+        stored = read_headers(checkpoint_files)
+        self._places = {name: linears[name] for name in manifest.shared}
         for name, linear in linears.items():
             first = manifest.shared.get(name, name)
             pattern, (rows, columns) = manifest.patterns[first], manifest.shapes[first]
-            if pattern.is_dense:
+            if name != first:  # its weight comes when all are loaded, and its bias too if it is not its own
+                place, own = nn.Module(), f"{name}.bias" in stored or f"{first}.bias" not in stored
+                place.register_parameter("bias", linear.bias if own else None)
+                model.set_submodule(name, place)
+            elif pattern.is_dense:
                 note_pattern(linear, pattern)
-            elif name == first:
+            else:
                 has_bias, dtype = linear.bias is not None, linear.weight.dtype
                 sparse = SparseLinear(columns, rows, pattern, has_bias, device="meta", dtype=dtype)
                 model.set_submodule(name, sparse)
-            else:  # gets its weight when that is loaded
-                place = nn.Module()
-                place.register_parameter("bias", linear.bias)
-                model.set_submodule(name, place)
-        _tie(model, manifest)
-        self._headers = _named_as_loaded(model, read_headers(checkpoint_files), self)
+        _forget_dense(model, manifest)
+        self._headers = _named_as_loaded(model, stored, self)
         check_headers(manifest, self._headers)
         _check_complete(model, self._headers)
         self.quantization_config = MspConfig(**manifest.to_dict())
@@ -89,7 +92,7 @@ class MspQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from msp.ops import PackedWeight
         from msp.packed_files import read_tensor
-        from msp.sparse_linear import SparseLinear, at_places
+        from msp.sparse_linear import SparseLinear, at_places, note_pattern
 
         for name, module in model.named_modules():
             if not isinstance(module, SparseLinear):
@@ -100,17 +103,24 @@ class MspQuantizer(HfQuantizer):
                 values, bitmask = (read_tensor(self._headers, f"{name}.{kind}") for kind in ("values", "bitmask"))
                 packed = PackedWeight(values, bitmask, packed.pattern, packed.shape)
             packed.check(name)
-        shared = self.quantization_config.manifest.shared
-        for first in dict.fromkeys(shared.values()):
-            sparse = model.get_submodule(first)
-            if isinstance(sparse, SparseLinear):
-                names = [first, *(name for name, other in shared.items() if other == first)]
-                modules = at_places(sparse.packed, [model.get_submodule(name) for name in names])
-                for name, module in zip(names, modules, strict=True):
-                    model.set_submodule(name, module)
+        for first, others in self.quantization_config.manifest.places.items():
+            names = [first, *others]
+            modules = [model.get_submodule(first), *(self._places.pop(name) for name in others)]
+            for name, module in zip(others, modules[1:], strict=True):
+                bias = model.get_submodule(name).bias
+                module.bias = modules[0].bias if bias is None and module.bias is not None else bias
+            if isinstance(modules[0], SparseLinear):
+                modules = [*at_places(modules[0].packed, modules)]
+            else:
+                for module in modules[1:]:
+                    module.weight = modules[0].weight
+                    note_pattern(module, modules[0].pattern)
+            for name, module in zip(names, modules, strict=True):
+                model.set_submodule(name, module)
         for module in model.modules():
             if isinstance(module, SparseLinear):
                 module.settle()
+        _tie(model, self.quantization_config.manifest)
         del self._headers
 
     def is_serializable(self) -> bool:
@@ -134,6 +144,7 @@ class MspQuantizer(HfQuantizer):
 def attach(model: Any, manifest: Manifest) -> None:
     """Make a model whose linears were packed in memory one that ``save_pretrained`` writes as packed."""
     config = MspConfig(**manifest.to_dict())
+    _forget_dense(model, manifest)
     _tie(model, manifest)
     model.config.quantization_config = config
     model.hf_quantizer = MspQuantizer(config, pre_quantized=True)
@@ -141,16 +152,20 @@ def attach(model: Any, manifest: Manifest) -> None:
     model.is_quantized = True
 
 
-def _tie(model: PreTrainedModel, manifest: Manifest) -> None:
-    """Tell transformers, which stores one tensor of those that are tied, which tensors of packed linears are one."""
+def _forget_dense(model: PreTrainedModel, manifest: Manifest) -> None:
+    """Take the weights that are packed now out of those that transformers ties when it loads."""
     packed = [name for name in manifest.names if not manifest.patterns[manifest.shared.get(name, name)].is_dense]
-    gone = {f"{name}.weight" for name in packed}
+    gone = {f"{name}.weight" for name in (*packed, *manifest.shared)}
     tied = dict(model.all_tied_weights_keys)
     model.all_tied_weights_keys = {name: first for name, first in tied.items() if not gone & {name, first}}
+
+
+def _tie(model: PreTrainedModel, manifest: Manifest) -> None:
+    """Tell transformers, which stores one of several tensors that are the same, which of packed linears are."""
     keys: dict[str, str] = {}
     for name, first in manifest.shared.items():
-        kinds = ("values", "bitmask") if name in packed else ("weight",)
-        keys |= {f"{name}.{kind}": f"{first}.{kind}" for kind in kinds}
+        one, other = (dict(model.get_submodule(each).state_dict(keep_vars=True)) for each in (first, name))
+        keys |= {f"{name}.{kind}": f"{first}.{kind}" for kind, tensor in one.items() if tensor is other.get(kind)}
     if keys:
         model._tied_weights_keys = {**(model._tied_weights_keys or {}), **keys}
 

@@ -63,6 +63,8 @@ class RankedWeight:
         """``[R, K]``, zero where nothing is kept."""
         if self.pattern is None or self.pattern.is_dense:
             return self.dense
+        if self.pattern.is_empty:
+            return torch.zeros_like(self.dense)
         assert self._kept is not None
         return self._kept
 
@@ -72,18 +74,24 @@ class RankedWeight:
 
 
 class RankedLinear(nn.Module):
-    """A linear with what is kept of ``weight``, and the bias of its own place."""
+    """A linear with what is kept of ``ranked``, and the bias of its own place."""
 
-    def __init__(self, weight: RankedWeight, bias: Tensor | None) -> None:
+    def __init__(self, ranked: RankedWeight, bias: Tensor | None) -> None:
         super().__init__()
-        self._weight = weight
-        self._bias = bias
+        self._ranked = ranked
+        self.bias = bias
+        self.out_features, self.in_features = ranked.dense.shape
+
+    @property
+    def weight(self) -> Tensor:
+        """``[out_features, in_features]``: for model code that takes it without a call."""
+        return self._ranked.kept
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._weight.pattern is not None and self._weight.pattern.is_empty:
-            empty = x.new_zeros(*x.shape[:-1], self._weight.dense.shape[0])
-            return empty if self._bias is None else empty + self._bias
-        return functional.linear(x, self._weight.kept, self._bias)
+        if self._ranked.pattern is not None and self._ranked.pattern.is_empty:
+            empty = x.new_zeros(*x.shape[:-1], self.out_features)
+            return empty if self.bias is None else empty + self.bias
+        return functional.linear(x, self._ranked.kept, self.bias)
 
 
 class CandidateModel(AbstractContextManager["CandidateModel"]):

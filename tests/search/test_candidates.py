@@ -129,6 +129,6 @@ def test_a_candidate_that_predicts_nan_loses(setting, monkeypatch) -> None:
         monkeypatch.setattr(
             candidates.RankedLinear,
             "forward",
-            lambda self, x: x.new_full((*x.shape[:-1], self._weight.dense.shape[0]), float("nan")),
+            lambda self, x: x.new_full((*x.shape[:-1], self.out_features), float("nan")),
         )
         assert fitness([drawn(units, 9)], 0) == [float("inf")]
