@@ -107,6 +107,7 @@ class Structure:
         calls: how often a forward runs each block; None where no forward could be run, which ``failure`` explains.
         unreached: names of linears that a forward of a few tokens did not call.
         changes: what the model's own forward changes of its weights.
+        remembering: names of blocks that keep tensors of a forward in attributes, where other blocks may read them.
     """
 
     blocks: tuple[Block, ...]
@@ -115,6 +116,7 @@ class Structure:
     calls: tuple[int, ...] | None = None
     unreached: frozenset[str] = frozenset()
     changes: Changes = field(default_factory=Changes)
+    remembering: tuple[str, ...] = ()
     failure: str | None = None
 
     @property
@@ -169,6 +171,7 @@ def find_structure(model: nn.Module) -> Structure:
         None if text.failure else tuple(counts[block.name] for block in blocks),
         frozenset(unreached),
         text.changes,
+        text.remembering,
         text.failure,
     )
 

@@ -115,6 +115,10 @@ def load_stored(source: str | Path, *, dtype: str = "auto", device: torch.device
             raise MspError(f"{path}: {linear.name} and {linear.others[0].name} are one weight: load this model whole")
     if blocks.changes.before:
         raise MspError(f"{path}: a forward changes {min(blocks.changes.before)}: load this model whole")
+    if blocks.remembering:
+        raise MspError(
+            f"{path}: {blocks.remembering[0]} keeps tensors that other blocks may read: load this model whole"
+        )
     if blocks.calls is not None and max(blocks.calls) > 1:
         again = next(block.name for block in blocks.blocks if blocks.calls[block.index] > 1)
         raise MspError(f"{path}: a forward runs {again} more than once: load this model whole")

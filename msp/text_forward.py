@@ -29,6 +29,7 @@ class TextForward:
         nested: of them, those that ran inside another one.
         called: the names of all modules that ran.
         changes: what the forward changed of the model.
+        remembering: the watched modules inside which tensors stay behind in attributes.
         failure: why it could not be run; nothing is known then.
     """
 
@@ -36,6 +37,7 @@ class TextForward:
     nested: frozenset[str] = frozenset()
     called: frozenset[str] = frozenset()
     changes: Changes = field(default_factory=lambda: Changes())
+    remembering: tuple[str, ...] = ()
     failure: str | None = None
 
     @property
@@ -121,6 +123,7 @@ def run_text(model: nn.Module, watched: Sequence[str]) -> TextForward:
     for module in dict.fromkeys(modules.values()):
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     modes = [(module, module.training) for module in modules.values()]
+    remembered = {name: _attributes(modules[name]) for name in watched}
     try:
         model.eval()
         before = _changed_by(model)
@@ -138,8 +141,13 @@ def run_text(model: nn.Module, watched: Sequence[str]) -> TextForward:
         _changed_by(model)
         tensors = _tensors(model)
         again = frozenset(name for name, value in after.items() if not _same(tensors[name], value))
-    ran = frozenset(name for name, module in modules.items() if module in called)
-    return TextForward(tuple(_by_name(sequence, names)), frozenset(nested), ran, Changes(before, again))
+    return TextForward(
+        tuple(_by_name(sequence, names)),
+        frozenset(nested),
+        frozenset(name for name, module in modules.items() if module in called),
+        Changes(before, again),
+        tuple(name for name in watched if _attributes(modules[name]) - remembered[name]),
+    )
 
 
 class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -189,6 +197,17 @@ def _changed_by(model: nn.Module) -> dict[str, Tensor]:
     }
     found = {**replaced, **writes.before}
     return {name: value for name, value in found.items() if not _same(value, now[name])}
+
+
+def _attributes(module: nn.Module) -> set[int]:
+    """The tensors in plain attributes of ``module`` and what is inside it, also in lists and dictionaries there."""
+    plain = [
+        value
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if name not in ("_parameters", "_buffers", "_modules")
+    ]
+    return {id(leaf) for value in plain for leaf in tree_leaves(value) if isinstance(leaf, Tensor)}
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

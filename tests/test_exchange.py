@@ -212,6 +212,17 @@ def test_streamed_and_in_memory_find_the_same(allocator: str, text: str, tmp_pat
     assert found.allocation == expected.allocation and found.kl == pytest.approx(expected.kl, rel=1e-4)
 
 
+def test_blocks_that_remember_are_told() -> None:
+    class Remembering(Wrapped):
+        def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+            self.last = {"input": [hidden_states]}
+            return self.block(hidden_states, **kwargs)
+
+    model = handing(Remembering, dict)
+    assert find_structure(model).remembering == ("model.layers.0", "model.layers.1")
+    assert not find_structure(build("gemma4")).remembering and not find_structure(build("zamba2")).remembering
+
+
 @pytest.mark.parametrize("family", ["hrm", "rwkv"])
 def test_streamed_what_cannot_run_alone_is_refused(family: str, tmp_path: Path) -> None:
     save(family, tmp_path)
