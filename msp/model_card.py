@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msp.integrations.auto_map import FILE as LOADER_FILE
+
 if TYPE_CHECKING:
     from msp.packed_files import PackedInfo
 
@@ -33,7 +35,7 @@ def model_card(info: PackedInfo, name: str) -> str:
     sections = [
         _front_matter(recipe.get("model")),
         f"# {name}\n\n{_summary(info)}",
-        LOADING,
+        LOADING + (f"\n\n{WITHOUT_IMPORT}" if (info.path / LOADER_FILE).is_file() else ""),
         f"## Size\n\n{_sizes(info)}",
         f"## Patterns\n\n{_patterns(info)}",
     ]
@@ -60,7 +62,17 @@ model = AutoModelForCausalLM.from_pretrained("PATH_OR_HUB_ID", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("PATH_OR_HUB_ID")
 ```
 
-Without `import msp` transformers does not know the format and leaves the packed layers at random values."""
+Without `import msp` transformers does not know the format and stops: the `weight` of each packed layer has size 0 in
+the files."""
+
+WITHOUT_IMPORT = """A program that does not import msp, such as lm-eval, loads the model with `trust_remote_code=True`.
+transformers then runs `load_with_msp.py`, which imports msp; msp must be installed:
+
+```python
+from transformers import pipeline
+
+print(pipeline("text-generation", "PATH_OR_HUB_ID", trust_remote_code=True)("Once upon a time"))
+```"""
 
 
 def _source(model: object) -> str | None:

@@ -202,9 +202,10 @@ class SparseLinear(nn.Module):
                 error_msgs.append(str(error))
                 return
         self._set_layout("rows")
-        super()._load_from_state_dict(
-            dict(state_dict), prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        state = dict(state_dict)
+        if _is_guard(state.get(f"{prefix}weight")):
+            del state[f"{prefix}weight"]
+        super()._load_from_state_dict(state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self.settle()
 
 
@@ -313,6 +314,23 @@ def fast_prefill(model: nn.Module) -> int:
             module.settle()
             total += 0 if module.kept is None else module.kept.nbytes
     return total
+
+
+def guarded_state_dict(model: nn.Module) -> dict[str, Any]:
+    """The state dict of ``model`` as files store it: with a guard, an empty ``<name>.weight``, for each packed linear.
+
+    A loader that does not know the packed format expects a weight there and fails on its shape. State dicts in memory
+    have no guards: what copies, shards or trains a model need not know of them.
+    """
+    state: dict[str, Any] = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            state[f"{name}.weight"] = torch.empty(0, dtype=module.values.dtype)
+    return state
+
+
+def _is_guard(tensor: object) -> bool:
+    return isinstance(tensor, Tensor) and tensor.shape == (0,)
 
 
 def find_linear(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Linear | Conv1D:

@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from msp.errors import MspError
+from msp.integrations.auto_map import forget_loader
 from msp.manifest import QUANT_METHOD, Manifest
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class MspQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        from msp.packed_files import check_headers, read_headers
+        from msp.packed_files import check_headers, read_headers, split_guards
         from msp.sparse_linear import SparseLinear, find_linear, note_pattern
 
         if not checkpoint_files:
@@ -71,9 +72,13 @@ class MspQuantizer(HfQuantizer):
             has_bias, dtype = linear.bias is not None, linear.weight.dtype
             sparse = SparseLinear(columns, rows, pattern, has_bias, device="meta", dtype=dtype)
             model.set_submodule(name, sparse)
-        self._headers = _named_as_loaded(model, read_headers(checkpoint_files), self)
+        stored, guards = split_guards(read_headers(checkpoint_files))
+        self._headers = _named_as_loaded(model, stored, self)
         check_headers(manifest, self._headers)
         _check_complete(model, self._headers)
+        # transformers would list them as unexpected
+        ignored = {f"^{re.escape(name)}$" for name in _named_as_loaded(model, guards, self)}
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
         self.quantization_config = MspConfig(**manifest.to_dict())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -92,6 +97,13 @@ class MspQuantizer(HfQuantizer):
             packed.check(name)
             module.settle()
         del self._headers
+        forget_loader(model.config)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """What ``save_pretrained`` writes; of a model with adapters it writes only these."""
+        from msp.sparse_linear import guarded_state_dict
+
+        return (None if getattr(model, "_hf_peft_config_loaded", False) else guarded_state_dict(model)), {}
 
     def is_serializable(self) -> bool:
         return True
