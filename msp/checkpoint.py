@@ -37,6 +37,7 @@ from msp.sparse_linear import (
     guarded_state_dict,
     note_pattern,
     patterns_of,
+    put_in_place,
     shape_of,
 )
 
@@ -65,7 +66,7 @@ def replace_linears(model: nn.Module, packed: Mapping[str, PackedWeight]) -> Non
         if weight.pattern.is_dense:
             note_pattern(modules[name], weight.pattern)
         else:
-            model.set_submodule(name, SparseLinear.from_packed(weight, modules[name].bias))
+            put_in_place(model, name, SparseLinear.from_packed(weight, modules[name].bias))
     _attach_manifest(model, manifest_of(model))
 
 

@@ -32,7 +32,8 @@ class SparseLinear(nn.Module):
     On a CUDA device ``settle`` puts values and bitmask into another order for the kernels (``layout``), of the same
     size, or unpacks a weight that would save next to nothing. ``packed``, ``weight`` and the state dict stay canonical.
     ``kept`` is what products of many tokens need besides, where ``fast_prefill`` asked for it. ``shared`` are the
-    linears that are called with the same input, where ``fast_decode`` found some.
+    linears that are called with the same input, where ``fast_decode`` found some. ``conv1d`` says that the architecture
+    has a ``Conv1D`` in its place.
 
     A new module has values of zero at the first N positions of every group; ``from_packed`` is how to
     get one with content, and loading a state dict checks the positions before any kernel sees them.
@@ -68,6 +69,7 @@ class SparseLinear(nn.Module):
         # no buffer: it is made anew wherever the module goes, and what offloads modules takes None for a tensor
         self.kept: Tensor | None = None
         self.shared: SharedInput | None = None
+        self.conv1d = False
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False)
         else:
@@ -141,6 +143,23 @@ class SparseLinear(nn.Module):
         self.layout = layout
         self.values = nn.Parameter(values, requires_grad=self.values.requires_grad)
         self.bitmask = bitmask
+
+    def set_values(self, values: Tensor) -> None:
+        """Give the weight other ``values`` ``[R, K/M*N]`` at the positions that it keeps, in row order.
+
+        Raises:
+            MspError: another shape, dtype or device than the values have.
+        """
+        if self.shared is not None:
+            self.shared.part()
+        self._set_layout("rows")
+        for label in ("shape", "dtype", "device"):
+            found, needed = getattr(values, label), getattr(self.values, label)
+            if found != needed:
+                raise MspError(f"values of {label} {found}, needs {needed}")
+        self.kept = None
+        self.values = nn.Parameter(values.detach(), requires_grad=self.values.requires_grad)
+        self.settle()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseLinear:
         self.kept = None  # made anew where it is wanted
@@ -331,6 +350,12 @@ def guarded_state_dict(model: nn.Module) -> dict[str, Any]:
 
 def _is_guard(tensor: object) -> bool:
     return isinstance(tensor, Tensor) and tensor.shape == (0,)
+
+
+def put_in_place(model: nn.Module, name: str, sparse: SparseLinear) -> None:
+    """Replace the linear ``name`` of ``model``; ``sparse`` remembers whether it was a ``Conv1D``."""
+    sparse.conv1d = isinstance(model.get_submodule(name), Conv1D)
+    model.set_submodule(name, sparse)
 
 
 def find_linear(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Linear | Conv1D:

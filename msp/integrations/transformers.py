@@ -23,6 +23,7 @@ from msp.integrations.auto_map import forget_loader
 from msp.manifest import QUANT_METHOD, Manifest
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from msp.packed_files import TensorHeader
@@ -57,7 +58,7 @@ class MspQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         from msp.packed_files import check_headers, read_headers, split_guards
-        from msp.sparse_linear import SparseLinear, find_linear, note_pattern
+        from msp.sparse_linear import SparseLinear, find_linear, note_pattern, put_in_place
 
         if not checkpoint_files:
             raise MspError("a packed model is loaded from its safetensors files, not from a state dict")
@@ -71,7 +72,7 @@ class MspQuantizer(HfQuantizer):
             rows, columns = manifest.shapes[name]
             has_bias, dtype = linear.bias is not None, linear.weight.dtype
             sparse = SparseLinear(columns, rows, pattern, has_bias, device="meta", dtype=dtype)
-            model.set_submodule(name, sparse)
+            put_in_place(model, name, sparse)
         stored, guards = split_guards(read_headers(checkpoint_files))
         self._headers = _named_as_loaded(model, stored, self)
         check_headers(manifest, self._headers)
@@ -104,6 +105,20 @@ class MspQuantizer(HfQuantizer):
         from msp.sparse_linear import guarded_state_dict
 
         return (None if getattr(model, "_hf_peft_config_loaded", False) else guarded_state_dict(model)), {}
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """The masked dense model, in place; without ``dtype`` every weight keeps its own."""
+        from msp.dense import unpack_linears
+
+        unpack_linears(model)
+        if dtype is not None:
+            model.to(dtype)
+        self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+        for module in model.modules():
+            config: Any = getattr(module, "config", None)
+            if hasattr(config, "_is_quantized"):
+                del config._is_quantized
+        return model
 
     def is_serializable(self) -> bool:
         return True
