@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from msp.integrations import register_with_transformers
+from msp.integrations import register_with_peft, register_with_transformers
 from msp.namesake import warn_of_namesake
 
 if TYPE_CHECKING:
@@ -89,3 +89,4 @@ def __dir__() -> list[str]:
 
 warn_of_namesake()
 register_with_transformers()
+register_with_peft()
