@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, build, pack, packed_model, same_state, save, tokenizer, tokens
+from families import FAMILIES, SMALL, build, pack, packed_model, same_state, save, tokenizer, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -67,6 +67,19 @@ def test_dequantize_keeps_dtypes_or_takes_one() -> None:
         model.dequantize(dtype)
         assert {parameter.dtype for parameter in model.parameters()} == {expected}
         assert model(tokens(1, 5, 0)).logits.dtype == expected
+
+
+def test_a_pruned_model_is_dequantized(llama: Path, text: str) -> None:
+    result = msp.prune(
+        str(llama), sparsity=0.5, allocator="uniform", pruner="magnitude", calibration=text, evaluate=text, **SMALL
+    )
+    before = {name: module.weight for name, module in result.model.named_modules() if isinstance(module, SparseLinear)}
+    model = result.model.dequantize()
+    assert before
+    for name, weight in before.items():
+        assert type(model.get_submodule(name)) is nn.Linear
+        assert torch.equal(model.get_submodule(name).weight, weight)
+        assert (weight == 0).float().mean() >= 0.5
 
 
 def test_a_module_in_two_places_stays_one() -> None:

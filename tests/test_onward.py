@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import build, packed_model, tokenizer, tokens
+from families import build, packed_model, same_state, tokenizer, tokens
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import logging
 
 from msp.checkpoint import packed_shards, save_packed
@@ -168,6 +168,15 @@ def test_guards_are_in_files_only(packed_dirs: dict[str, Path], tmp_path: Path) 
         assert not report.unexpected_keys
 
 
+def test_guards_are_not_reported_whichever_part_is_loaded(packed_dirs: dict[str, Path], tmp_path: Path) -> None:
+    for family, path in packed_dirs.items():
+        body, report = AutoModel.from_pretrained(path, output_loading_info=True)
+        assert report["unexpected_keys"] <= {"lm_head.weight"} and not report["missing_keys"]
+        body.save_pretrained(tmp_path / family)
+        _, report = AutoModelForCausalLM.from_pretrained(tmp_path / family, output_loading_info=True)
+        assert report["missing_keys"] <= {"lm_head.weight"} and not report["unexpected_keys"]
+
+
 def test_every_writer_puts_guards(tmp_path: Path) -> None:
     model = packed_model("llama", seed=1)
     expected = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, SparseLinear)}
@@ -184,6 +193,22 @@ def test_every_writer_puts_guards(tmp_path: Path) -> None:
         validate_packed(tmp_path / name)
         _, report = AutoModelForCausalLM.from_pretrained(tmp_path / name, output_loading_info=True)
         assert not any(report.values()), report
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "mixtral"])
+def test_what_is_on_disk_runs_and_is_saved(packed_dirs: dict[str, Path], family: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        packed_dirs[family], device_map={"": "disk"}, offload_folder=tmp_path / "offload"
+    )
+    sparse = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    assert sparse and all(module.values.is_meta for module in sparse)
+    whole, ids = AutoModelForCausalLM.from_pretrained(packed_dirs[family]), tokens(2, 9, 0)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, whole(ids).logits)
+    model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    validate_packed(tmp_path / "again")
+    assert len(tensor_files(tmp_path / "again")) > 1
+    assert same_state(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), whole)
 
 
 def test_a_checkpoint_without_guards_loads_and_a_full_one_is_refused(

@@ -21,8 +21,9 @@ from transformers.utils import logging
 import msp  # noqa: F401
 from msp.checkpoint import save_packed
 from msp.errors import MspError
-from msp.ops import force_backend
+from msp.ops import force_backend, nm_select
 from msp.packed_files import read_info, validate_packed
+from msp.patterns import NMPattern
 from msp.sparse_linear import SparseLinear
 
 peft = pytest.importorskip("peft")
@@ -290,6 +291,25 @@ def test_half_precision_is_rounded_once_and_restored_exactly() -> None:
     assert all(torch.equal(layer.base_layer.values, before[name].values) for name, layer in layers.items())
 
 
+@pytest.mark.parametrize("layout", ["tiles", "dense"])
+def test_layouts_of_a_gpu_are_brought_to_rows(layout: Any) -> None:
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    linear = SparseLinear.from_packed(nm_select(weight, NMPattern(2, 8)))
+    before = linear.packed
+    linear._set_layout(layout)
+    assert linear.layout == layout and not torch.equal(linear.values.flatten()[:64], before.values.flatten()[:64])
+    layer = peft.get_peft_model(nn.ModuleDict({"up": linear}), peft.LoraConfig(r=4, target_modules=["up"]))
+    randomize(layer)
+    (adapted_layer,) = sparse_layers(layer).values()
+    layer.merge_adapter()
+    change = adapted_layer.get_delta_weight("default").detach()[before.kept()].view(before.values.shape)
+    assert linear.layout == "rows"  # the best that a CPU has
+    assert torch.equal(linear.values, (before.values.float() + change).to(torch.bfloat16))
+    linear._set_layout(layout)
+    layer.unmerge_adapter()
+    assert torch.equal(linear.packed.values, before.values) and torch.equal(linear.packed.bitmask, before.bitmask)
+
+
 def test_biases_of_adapters() -> None:
     _, wrapped = adapted("llama-tied", target_modules=["q_proj"], lora_bias=True)
     layers = sparse_layers(wrapped)
@@ -326,6 +346,13 @@ def test_what_would_write_to_the_dense_weight_is_refused(options: dict[str, Any]
     config = peft.LoraConfig(r=4, target_modules=NAMES, **options)
     with pytest.raises(MspError, match=message):
         peft.get_peft_model(packed_model("llama"), config)
+
+
+def test_offloaded_linears_take_no_adapter(tmp_path: Path) -> None:
+    base = save_packed(packed_model("llama"), None, tmp_path / "base", recipe={})
+    model = AutoModelForCausalLM.from_pretrained(base, device_map={"": "disk"}, offload_folder=tmp_path / "offload")
+    with pytest.raises(MspError, match=r"model\.layers\.0\.self_attn\.q_proj: its weights are offloaded"):
+        peft.get_peft_model(model, lora())
 
 
 def test_transformers_own_adapters(tmp_path: Path) -> None:

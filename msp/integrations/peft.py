@@ -29,12 +29,18 @@ class SparseLoraLinear(LoraLinear):  # type: ignore[misc]
     The adapter alone is dense: unmerged, it also has products where ``W`` keeps nothing. Merged, it changes the kept
     values only: ``W + mask * scaling * B A``, in the storage of ``W``. ``unmerge`` puts the values of before back,
     bit for bit, which are kept as long as they are merged.
+
+    Raises:
+        MspError: the base layer is offloaded, or see ``update_layer``.
     """
 
     unmerged_values: Tensor | None
     unmerged_bias: Tensor | None
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        if base_layer.values.is_meta or base_layer.bitmask.is_meta:
+            name = kwargs.get("target_name") or "a packed linear"
+            raise MspError(f"{name}: its weights are offloaded, not in memory; load the whole model to adapt it")
         super().__init__(base_layer, adapter_name, config, **kwargs)
         self.fan_in_fan_out = False  # packed weights are [out, in], those of a Conv1D too
         self.register_buffer("unmerged_values", None, persistent=False)
