@@ -87,7 +87,6 @@ def export_dense(
         _check_room(info, partial, output)
         model = load_model(source).model
         model.dequantize()
-        model._weight_conversions = None  # else names stay as the packed files have them
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         for file in sorted(source.iterdir()):
             if not _is_left(file, partial):

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import build, packed_model, same_state, tokenizer, tokens
+from families import FAMILIES, build, llama_like, pack, packed_model, same_state, tokenizer, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import logging
 
-from msp.checkpoint import packed_shards, save_packed
+from msp.checkpoint import packed_shards, replace_linears, save_packed
 from msp.errors import MspError
 from msp.integrations.auto_map import FILE, add_loader
 from msp.model import find_structure
@@ -209,6 +209,36 @@ def test_what_is_on_disk_runs_and_is_saved(packed_dirs: dict[str, Path], family:
     validate_packed(tmp_path / "again")
     assert len(tensor_files(tmp_path / "again")) > 1
     assert same_state(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), whole)
+
+
+@pytest.mark.parametrize("patterns", [["2:8"], ["2:8", "8:8", "1:4"]])
+def test_linears_that_published_files_merge(
+    patterns: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Files of this family hold q, k, v and a gate as one tensor; packed ones cannot, and a dense export does."""
+    monkeypatch.setitem(FAMILIES, "hrm", llama_like("HrmTextConfig"))
+    dense = build("hrm")
+    dense.save_pretrained(tmp_path / "published")
+    published = read_headers(tensor_files(tmp_path / "published"))
+    assert any("gqkv_proj" in name for name in published)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "published")
+    replace_linears(loaded, pack(loaded, patterns))
+    expected = loaded.state_dict()
+    for name, model in (("memory", packed_model("hrm", patterns=patterns)), ("loaded", loaded)):
+        model.save_pretrained(tmp_path / name)
+        validate_packed(tmp_path / name)
+        found, report = AutoModelForCausalLM.from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not any(report.values()), report
+        found.save_pretrained(tmp_path / f"{name}-again")
+        validate_packed(tmp_path / f"{name}-again")
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in found.state_dict().items())
+    dense_again = found.dequantize()
+    dense_again.save_pretrained(tmp_path / "dense")
+    stored = read_headers(tensor_files(tmp_path / "dense"))
+    assert {name: header.shape for name, header in stored.items()} == {
+        name: header.shape for name, header in published.items()
+    }
+    assert same_state(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), dense_again)
 
 
 def test_a_checkpoint_without_guards_loads_and_a_full_one_is_refused(

@@ -99,6 +99,7 @@ class MspQuantizer(HfQuantizer):
             module.settle()
         del self._headers
         forget_loader(model.config)
+        _keep_names(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """What ``save_pretrained`` writes; of a model with adapters it writes only these."""
@@ -111,6 +112,7 @@ class MspQuantizer(HfQuantizer):
         from msp.dense import unpack_linears
 
         unpack_linears(model)
+        model._weight_conversions = None  # it is saved under published names again
         if dtype is not None:
             model.to(dtype)
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
@@ -145,6 +147,15 @@ def attach(model: Any, manifest: Manifest) -> None:
     model.hf_quantizer = MspQuantizer(config, pre_quantized=True)
     model.quantization_method = QUANT_METHOD
     model.is_quantized = True
+    _keep_names(model)
+
+
+def _keep_names(model: Any) -> None:
+    """Let ``save_pretrained`` store tensors under the names of their modules, as the manifest does.
+
+    Published files may merge linears (q, k and v, say), which cannot be done with packed ones.
+    """
+    model._weight_conversions = []
 
 
 def _name_in(model: PreTrainedModel, name: str) -> str:
