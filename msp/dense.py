@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,31 +31,33 @@ def unpack_linears(model: nn.Module) -> None:
     Raises:
         MspError: a linear whose weights are not in memory, or that has an adapter; nothing is replaced then.
     """
-    # a module that stands in several places is one module in all of them afterwards
+    # a module, or a weight, that stands in several places is one in all of them afterwards
     found = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SparseLinear)]
     for name, linear in found:
         if linear.values.is_meta or linear.bitmask.is_meta:
             raise MspError(f"{name}: its weights are offloaded, not in memory; load the whole model to unpack it")
         if name.endswith(".base_layer"):
             raise MspError(f"{name}: it has an adapter; call merge_and_unload or unload first")
-    dense = {id(linear): _unpacked(linear) for _, linear in found}
+    weights: dict[int, nn.Parameter] = {}
+    modules: dict[int, nn.Module] = {}
     for name, linear in found:
-        model.set_submodule(name, dense[id(linear)])
+        if id(linear) not in modules:
+            if id(linear.values) not in weights:
+                weight = linear.weight.detach()
+                weights[id(linear.values)] = nn.Parameter(weight.t().contiguous() if linear.conv1d else weight)
+            modules[id(linear)] = _dense(linear, weights[id(linear.values)])
+        model.set_submodule(name, modules[id(linear)])
     for module in model.modules():
         if isinstance(getattr(module, "pattern", None), NMPattern):
             del module.pattern
 
 
-def _unpacked(linear: SparseLinear) -> nn.Module:
-    weight, bias = linear.weight.detach(), linear.bias
+def _dense(linear: SparseLinear, weight: nn.Parameter) -> nn.Module:
+    rows, columns, bias = linear.out_features, linear.in_features, linear.bias
+    conv1d: Callable[[int, int], nn.Module] = Conv1D
     with torch.device("meta"):
-        dense: nn.Module
-        if linear.conv1d:
-            dense = Conv1D(linear.out_features, linear.in_features)  # type: ignore[no-untyped-call]
-            weight = weight.t().contiguous()
-        else:
-            dense = nn.Linear(linear.in_features, linear.out_features, bias is not None)
-    dense.weight = nn.Parameter(weight)
+        dense = conv1d(rows, columns) if linear.conv1d else nn.Linear(columns, rows, bias is not None)
+    dense.weight = weight
     if bias is not None:
         dense.bias = nn.Parameter(bias.detach())
     if hasattr(linear, "_hf_hook"):

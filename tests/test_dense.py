@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -82,15 +83,19 @@ def test_a_pruned_model_is_dequantized(llama: Path, text: str) -> None:
         assert (weight == 0).float().mean() >= 0.5
 
 
-def test_a_module_in_two_places_stays_one() -> None:
+def test_a_module_and_a_weight_in_two_places_stay_one() -> None:
     model = packed_model("llama")
     first, second = model.model.layers
     second.mlp.up_proj = first.mlp.up_proj
+    second.self_attn.q_proj = copy.copy(first.self_attn.q_proj)  # another module with the same weight
+    second.self_attn.q_proj._parameters = dict(first.self_attn.q_proj._parameters)
     with torch.no_grad():
         before = model(tokens(1, 5, 0)).logits
         model.dequantize()
         torch.testing.assert_close(model(tokens(1, 5, 0)).logits, before)
     assert type(first.mlp.up_proj) is nn.Linear and second.mlp.up_proj is first.mlp.up_proj
+    assert second.self_attn.q_proj is not first.self_attn.q_proj
+    assert second.self_attn.q_proj.weight is first.self_attn.q_proj.weight
 
 
 def test_what_is_not_in_memory_is_not_unpacked(tmp_path: Path) -> None:
