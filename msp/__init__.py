@@ -8,11 +8,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from msp.integrations import register_with_transformers
+from msp.integrations import register_with_peft, register_with_transformers
 from msp.namesake import warn_of_namesake
 
 if TYPE_CHECKING:
     from msp.checkpoint import replace_linears, save_packed
+    from msp.dense import export_dense
     from msp.errors import MspError, UsageError
     from msp.loading import load_model
     from msp.packed_files import PackedInfo, read_info, validate_packed
@@ -37,6 +38,7 @@ _HOME = {
     "SparseLinear": "msp.sparse_linear",
     "UsageError": "msp.errors",
     "compare": "msp.pipeline",
+    "export_dense": "msp.dense",
     "fast_decode": "msp.sparse_linear",
     "fast_prefill": "msp.sparse_linear",
     "load_model": "msp.loading",
@@ -62,6 +64,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "compare",
+    "export_dense",
     "fast_decode",
     "fast_prefill",
     "load_model",
@@ -86,3 +89,4 @@ def __dir__() -> list[str]:
 
 warn_of_namesake()
 register_with_transformers()
+register_with_peft()

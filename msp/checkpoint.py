@@ -1,9 +1,9 @@
 """Packed checkpoints: what is written, and how. ``msp.packed_files`` reads and checks it.
 
 A packed checkpoint is a ``transformers`` model directory in safetensors. A linear of pattern N:M is stored
-as ``<name>.values`` ``[R, K/M*N]`` and ``<name>.bitmask`` ``[R, ceil(K/8)]`` uint8, and one whose pattern
-keeps everything as its plain ``<name>.weight``. The ``quantization_config`` of ``config.json`` is the
-``Manifest``: every linear's pattern and shape, and the recipe.
+as ``<name>.values`` ``[R, K/M*N]`` and ``<name>.bitmask`` ``[R, ceil(K/8)]`` uint8 beside an empty
+``<name>.weight``, its guard, and one whose pattern keeps everything as its plain ``<name>.weight``. The
+``quantization_config`` of ``config.json`` is the ``Manifest``: every linear's pattern and shape, and the recipe.
 """
 
 from __future__ import annotations
@@ -28,12 +28,21 @@ from transformers.pytorch_utils import Conv1D
 
 from msp import __version__
 from msp.errors import MspError
+from msp.integrations.auto_map import add_loader
 from msp.manifest import Manifest
 from msp.model import weight_identity
 from msp.model_card import model_card
 from msp.ops import PackedWeight
 from msp.packed_files import header_bytes, read_headers, read_info
-from msp.sparse_linear import at_places, find_linear, note_pattern, patterns_of, shape_of, shared_by
+from msp.sparse_linear import (
+    at_places,
+    find_linear,
+    guarded_state_dict,
+    note_pattern,
+    patterns_of,
+    shape_of,
+    shared_by,
+)
 
 
 def manifest_of(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> Manifest:
@@ -138,9 +147,10 @@ def save_packed(
 
 
 def _describe(folder: Path, tokenizer: Any, name: str) -> None:
-    """Put the tokenizer and the model card beside the weights."""
+    """Put the tokenizer, the model card and the file that imports msp beside the weights."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    add_loader(folder)
     (folder / "README.md").write_text(model_card(read_info(folder), name), encoding="utf-8")
 
 
@@ -162,7 +172,9 @@ class PackedShards:
     def write(self, module: nn.Module, prefix: str) -> None:
         """Store a block, whose linears are packed, under the names that begin with ``prefix``."""
         with in_dtype(module, self._dtype):
-            tensors = {f"{prefix}{name}": tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}
+            tensors = {
+                f"{prefix}{name}": tensor.cpu().contiguous() for name, tensor in guarded_state_dict(module).items()
+            }
         file = self._folder / f"block-{len(self._blocks)}.safetensors"
         save_file(tensors, file, metadata={"format": "pt"})
         self._blocks.append(file)

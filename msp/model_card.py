@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msp.integrations.auto_map import FILE as LOADER_FILE
+
 if TYPE_CHECKING:
     from msp.packed_files import PackedInfo
 
@@ -29,25 +31,39 @@ TOLD_ELSEWHERE = {"perplexity", "kl", "bytes", "versions", "allocation", "format
 
 def model_card(info: PackedInfo, name: str) -> str:
     """Markdown with the YAML front matter that model hubs read; works from whatever the recipe has."""
-    recipe = info.recipe
     sections = [
-        _front_matter(recipe.get("model")),
+        _front_matter(info.recipe.get("model")),
         f"# {name}\n\n{_summary(info)}",
-        LOADING,
+        LOADING + (f"\n\n{WITHOUT_IMPORT}" if (info.path / LOADER_FILE).is_file() else ""),
         f"## Size\n\n{_sizes(info)}",
         f"## Patterns\n\n{_patterns(info)}",
+        *_results(info),
     ]
+    return "\n\n".join(sections) + "\n"
+
+
+def dense_card(info: PackedInfo, name: str) -> str:
+    """The same for a packed model that was written as a dense one: it loads without msp."""
+    about = (
+        "The zeros are stored here, in plain dense tensors: this is the packed model in the form that every program "
+        "loads, and takes as many bytes as the dense model."
+    )
+    sections = [_front_matter(info.recipe.get("model")), f"# {name}\n\n{_summary(info, 'are zero')}\n\n{about}"]
+    return "\n\n".join([*sections, f"## Patterns\n\n{_patterns(info, where=False)}", *_results(info)]) + "\n"
+
+
+def _results(info: PackedInfo) -> Iterator[str]:
+    recipe = info.recipe
     measured = list(_measured(recipe))
     if measured:
-        sections.append("## Measured\n\n" + _table(("Measure", "Value"), measured))
+        yield "## Measured\n\n" + _table(("Measure", "Value"), measured)
     told = {**recipe, "model": _source(recipe.get("model"))}
     made = [(label, told.get(key)) for key, label in MADE_WITH]
     known = {key for key, _ in MADE_WITH} | TOLD_ELSEWHERE
     made += [(key.replace("_", " ").capitalize(), value) for key, value in told.items() if key not in known]
     made += [(f"{library} version", version) for library, version in info.manifest.versions.items()]
     rows = [(label, _plain(value)) for label, value in made if value not in (None, {}, [])]
-    sections.append("## How it was made\n\n" + _table(("", ""), rows))
-    return "\n\n".join(sections) + "\n"
+    yield "## How it was made\n\n" + _table(("", ""), rows)
 
 
 LOADING = """## Loading
@@ -60,7 +76,17 @@ model = AutoModelForCausalLM.from_pretrained("PATH_OR_HUB_ID", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("PATH_OR_HUB_ID")
 ```
 
-Without `import msp` transformers does not know the format and leaves the packed layers at random values."""
+Without `import msp` transformers does not know the format and stops: the `weight` of each packed layer has size 0 in
+the files."""
+
+WITHOUT_IMPORT = """A program that does not import msp, such as lm-eval, loads the model with `trust_remote_code=True`.
+transformers then runs `load_with_msp.py`, which imports msp; msp must be installed:
+
+```python
+from transformers import pipeline
+
+print(pipeline("text-generation", "PATH_OR_HUB_ID", trust_remote_code=True)("Once upon a time"))
+```"""
 
 
 def _source(model: object) -> str | None:
@@ -81,13 +107,13 @@ def _front_matter(model: object) -> str:
     return "\n".join([*lines, "---"])
 
 
-def _summary(info: PackedInfo) -> str:
+def _summary(info: PackedInfo, fate: str = "are zero and are not stored") -> str:
     model = _source(info.recipe.get("model"))
     source = f" of `{model}`" if model else ""
     share = 1 - info.kept / info.weights if info.weights else 0.0
     return (
-        f"An N:M sparse version{source}: {share:.1%} of the weights of its {len(info.linears)} linear layers are "
-        "zero and are not stored. A pattern `N:M` keeps N of every M consecutive weights of a row."
+        f"An N:M sparse version{source}: {share:.1%} of the weights of its {len(info.linears)} linear layers "
+        f"{fate}. A pattern `N:M` keeps N of every M consecutive weights of a row."
     )
 
 
@@ -102,7 +128,7 @@ def _sizes(info: PackedInfo) -> str:
     return _table(("Bytes", "This model", "Dense, same dtype", "Smaller by"), body)
 
 
-def _patterns(info: PackedInfo) -> str:
+def _patterns(info: PackedInfo, where: bool = True) -> str:
     counts = Counter(linear.pattern for linear in info.linears)
     weights: Counter[Any] = Counter()
     for linear in info.linears:
@@ -111,10 +137,8 @@ def _patterns(info: PackedInfo) -> str:
         (str(pattern), str(counts[pattern]), f"{weights[pattern] / max(info.weights, 1):.1%}")
         for pattern in sorted(counts, key=lambda pattern: (pattern.m, pattern.n))
     ]
-    return (
-        _table(("Pattern", "Linears", "Share of the weights"), body)
-        + "\n\nThe pattern of every layer is in `config.json`."
-    )
+    table = _table(("Pattern", "Linears", "Share of the weights"), body)
+    return table + ("\n\nThe pattern of every layer is in `config.json`." if where else "")
 
 
 def _measured(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

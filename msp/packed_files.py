@@ -69,8 +69,22 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, TensorHeader]:
     return headers
 
 
+def split_guards(
+    headers: Mapping[str, TensorHeader],
+) -> tuple[dict[str, TensorHeader], dict[str, TensorHeader]]:
+    """The tensors of a packed model, and its guards: the empty ``<linear>.weight`` of each packed linear.
+
+    A loader that does not know the format would leave packed linears at random values; the guard makes it fail on a
+    shape that does not fit. Checkpoints without guards are as valid.
+    """
+    guards = {name: header for name, header in headers.items() if name.endswith(".weight") and header.shape == (0,)}
+    return {name: header for name, header in headers.items() if name not in guards}, guards
+
+
 def check_headers(manifest: Manifest, headers: Mapping[str, TensorHeader]) -> None:
     """Check that exactly the tensors that ``manifest`` calls for are stored, in their shapes and dtypes.
+
+    ``headers`` come without guards: see ``split_guards``.
 
     Raises:
         MspError: names the first tensor that is missing, wrong, or packed without being in the manifest.
@@ -92,6 +106,10 @@ def check_headers(manifest: Manifest, headers: Mapping[str, TensorHeader]) -> No
                 raise MspError(f"{tensor}: shape {list(found.shape)}, needs {list(shape)} for {pattern}")
             if found.dtype not in dtypes:
                 raise MspError(f"{tensor}: dtype {found.dtype}, needs {' or '.join(dtypes)}")
+        if weight := headers.get(f"{name}.weight"):
+            raise MspError(
+                f"{name}.weight: shape {list(weight.shape)} beside packed tensors, needs [0] or no such tensor"
+            )
     for tensor in headers:
         name, _, kind = tensor.rpartition(".")
         packed = kind in ("values", "bitmask") and {f"{name}.values", f"{name}.bitmask"} <= headers.keys()
@@ -228,7 +246,7 @@ def read_info(path: str | Path) -> PackedInfo:
     """
     manifest = read_manifest(path)
     files = tensor_files(path)
-    headers = read_headers(files)
+    headers, _ = split_guards(read_headers(files))
     check_headers(manifest, headers)
     linears = []
     for name in sorted(manifest.patterns, key=_natural):

@@ -33,7 +33,8 @@ class SparseLinear(nn.Module):
     On a CUDA device ``settle`` puts values and bitmask into another order for the kernels (``layout``), of the same
     size, or unpacks a weight that would save next to nothing. ``packed``, ``weight`` and the state dict stay canonical.
     ``kept`` is what products of many tokens need besides, where ``fast_prefill`` asked for it. ``shared`` are the
-    linears that are called with the same input, where ``fast_decode`` found some.
+    linears that are called with the same input, where ``fast_decode`` found some. ``conv1d`` says that the architecture
+    has a ``Conv1D`` in its place, ``places`` at how many places of the model the weight stands.
 
     A new module has values of zero at the first N positions of every group; ``from_packed`` is how to
     get one with content, and loading a state dict checks the positions before any kernel sees them.
@@ -69,6 +70,8 @@ class SparseLinear(nn.Module):
         # no buffer: it is made anew wherever the module goes, and what offloads modules takes None for a tensor
         self.kept: Tensor | None = None
         self.shared: SharedInput | None = None
+        self.conv1d = False
+        self.places = 1
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False)
         else:
@@ -143,6 +146,23 @@ class SparseLinear(nn.Module):
         self.values = nn.Parameter(values, requires_grad=self.values.requires_grad)
         self.bitmask = bitmask
 
+    def set_values(self, values: Tensor) -> None:
+        """Give the weight other ``values`` ``[R, K/M*N]`` at the positions that it keeps, in row order.
+
+        Raises:
+            MspError: another shape, dtype or device than the values have.
+        """
+        if self.shared is not None:
+            self.shared.part()
+        self._set_layout("rows")
+        for label in ("shape", "dtype", "device"):
+            found, needed = getattr(values, label), getattr(self.values, label)
+            if found != needed:
+                raise MspError(f"values of {label} {found}, needs {needed}")
+        self.kept = None
+        self.values = nn.Parameter(values.detach(), requires_grad=self.values.requires_grad)
+        self.settle()
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseLinear:
         self.kept = None  # made anew where it is wanted
         if self.shared is not None:
@@ -203,9 +223,10 @@ class SparseLinear(nn.Module):
                 error_msgs.append(str(error))
                 return
         self._set_layout("rows")
-        super()._load_from_state_dict(
-            dict(state_dict), prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        state = dict(state_dict)
+        if _is_guard(state.get(f"{prefix}weight")):
+            del state[f"{prefix}weight"]
+        super()._load_from_state_dict(state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self.settle()
 
 
@@ -316,6 +337,29 @@ def fast_prefill(model: nn.Module) -> int:
     return total
 
 
+def guarded_state_dict(model: nn.Module) -> dict[str, Any]:
+    """The state dict of ``model`` as files store it: with a guard, an empty ``<name>.weight``, for each packed linear.
+
+    A loader that does not know the packed format expects a weight there and fails on its shape. State dicts in memory
+    have no guards: what copies, shards or trains a model need not know of them.
+    """
+    state: dict[str, Any] = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            state[f"{name}.weight"] = torch.empty(0, dtype=module.values.dtype)
+    return state
+
+
+def _is_guard(tensor: object) -> bool:
+    return isinstance(tensor, Tensor) and tensor.shape == (0,)
+
+
+def put_in_place(model: nn.Module, name: str, sparse: SparseLinear) -> None:
+    """Replace the linear ``name`` of ``model``; ``sparse`` remembers whether it was a ``Conv1D``."""
+    sparse.conv1d = isinstance(model.get_submodule(name), Conv1D)
+    model.set_submodule(name, sparse)
+
+
 def at_places(packed: PackedWeight, dense: Sequence[nn.Module]) -> list[SparseLinear]:
     """A module for each place of one weight, with the bias of the ``dense`` one there; one for all equal biases."""
     made: dict[int, SparseLinear] = {}
@@ -323,7 +367,8 @@ def at_places(packed: PackedWeight, dense: Sequence[nn.Module]) -> list[SparseLi
         bias = module.bias
         assert bias is None or isinstance(bias, Tensor)
         if id(bias) not in made:
-            made[id(bias)] = SparseLinear.from_packed(packed, bias)
+            made[id(bias)] = sparse = SparseLinear.from_packed(packed, bias)
+            sparse.conv1d, sparse.places = getattr(module, "conv1d", isinstance(module, Conv1D)), len(dense)
     first, *others = made.values()
     for other in others:
         other.values = first.values

@@ -20,7 +20,7 @@ from msp.data import save_tokens
 from msp.decode_table import DecodeTable
 from msp.patterns import Allocation
 
-VERBS = ("prune", "search", "measure", "compare", "sensitivity", "evaluate", "generate", "info")
+VERBS = ("prune", "search", "measure", "compare", "sensitivity", "evaluate", "generate", "info", "export")
 SMALL = [
     "--window",
     "16",

@@ -212,3 +212,28 @@ def test_a_manifest_with_a_wrong_place_is_refused(text: str, tmp_path: Path) -> 
         (path / "config.json").write_text(config.replace(f'"{place}"', f'"{wrong}"'))
         with pytest.raises(MspError, match=message):
             AutoModelForCausalLM.from_pretrained(path)
+
+
+def test_dequantized_it_is_one_weight_again(kind: str, text: str, tmp_path: Path) -> None:
+    options = {"sparsity": 0.5, "allocator": "uniform", "calibration": text, **SMALL}
+    result = msp.prune(MODELS[kind](), tokenizer=tokenizer(), output=tmp_path / "packed", **options)
+    loaded, prompt = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval(), tokens(2, 12, seed=1)
+    with torch.no_grad():
+        expected = result.model(prompt).logits
+        dense = loaded.dequantize()
+        torch.testing.assert_close(dense(prompt).logits, expected, rtol=1e-4, atol=1e-5)
+    for linear in find_structure(dense).linears:
+        assert all(place.module.weight is linear.module.weight for place in linear.places)
+    if kind == "zamba2":  # whose architecture ties these weights itself
+        dense.save_pretrained(tmp_path / "dense")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+        with torch.no_grad():
+            assert torch.equal(again(prompt).logits, dense(prompt).logits)
+
+
+def test_an_adapter_on_one_of_several_places_is_refused(text: str) -> None:
+    peft = pytest.importorskip("peft")
+    options = {"sparsity": 0.5, "allocator": "uniform", "calibration": text, **SMALL}
+    result = msp.prune(build("zamba2"), tokenizer=tokenizer(), **options)
+    with pytest.raises(MspError, match=r"stands at 3 places"):
+        peft.get_peft_model(result.model, peft.LoraConfig(target_modules=["q_proj"]))

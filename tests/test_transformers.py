@@ -91,7 +91,8 @@ def test_every_family_there_and_back(family: str, seed: int, tmp_path: Path) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_packed_in_memory_saves_itself(family: str, tmp_path: Path) -> None:
     model = packed_model(family)
-    model.save_pretrained(tmp_path / "out")  # in the published names, which may differ from the modules'
+    model.save_pretrained(tmp_path / "out")
+    validate_packed(tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert same_state(loaded, model)
 

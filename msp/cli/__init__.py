@@ -8,6 +8,7 @@ from msp.namesake import namesake
 if not hasattr(msp, "__version__"):  # another project's __init__.py lies where ours should
     raise SystemExit(f"msp: {namesake()}")
 
+from msp.cli import exporting as exporting
 from msp.cli import searching as searching
 from msp.cli.verbs import app
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 QUANTIZERS = "transformers.quantizers.auto"
+PEFT = "peft"
 
 
 def register_with_transformers() -> None:
@@ -17,20 +19,46 @@ def register_with_transformers() -> None:
 
     Importing them here would cost every ``import msp``, and so every ``msp --help``, several seconds.
     """
-    if QUANTIZERS in sys.modules and not getattr(sys.modules[QUANTIZERS].__spec__, "_initializing", False):
-        importlib.import_module("msp.integrations.transformers")
+    _after_import(QUANTIZERS, "msp.integrations.transformers")
+
+
+def register_with_peft() -> None:
+    """Teach peft to put LoRA on packed linears, now or as soon as peft is imported."""
+    _after_import(PEFT, "msp.integrations.peft")
+
+
+def _after_import(module: str, integration: str) -> None:
+    if module in sys.modules and not getattr(sys.modules[module].__spec__, "_initializing", False):
+        _integrate(integration)
     # by name: after a reload of msp the finder that is there is of the class that was
-    elif not any(type(finder).__name__ == _RegisterAfterImport.__name__ for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegisterAfterImport())
+    elif not any(
+        type(finder).__name__ == _RegisterAfterImport.__name__ and getattr(finder, "module", None) == module
+        for finder in sys.meta_path
+    ):
+        sys.meta_path.insert(0, _RegisterAfterImport(module, integration))
+
+
+def _integrate(integration: str) -> None:
+    try:
+        importlib.import_module(integration)
+    except (ImportError, AttributeError) as error:
+        if integration != "msp.integrations.peft":
+            raise
+        # the program that imports it may want nothing of packed models
+        warnings.warn(f"this peft is not one that msp knows; no LoRA on packed linears: {error}", stacklevel=2)
 
 
 class _RegisterAfterImport(MetaPathFinder):
-    """Finds one module the way the other finders do, and registers the format once it is imported."""
+    """Finds one module the way the other finders do, and imports what registers with it once it is imported."""
+
+    def __init__(self, module: str, integration: str) -> None:
+        self.module = module
+        self.integration = integration
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != QUANTIZERS:
+        if fullname != self.module:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
@@ -40,8 +68,9 @@ class _RegisterAfterImport(MetaPathFinder):
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            sys.meta_path.remove(self)
-            importlib.import_module("msp.integrations.transformers")
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            _integrate(self.integration)
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

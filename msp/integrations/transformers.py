@@ -19,9 +19,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from msp.errors import MspError
+from msp.integrations.auto_map import forget_loader
 from msp.manifest import QUANT_METHOD, Manifest
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from msp.packed_files import TensorHeader
@@ -58,8 +60,8 @@ class MspQuantizer(HfQuantizer):
     ) -> None:
         from torch import nn
 
-        from msp.packed_files import check_headers, read_headers
-        from msp.sparse_linear import SparseLinear, find_linear, note_pattern
+        from msp.packed_files import check_headers, read_headers, split_guards
+        from msp.sparse_linear import SparseLinear, find_linear, note_pattern, put_in_place
 
         if not checkpoint_files:
             raise MspError("a packed model is loaded from its safetensors files, not from a state dict")
@@ -68,7 +70,7 @@ class MspQuantizer(HfQuantizer):
         linears = {
             name: find_linear(model, name, manifest.shapes[manifest.shared.get(name, name)]) for name in manifest.names
         }
-        stored = read_headers(checkpoint_files)
+        stored, guards = split_guards(read_headers(checkpoint_files))
         self._places = {name: linears[name] for name in manifest.shared}
         for name, linear in linears.items():
             first = manifest.shared.get(name, name)
@@ -82,11 +84,14 @@ class MspQuantizer(HfQuantizer):
             else:
                 has_bias, dtype = linear.bias is not None, linear.weight.dtype
                 sparse = SparseLinear(columns, rows, pattern, has_bias, device="meta", dtype=dtype)
-                model.set_submodule(name, sparse)
+                put_in_place(model, name, sparse)
         _forget_dense(model, manifest)
         self._headers = _named_as_loaded(model, stored, self)
         check_headers(manifest, self._headers)
         _check_complete(model, self._headers)
+        # transformers would list them as unexpected
+        ignored = {f"^{re.escape(name)}$" for name in _named_as_loaded(model, guards, self)}
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
         self.quantization_config = MspConfig(**manifest.to_dict())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -122,6 +127,33 @@ class MspQuantizer(HfQuantizer):
                 module.settle()
         _tie(model, self.quantization_config.manifest)
         del self._headers
+        forget_loader(model.config)
+        _keep_names(model)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """What ``save_pretrained`` writes; of a model with adapters it writes only these."""
+        from msp.sparse_linear import guarded_state_dict
+
+        return (None if getattr(model, "_hf_peft_config_loaded", False) else guarded_state_dict(model)), {}
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """The masked dense model, in place; without ``dtype`` every weight keeps its own."""
+        from msp.dense import unpack_linears
+
+        unpack_linears(model)
+        model._weight_conversions = None  # it is saved under published names again
+        tied = dict(model._tied_weights_keys or {})
+        model._tied_weights_keys = {
+            _dense_name(name): _dense_name(first) for name, first in tied.items() if not name.endswith(".bitmask")
+        }
+        if dtype is not None:
+            model.to(dtype)
+        self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+        for module in model.modules():
+            config: Any = getattr(module, "config", None)
+            if hasattr(config, "_is_quantized"):
+                del config._is_quantized
+        return model
 
     def is_serializable(self) -> bool:
         return True
@@ -150,6 +182,15 @@ def attach(model: Any, manifest: Manifest) -> None:
     model.hf_quantizer = MspQuantizer(config, pre_quantized=True)
     model.quantization_method = QUANT_METHOD
     model.is_quantized = True
+    _keep_names(model)
+
+
+def _keep_names(model: Any) -> None:
+    """Let ``save_pretrained`` store tensors under the names of their modules, as the manifest does.
+
+    Published files may merge linears (q, k and v, say), which cannot be done with packed ones.
+    """
+    model._weight_conversions = []
 
 
 def _forget_dense(model: PreTrainedModel, manifest: Manifest) -> None:
@@ -168,6 +209,11 @@ def _tie(model: PreTrainedModel, manifest: Manifest) -> None:
         keys |= {f"{name}.{kind}": f"{first}.{kind}" for kind, tensor in one.items() if tensor is other.get(kind)}
     if keys:
         model._tied_weights_keys = {**(model._tied_weights_keys or {}), **keys}
+
+
+def _dense_name(name: str) -> str:
+    """The tensor of a dense linear that has the place of ``name`` of a packed one."""
+    return f"{name.removesuffix('values')}weight" if name.endswith(".values") else name
 
 
 def _name_in(model: PreTrainedModel, name: str) -> str:

@@ -1,0 +1,66 @@
+"""The verb ``export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from msp.cli.options import RUN, AsJson, Debug
+from msp.cli.running import calm_libraries, running
+from msp.cli.verbs import app
+from msp.errors import UsageError
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A packed model: a directory.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="OUT", help="Directory to write the exported model to.", rich_help_panel=RUN
+        ),
+    ],
+    dense: Annotated[
+        bool,
+        typer.Option(
+            "--dense",
+            help="Store the zeros too: plain dense tensors, as in a model that was never packed.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model at OUT.", rich_help_panel=RUN)] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write a packed model in a form that other programs load.
+
+    The dense form computes the same as the packed one and takes the bytes of the dense model. It needs no msp:
+    converters, servers and trainers take it for any other model.
+
+    Example: msp export ./my-model-75 --dense -o ./my-model-75-dense
+    """
+    with running(as_json, debug, on_interrupt=f"interrupted, {output} is not written") as session:
+        if not dense:
+            raise UsageError("export needs the form to write: --dense is the one there is")
+        from msp.dense import export_dense
+        from msp.packed_files import header_bytes, read_info, tensor_files
+        from msp.report import size
+
+        calm_libraries()
+        with session.progress.stage("Exporting"):
+            target = export_dense(model, output, force=force)
+        info, files = read_info(model), tensor_files(target)
+        written = sum(file.stat().st_size - header_bytes(file) for file in files)
+        packed = info.packed_bytes + info.other_bytes
+        data = {
+            "model": model,
+            "output": str(output),
+            "form": "dense",
+            "linears": sum(not linear.pattern.is_dense for linear in info.linears),
+            "bytes": {"packed": packed, "dense": written},
+            "files": sorted(file.name for file in target.iterdir()),
+        }
+        session.result(data, Text(f"{output}: {size(written)} of dense tensors, {size(packed)} packed"))
