@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from msp.ops.layouts import has_tiles
 from msp.ops.nm_linear_plan import kept_bytes, slower_from_tokens, stays_dense
 from msp.patterns import Allocation, NMPattern
 
+LFS_HEADER = b"version https://git-lfs.github.com/spec/"
+
 
 @dataclass(frozen=True)
 class TensorHeader:
@@ -31,6 +34,11 @@ class TensorHeader:
     file: Path
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        bits = re.search(r"\d+", self.dtype)  # BOOL has none, and takes a byte
+        return math.prod(self.shape) * int(bits[0] if bits else 8) // 8
 
 
 def tensor_files(path: str | Path) -> tuple[Path, ...]:
@@ -56,7 +64,7 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, TensorHeader]:
     headers: dict[str, TensorHeader] = {}
     for file in map(Path, files):
         if file.suffix != ".safetensors":
-            raise MspError(f"{file}: a packed model is stored as safetensors only")
+            raise MspError(f"{file}: weights are read from safetensors only")
         try:
             with safe_open(file, framework="pt") as reader:
                 for name in list(reader.keys()):
@@ -65,8 +73,19 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, TensorHeader]:
                     piece = reader.get_slice(name)
                     headers[name] = TensorHeader(file, tuple(piece.get_shape()), piece.get_dtype())
         except (OSError, SafetensorError) as error:
-            raise MspError(f"{file}: missing, truncated or not safetensors: {error}") from error
+            reason = lfs_pointer(file) or f"missing, truncated or not safetensors: {error}"
+            raise MspError(f"{file}: {reason}") from error
     return headers
+
+
+def lfs_pointer(file: Path) -> str:
+    """Says that ``file`` is what a clone without git-lfs leaves in the place of a large file; empty if it is not."""
+    try:
+        with file.open("rb") as stream:
+            is_pointer = stream.read(len(LFS_HEADER)) == LFS_HEADER
+    except OSError:
+        return ""
+    return "a pointer of git-lfs, not the file itself: run git lfs pull" if is_pointer else ""
 
 
 def check_headers(manifest: Manifest, headers: Mapping[str, TensorHeader]) -> None:
