@@ -21,19 +21,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 from transformers import __version__ as transformers_version
 
 from msp import __version__
 from msp.as_loaded import StoredDtypes, most_common
 from msp.errors import MspError
+from msp.files import open_to_readers, save_tensors
 from msp.manifest import Manifest
 from msp.model_card import model_card
 from msp.ops import PackedWeight
 from msp.packed_files import PackedInfo, header_bytes, read_headers, read_info, tensor_files
 from msp.sparse_linear import SparseLinear, find_linear, note_pattern, patterns_of, shape_of
-from msp.travelling import edit_config, keep_auto_map, open_to_readers, tokenizer_files, travel
+from msp.travelling import edit_config, keep_auto_map, tokenizer_files, travel
 
 
 def manifest_of(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> Manifest:
@@ -174,7 +174,7 @@ class PackedShards:
         with as_stored(module, self._stored, prefix):
             tensors = {f"{prefix}{name}": tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}
         file = self._folder / f"block-{len(self._blocks)}.safetensors"
-        save_file(tensors, file, metadata={"format": "pt"})
+        save_tensors(tensors, file, metadata={"format": "pt"})
         self._blocks.append(file)
 
     def finish(self, model: Any, tokenizer: Any, recipe: Mapping[str, Any]) -> None:

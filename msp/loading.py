@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from msp.quantised import (
     dequantising,
     method_of,
 )
-from msp.travelling import TRAVELLING, tokenizer_files
+from msp.travelling import TRAVELLING, has_vocabulary, tokenizer_files
 
 
 @dataclass
@@ -204,11 +205,20 @@ def read_tokenizer(source: str, folder: Path, *, trust_remote_code: bool = False
         if reason := lfs_pointer(file):
             raise MspError(f"{source}: the tokenizer cannot be read: {file.name} is {reason}")
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # of transformers, tokenizers, sentencepiece, tiktoken, or the model's own code
         if not trust_remote_code and _has_code(folder / "tokenizer_config.json", "AutoTokenizer"):
             raise MspError(_needs_code(source, "tokenizer")) from error
-        raise MspError(f"{source}: the tokenizer cannot be read: {_first_line(error)}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if not has_vocabulary(folder):
+            reason = f"there are settings ({files[0].name}), but no file with a vocabulary"
+        elif any(file.suffix == ".model" for file in files) and find_spec("sentencepiece") is None:
+            reason = f"it may need sentencepiece, which is not installed: {reason}"
+        raise MspError(f"{source}: the tokenizer cannot be read: {reason}") from error
+    if not has_vocabulary(folder, tokenizer):
+        wanted = " or ".join(dict.fromkeys(tokenizer.vocab_files_names.values()))
+        raise MspError(f"{source}: the tokenizer cannot be read: there are settings ({files[0].name}), but no {wanted}")
+    return tokenizer
 
 
 def read_config(source: str | Path, *, trust_remote_code: bool = False) -> Any:

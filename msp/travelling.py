@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,9 @@ from typing import Any
 VOCABULARIES = ("tokenizer*.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "tekken.json")
 BESIDE_VOCABULARIES = ("special_tokens_map.json", "added_tokens.json", "normalizer.json", "chat_template.json")
 TEMPLATES = ("*.jinja", "additional_chat_templates/*.jinja")
-OTHERS = ("generation_config.json", "*processor_config.json", "*.py", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
-TRAVELLING = (*VOCABULARIES, *BESIDE_VOCABULARIES, *TEMPLATES, *OTHERS)
+CODE = ("*.py", "custom_generate/*")
+OTHERS = ("generation_config.json", "*processor_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
+TRAVELLING = (*VOCABULARIES, *BESIDE_VOCABULARIES, *TEMPLATES, *OTHERS, *CODE)
 # What no pattern above may take along.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -25,6 +24,19 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [file for file in _matching(folder, VOCABULARIES) if file.suffix not in WEIGHTS]
 
 
+def has_vocabulary(folder: Path, tokenizer: Any = None) -> bool:
+    """Whether ``folder`` has more of a tokenizer than its settings, or all that ``tokenizer`` reads.
+
+    transformers makes an empty tokenizer of settings alone.
+    """
+    wanted = (getattr(tokenizer, "vocab_files_names", None) or {}).values() if tokenizer is not None else None
+    if wanted is not None and not wanted:  # bytes or characters, say
+        return True
+    return any(file.name != "tokenizer_config.json" for file in tokenizer_files(folder)) or any(
+        (folder / name).is_file() for name in wanted or ()
+    )
+
+
 def travel(source: Path, target: Path, tokenizer: Any = None) -> None:
     """Copy to ``target`` what goes with the weights in ``source``; ``target`` keeps what is its own.
 
@@ -32,7 +44,8 @@ def travel(source: Path, target: Path, tokenizer: Any = None) -> None:
         tokenizer: as it was read there; its class may name vocabulary files of its own.
     """
     vocabularies = (getattr(tokenizer, "vocab_files_names", None) or {}).values()
-    for file in _matching(source, (*TRAVELLING, *vocabularies)):
+    patterns = [pattern for pattern in TRAVELLING if pattern not in CODE or _names_code(source)]
+    for file in _matching(source, (*patterns, *vocabularies)):
         place = target / file.relative_to(source)
         if file.suffix in WEIGHTS or place.name in ("config.json", "README.md"):
             continue
@@ -55,19 +68,11 @@ def edit_config(folder: Path, **entries: Any) -> None:
         file.write_text(json.dumps(config | entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def open_to_readers(path: Path) -> None:
-    """Give a file, or all files below a folder, the permissions that the umask grants: safetensors grants its owner's.
-
-    Raises:
-        OSError: one that cannot be changed.
-    """
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    probe = (path if path.is_dir() else path.parent) / f".msp-{os.getpid()}.umask"
-    probe.touch()
-    mode = stat.S_IMODE(probe.stat().st_mode)
-    probe.unlink()
-    for file in files:
-        file.chmod(mode)
+def _names_code(folder: Path) -> bool:
+    """Whether Python files in ``folder`` are a part of the model, and not there by chance."""
+    told = [folder / "config.json", folder / "tokenizer_config.json", *folder.glob("*processor_config.json")]
+    named = any(file.is_file() and b'"auto_map"' in file.read_bytes() for file in told)
+    return named or (folder / "custom_generate").is_dir()
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:

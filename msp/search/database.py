@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from msp.errors import MspError
+from msp.files import save_tensors
 from msp.ops import PackedWeight
 from msp.patterns import NMPattern
 
@@ -118,7 +118,7 @@ class LevelDatabase:
         file = self._file(name)
         temporary = file.with_suffix(".tmp")
         try:
-            save_file(tensors, temporary)
+            save_tensors(tensors, temporary)
             os.replace(temporary, file)
         except (OSError, SafetensorError) as error:
             raise MspError(f"{file} cannot be written: {error}") from error
