@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -108,9 +109,20 @@ def _load(path: str, **options: Any) -> tuple[Any, dict[str, Any]]:
     except MspError:
         raise
     except Exception as error:  # the loaders underneath raise many kinds, none of them ours
-        raise MspError(f"{path}: cannot load the weights: {_first_line(error)}") from error
+        reason = _unconverted(error) or _first_line(error)
+        raise MspError(f"{path}: cannot load the weights: {reason}") from error
     model, report = loaded
     return model, report
+
+
+def _unconverted(error: Exception) -> str:
+    """The first tensor that transformers could not convert, and why: its error points to a report in the log."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        errors = getattr(frame.f_locals.get("loading_info"), "conversion_errors", None)
+        for name, report in (errors or {}).items():
+            lines = [line for line in report.splitlines() if line and not line.startswith("Error")]
+            return f"{name}: {lines[-1] if lines else report}"
+    return ""
 
 
 def _load_dequantised(path: str, config: Any, method: str, **options: Any) -> tuple[Any, dict[str, Any]]:

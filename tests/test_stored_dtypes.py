@@ -266,6 +266,14 @@ def test_fp8_is_refused_and_dequantised_if_asked(options: dict[str, Any], tmp_pa
         msp.prune(tmp_path / "fp8", output=tmp_path / "out", dequantise=True, stream=True, force=True, **options)
 
 
+def test_what_a_library_says_of_a_tensor_is_told(tmp_path: Path) -> None:
+    fp8(tmp_path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    add(tmp_path, **{f"{name}_scale_inv": torch.ones(3, 2)})
+    with pytest.raises(MspError, match=rf"cannot be dequantised here: {name}: .*128, 64.* not divisible"):
+        load_model(tmp_path, dequantise=True)
+
+
 def test_fp8_without_its_configuration_is_refused(tmp_path: Path) -> None:
     fp8(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
