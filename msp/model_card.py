@@ -33,7 +33,7 @@ def model_card(info: PackedInfo, name: str) -> str:
     sections = [
         _front_matter(recipe.get("model")),
         f"# {name}\n\n{_summary(info)}",
-        LOADING,
+        _loading(info),
         f"## Size\n\n{_sizes(info)}",
         f"## Patterns\n\n{_patterns(info)}",
     ]
@@ -61,6 +61,14 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OR_HUB_ID")
 ```
 
 Without `import msp` transformers does not know the format and leaves the packed layers at random values."""
+
+
+def _loading(info: PackedInfo) -> str:
+    config = json.loads((info.path / "config.json").read_text(encoding="utf-8"))
+    if not config.get("auto_map"):
+        return LOADING
+    trusting = LOADING.replace('"PATH_OR_HUB_ID"', '"PATH_OR_HUB_ID", trust_remote_code=True')
+    return f"{trusting}\n\nThe model is Python code in this folder. `trust_remote_code` runs it: read it first."
 
 
 def _source(model: object) -> str | None:

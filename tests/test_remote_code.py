@@ -112,6 +112,7 @@ def test_trusted_code_serves_all_verbs_and_what_they_make(streamed: bool, dense:
         (dense / name).read_text() for name in ("own.py", "names.py")
     ]
     assert json.loads((out / "config.json").read_text())["auto_map"] == MAP
+    assert 'from_pretrained("PATH_OR_HUB_ID", trust_remote_code=True' in (out / "README.md").read_text()
     figures = evaluate(out, evaluate=text, window=16, test_tokens=64, reference=dense, trust_remote_code=True)
     assert figures["kl"] == pytest.approx(result.kl, rel=1e-4)
     plain = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
