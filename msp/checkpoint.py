@@ -220,15 +220,20 @@ def as_stored(module: nn.Module, stored: StoredDtypes, prefix: str = "") -> Iter
     Args:
         prefix: what the names of ``module`` begin with in ``stored``. Buffers that no file holds are left alone.
     """
-    tensors = {f"{prefix}{name}": tensor for name, tensor in module.state_dict(keep_vars=True).items()}
-    before = {name: tensor.data for name, tensor in tensors.items() if tensor.is_floating_point()}
+    saved = module.state_dict().keys()
+    # not those of the state dict: what a packed linear puts there may be a copy in another layout
+    tensors = [
+        *module.named_parameters(),
+        *((name, buffer) for name, buffer in module.named_buffers() if name in saved),
+    ]
+    before = [(name, tensor, tensor.data) for name, tensor in tensors if tensor.is_floating_point()]
     try:
-        for name, data in before.items():
-            tensors[name].data = data.to(stored.of(name))
+        for name, tensor, data in before:
+            tensor.data = data.to(stored.of(f"{prefix}{name}"))
         yield
     finally:
-        for name, data in before.items():
-            tensors[name].data = data
+        for _, tensor, data in before:
+            tensor.data = data
 
 
 @contextmanager

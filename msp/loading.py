@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from msp.as_loaded import StoredDtypes, check_all_taken, most_common, names_as_l
 from msp.errors import MspError, UsageError
 from msp.manifest import QUANT_METHOD
 from msp.ops import check_environment
-from msp.packed_files import TensorHeader, lfs_pointer, read_headers, tensor_files
+from msp.packed_files import INDEX, TensorHeader, lfs_pointer, read_headers, tensor_files
 from msp.quantised import (
     check_dense,
     check_float_weights,
@@ -159,7 +158,10 @@ def local_folder(source: str) -> Path:
         return Path(source)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(source, allow_patterns=["*.json", "model*.safetensors", *TRAVELLING]))
+    folder = Path(snapshot_download(source, allow_patterns=["*.json", *TRAVELLING]))
+    # Beside these a repository may hold the weights again, in other formats and under other names.
+    weights = [file.name for file in tensor_files(folder)] if (folder / INDEX).is_file() else ["model.safetensors"]
+    return Path(snapshot_download(source, allow_patterns=weights))
 
 
 def stored_headers(source: str, folder: Path) -> dict[str, TensorHeader]:
@@ -219,7 +221,7 @@ def read_tokenizer(source: str, folder: Path, *, trust_remote_code: bool = False
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # of transformers, tokenizers, sentencepiece, tiktoken, or the model's own code
-        if not trust_remote_code and _has_code(folder / "tokenizer_config.json", "AutoTokenizer"):
+        if _wants_trust(error):
             raise MspError(_needs_code(source, "tokenizer")) from error
         reason = " ".join(str(error).split()) or type(error).__name__
         if not has_vocabulary(folder):
@@ -240,12 +242,13 @@ def read_config(source: str | Path, *, trust_remote_code: bool = False) -> Any:
         MspError: there is none that can be read, or it needs code of the model's own that is not trusted.
     """
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
-        adapter = " but an adapter of one: merge it" if (Path(source) / "adapter_config.json").is_file() else ""
-        raise MspError(f"{source} is not a model{adapter}: it has no config.json")
+        if (Path(source) / "adapter_config.json").is_file():
+            raise MspError(f"{source} is an adapter, not a model: merge it into its model, with merge_and_unload()")
+        raise MspError(f"{source} is not a model: it has no config.json")
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # with code of the model's own, of any kind
-        if not trust_remote_code and config_entries(source).get("auto_map"):
+        if _wants_trust(error):
             raise MspError(_needs_code(source, "model")) from error
         raise MspError(f"{source} is not a model that transformers can read: {_first_line(error)}") from error
 
@@ -292,11 +295,9 @@ def config_entries(source: str | Path) -> dict[str, Any]:
         return {}
 
 
-def _has_code(file: Path, kind: str) -> bool:
-    try:
-        return kind in json.loads(file.read_text(encoding="utf-8")).get("auto_map", {})
-    except (OSError, ValueError, AttributeError):
-        return False
+def _wants_trust(error: Exception) -> bool:
+    """Whether transformers refuses code that it would run if it were told to: it names its argument for that."""
+    return isinstance(error, ValueError) and "trust_remote_code=True" in str(error)
 
 
 def _names_causal_lm(architectures: list[str] | None) -> bool:

@@ -24,6 +24,7 @@ from msp.ops.layouts import has_tiles
 from msp.ops.nm_linear_plan import kept_bytes, slower_from_tokens, stays_dense
 from msp.patterns import Allocation, NMPattern
 
+INDEX = "model.safetensors.index.json"
 LFS_HEADER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -44,7 +45,7 @@ class TensorHeader:
 def tensor_files(path: str | Path) -> tuple[Path, ...]:
     """The safetensors files of a model directory; ``MspError`` if it has none or one is missing."""
     path = Path(path)
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    single, index = path / "model.safetensors", path / INDEX
     if single.is_file():
         return (single,)
     if not index.is_file():

@@ -161,3 +161,15 @@ def test_workers_get_the_code_with_the_model(dense: Path, tmp_path: Path) -> Non
     together = search(dense, workers=1, **options)
     assert together.loss == alone.loss and dict(together.allocation) == dict(alone.allocation)
     assert load_file(dense / "model.safetensors") and "own" not in sys.modules
+
+
+def test_an_error_of_another_kind_does_not_ask_for_trust(dense: Path) -> None:
+    settings = json.loads((dense / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": [None, "own.OwnTokenizer"]}
+    (dense / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = json.loads((dense / "config.json").read_text()) | {"model_type": "llama"}
+    (dense / "config.json").write_text(json.dumps(config))
+    (dense / "tokenizer.json").write_text("{")
+    with pytest.raises(MspError, match=r"the tokenizer cannot be read: .*line 1") as error:
+        load_model(dense)
+    assert "trust" not in str(error.value)

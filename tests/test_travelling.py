@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -160,3 +162,28 @@ def test_files_are_open_to_whom_the_umask_says(
         assert stat.S_IMODE(file.stat().st_mode) == mode, file
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == mode | (mode & 0o444) >> 2
     assert not list((tmp_path / "out").glob(".msp-*"))
+
+
+def test_a_hub_id_is_read_as_its_snapshot(options: dict[str, Any], tmp_path: Path) -> None:
+    """Offline, from a cache as the hub's client lays it out."""
+    repository = tmp_path / "hub" / "models--somebody--tiny"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    model = save("llama", snapshot, dtype=torch.bfloat16)
+    (snapshot / "model.safetensors").unlink()
+    model.save_pretrained(snapshot, max_shard_size="20KB")
+    (snapshot / "LICENSE").write_text("as is")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    for extra in ((), ("--stream",)):
+        arguments = ["prune", "somebody/tiny", "-o", tmp_path / "out", "--calibration", options["calibration"]]
+        arguments += ["--allocator", "uniform", "--window", 16, "--calibration-tokens", 64, "--test-tokens", 64]
+        arguments += ["--fitness-tokens", 64, "--no-pictures", "--json", "--force", "--device", "cpu", *extra]
+        command = [sys.executable, "-m", "msp", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        assert told["bytes"]["dense"] == sum(tensor.nbytes for tensor in model.state_dict().values())
+        assert (tmp_path / "out" / "LICENSE").read_text() == "as is"
+        assert not (tmp_path / "out" / "LICENSE").is_symlink()
+        assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (snapshot / "tokenizer.json").read_bytes()
