@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ def names_as_loaded(
 
 
 def check_all_taken(source: str, model: Any, unknown: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that the model takes what is stored, except for tables that it computes itself.
+    """Check that the model takes what is stored, except for what transformers leaves out and tables that it computes.
 
     Args:
         unknown: names of stored tensors, as transformers would load them, that ``model`` does not have.
@@ -57,13 +56,13 @@ def check_all_taken(source: str, model: Any, unknown: Iterable[str], shapes: Map
     Raises:
         MspError: names the first of the others, and how many there are.
     """
-    found = SimpleNamespace(missing_keys=set(), unexpected_keys=set(unknown))
-    model._adjust_missing_and_unexpected_keys(found)
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     computed = tuple(name for name, _ in model.named_buffers())
     left = sorted(
         name
-        for name in found.unexpected_keys
-        if not (name in computed or f"{model.base_model_prefix}.{name}" in computed)
+        for name in set(unknown)
+        if not any(pattern.search(name) for pattern in ignored)
+        and not (name in computed or f"{model.base_model_prefix}.{name}" in computed)
         and not TABLES.search(name)
         and not (MASKS.search(name) and _is_mask(shapes.get(name, ())))
     )
@@ -87,7 +86,7 @@ class StoredDtypes:
     Attributes:
         by_name: by the model's own names; packed values have the dtype of the weight they were kept of.
         common: the dtype of most weights, counted by element: what the model as a whole is said to be stored in.
-        dense_bytes: of all tensors of the dense model as stored: those that its files hold, or else its own.
+        dense_bytes: of all tensors of the dense model as stored: those of its files that it takes, or else its own.
     """
 
     by_name: Mapping[str, torch.dtype]

@@ -30,7 +30,7 @@ def check_prunable(loaded: LoadedModel) -> None:
         raise MspError(f"{source} is packed already; start from the dense model")
     if method not in (None, QUANT_METHOD):
         raise MspError(f"{source} is quantised ({method}): start from the model that it was made of, or dequantise it")
-    _check_modules(source, model)
+    _check_modules(source, model, whole=loaded.folder is None)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and loaded.stored.of(name) not in VALUE_DTYPES:
             raise MspError(
@@ -45,7 +45,8 @@ def check_prunable(loaded: LoadedModel) -> None:
         _check_in_memory(source, model)
 
 
-def _check_modules(source: str, model: Any) -> None:
+def _check_modules(source: str, model: Any, whole: bool) -> None:
+    """``whole``: somebody may have changed the model since it was made, not its linears alone."""
     for name, module in model.named_modules():
         if any(base.__module__.partition(".")[0] == "peft" for base in type(module).__mro__):
             where = f"{name} is" if name else "it is"
@@ -53,7 +54,8 @@ def _check_modules(source: str, model: Any) -> None:
                 f"{source} has adapters ({where} a {type(module).__name__} of peft): merge them first, with "
                 "merge_and_unload()"
             )
-        if parametrize.is_parametrized(module):
+        is_linear = isinstance(module, (nn.Linear, Conv1D))
+        if (whole or is_linear) and parametrize.is_parametrized(module):
             raise MspError(
                 f"{source}: {name} has parametrizations: make them permanent first, with "
                 "torch.nn.utils.parametrize.remove_parametrizations(module, name)"
@@ -63,7 +65,7 @@ def _check_modules(source: str, model: Any) -> None:
                 f"{source}: {name} has a mask of torch.nn.utils.prune: make it permanent first, with "
                 'torch.nn.utils.prune.remove(module, "weight")'
             )
-        if isinstance(module, (nn.Linear, Conv1D)) and "weight" not in module._parameters:
+        if is_linear and "weight" not in module._parameters:
             raise MspError(f"{source}: the weight of {name} is computed from other tensors: make it a parameter first")
 
 

@@ -14,7 +14,7 @@ from families import CONTEXT, SMALL, VOCABULARY, build, save, tokens
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 from typer.testing import CliRunner
 
 import msp
@@ -361,3 +361,22 @@ def test_models_whose_weights_are_no_plain_tensors_are_refused(
             verb(model, **options)
     with pytest.raises(MspError, match=message):
         sensitivity(model, calibration=options["calibration"], window=16, calibration_tokens=64, device="cpu")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_layers_that_transformers_leaves_out_are_no_error_and_no_dense_bytes(streamed: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Qwen3NextConfig(
+        vocab_size=VOCABULARY,
+        head_dim=8,
+        num_key_value_heads=2,
+        layer_types=["full_attention"] * 2,
+        num_experts=0,
+        **sizes,
+    )
+    Qwen3NextForCausalLM(config).save_pretrained(tmp_path)
+    size = tensor_bytes(tmp_path)
+    add(tmp_path, **{"mtp.layers.0.mlp.up_proj.weight": torch.ones(64, 32)})
+    loaded = load_stored(tmp_path, device=CPU)[0] if streamed else load_model(tmp_path)
+    assert loaded.stored.dense_bytes == size
