@@ -24,6 +24,7 @@ from runner import seconds_of, take_turns
 
 from msp.allocators import Allocated, SearchSettings, get_allocator
 from msp.allocators.evolution import search
+from msp.as_loaded import FLOAT32
 from msp.data import TokenSets
 from msp.evaluate import DenseReference
 from msp.loading import load_model
@@ -124,7 +125,7 @@ def measure_search(model: Any, tokens: TokenSets, *, turns: int = TURNS) -> dict
     """One row: the search, the bare forward and the forward with the loss, in turn and on as many tokens."""
     structure = find_structure(model)
     plan = make_plan(structure, Goal(Fraction(3, 4)), PatternRules.parse(8))
-    options = {"name": "bench", "stored_dtype": torch.float32, "device": torch.device("cpu"), "progress": NoProgress()}
+    options = {"name": "bench", "stored": FLOAT32, "device": torch.device("cpu"), "progress": NoProgress()}
     bench = Workbench(model, structure, plan, tokens, **options)
     problem = bench.problem(get_pruner("wanda"), seed=0, fitness="kl", search=SearchSettings())
     reference, ranks = bench.reference(), problem.evidence.ranks()

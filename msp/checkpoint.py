@@ -16,24 +16,26 @@ import uuid
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 from transformers import __version__ as transformers_version
 from transformers.pytorch_utils import Conv1D
 
 from msp import __version__
+from msp.as_loaded import StoredDtypes, most_common
 from msp.errors import MspError
+from msp.files import open_to_readers, save_tensors
 from msp.integrations.auto_map import add_loader
 from msp.manifest import Manifest
 from msp.model import weight_identity
 from msp.model_card import model_card
 from msp.ops import PackedWeight
-from msp.packed_files import header_bytes, read_headers, read_info
+from msp.packed_files import PackedInfo, header_bytes, read_headers, read_info, tensor_files
 from msp.sparse_linear import (
     at_places,
     find_linear,
@@ -43,6 +45,7 @@ from msp.sparse_linear import (
     shape_of,
     shared_by,
 )
+from msp.travelling import edit_config, keep_auto_map, tokenizer_files, travel
 
 
 def manifest_of(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> Manifest:
@@ -124,8 +127,13 @@ def save_packed(
     recipe: Mapping[str, Any],
     force: bool = False,
     max_shard_size: int | str = "5GB",
+    origin: Path | None = None,
 ) -> Path:
     """Write a model whose linears are packed, its tokenizer (if not None) and a model card to ``out``.
+
+    Args:
+        origin: folder of the dense model. Its tokenizer, templates, processors, code and licence are copied as they
+            are, see ``msp.travelling``.
 
     All or nothing: everything is written to a hidden directory beside ``out`` and renamed into place,
     and a model that is replaced goes only after its successor stands.
@@ -142,16 +150,29 @@ def save_packed(
         _attach_manifest(model, manifest)
         # Tensors keep the names of their modules, as the manifest does, also where published files differ.
         model.save_pretrained(partial, max_shard_size=max_shard_size, save_original_format=False)
-        _describe(partial, tokenizer, target.name)
+        _describe(partial, tokenizer, target.name, origin)
     return target
 
 
-def _describe(folder: Path, tokenizer: Any, name: str) -> None:
-    """Put the tokenizer, the model card and the file that imports msp beside the weights."""
-    if tokenizer is not None:
+def _describe(folder: Path, tokenizer: Any, name: str, origin: Path | None) -> None:
+    """Put what goes with the weights beside them, and the model card."""
+    if tokenizer is not None and (origin is None or not tokenizer_files(origin)):
         tokenizer.save_pretrained(folder)
+    if origin is not None:
+        travel(origin, folder, tokenizer)
+        keep_auto_map(origin, folder)
     add_loader(folder)
-    (folder / "README.md").write_text(model_card(read_info(folder), name), encoding="utf-8")
+    info = read_info(folder)
+    # transformers names the dtype of whichever parameter comes first, and loads all in what is named here.
+    edit_config(folder, dtype=str(_common_dtype(folder, info)).removeprefix("torch."))
+    (folder / "README.md").write_text(model_card(info, name), encoding="utf-8")
+
+
+def _common_dtype(folder: Path, info: PackedInfo) -> torch.dtype:
+    """What most weights of the dense model were stored in."""
+    dense = {f"{linear.name}.values": linear.shape for linear in info.linears}
+    headers = read_headers(tensor_files(folder)).items()
+    return most_common({name: replace(header, shape=dense.get(name, header.shape)) for name, header in headers})
 
 
 class PackedShards:
@@ -160,23 +181,24 @@ class PackedShards:
     Args:
         folder: to write to, which is there.
         name: of the model.
-        dtype: of weights as stored.
+        stored: the dtypes to store tensors in.
+        origin: as ``save_packed`` takes it.
     """
 
-    def __init__(self, folder: Path, name: str, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, name: str, stored: StoredDtypes, origin: Path | None = None) -> None:
         self._folder = folder
         self._name = name
-        self._dtype = dtype
+        self._stored = stored
+        self._origin = origin
         self._blocks: list[Path] = []
 
     def write(self, module: nn.Module, prefix: str) -> None:
         """Store a block, whose linears are packed, under the names that begin with ``prefix``."""
-        with in_dtype(module, self._dtype):
-            tensors = {
-                f"{prefix}{name}": tensor.cpu().contiguous() for name, tensor in guarded_state_dict(module).items()
-            }
+        with as_stored(module, self._stored, prefix):
+            state = guarded_state_dict(module)
+            tensors = {f"{prefix}{name}": tensor.cpu().contiguous() for name, tensor in state.items()}
         file = self._folder / f"block-{len(self._blocks)}.safetensors"
-        save_file(tensors, file, metadata={"format": "pt"})
+        save_tensors(tensors, file, metadata={"format": "pt"})
         self._blocks.append(file)
 
     def finish(self, model: Any, tokenizer: Any, recipe: Mapping[str, Any]) -> None:
@@ -184,7 +206,7 @@ class PackedShards:
         _attach_manifest(model, manifest_of(model, recipe))
         model.hf_quantizer = None  # transformers would ask it for the weights of the whole model
         written = read_headers(self._blocks)
-        with in_dtype(model, self._dtype):
+        with as_stored(model, self._stored):
             rest = {name: tensor for name, tensor in model.state_dict().items() if name not in written}
             model.save_pretrained(self._folder, state_dict=rest, max_shard_size="1TB", save_original_format=False)
         files = [*self._blocks, self._folder / "model.safetensors"]
@@ -196,11 +218,13 @@ class PackedShards:
         for file, shard in shards.items():
             file.rename(self._folder / shard)
         (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-        _describe(self._folder, tokenizer, self._name)
+        _describe(self._folder, tokenizer, self._name, self._origin)
 
 
 @contextmanager
-def packed_shards(out: str | Path, dtype: torch.dtype, size: int, *, force: bool = False) -> Iterator[PackedShards]:
+def packed_shards(
+    out: str | Path, stored: StoredDtypes, size: int, *, force: bool = False, origin: Path | None = None
+) -> Iterator[PackedShards]:
     """Shards of a checkpoint at ``out``, which is there when the context ends, and not before.
 
     Raises:
@@ -210,22 +234,30 @@ def packed_shards(out: str | Path, dtype: torch.dtype, size: int, *, force: bool
         free = shutil.disk_usage(partial).free
         if size > free:
             raise MspError(f"{out}: the packed model takes {size:,} bytes, and {free:,} are free there")
-        yield PackedShards(partial, target.name, dtype)
+        yield PackedShards(partial, target.name, stored, origin)
 
 
 @contextmanager
-def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Parameters in ``dtype`` for the length of the context; buffers (position tables) are left alone."""
-    before = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+def as_stored(module: nn.Module, stored: StoredDtypes, prefix: str = "") -> Iterator[None]:
+    """Floating tensors in the dtypes that they are stored in for the length of the context.
+
+    Args:
+        prefix: what the names of ``module`` begin with in ``stored``. Buffers that no file holds are left alone.
+    """
+    saved = module.state_dict().keys()
+    # not those of the state dict: what a packed linear puts there may be a copy in another layout
+    tensors = [
+        *module.named_parameters(),
+        *((name, buffer) for name, buffer in module.named_buffers() if name in saved),
+    ]
+    before = [(name, tensor, tensor.data) for name, tensor in tensors if tensor.is_floating_point()]
     try:
-        for name, parameter in model.named_parameters():
-            if name in before:
-                parameter.data = parameter.data.to(dtype)
+        for name, tensor, data in before:
+            tensor.data = data.to(stored.of(f"{prefix}{name}"))
         yield
     finally:
-        for name, parameter in model.named_parameters():
-            if name in before:
-                parameter.data = parameter.data.to(before[name])
+        for _, tensor, data in before:
+            tensor.data = data
 
 
 @contextmanager
@@ -240,6 +272,7 @@ def new_folder(out: str | Path, force: bool = False) -> Iterator[tuple[Path, Pat
     try:
         partial.mkdir(parents=True)
         yield partial, target
+        open_to_readers(partial)
         _put_in_place(partial, target)
     except (OSError, SafetensorError) as error:
         raise MspError(f"{out} cannot be written: {error}") from error

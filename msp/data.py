@@ -159,7 +159,7 @@ def _window_count(tokens: int, window: int) -> int:
 
 def save_tokens(tokens: torch.Tensor | Iterable[int], path: str | Path) -> None:
     """Write tokens as the one tensor of a safetensors file, to be read back as a source."""
-    from safetensors.torch import save_file
+    from msp.files import save_tensors
 
     flat = tokens if isinstance(tokens, torch.Tensor) else torch.tensor(list(tokens), dtype=torch.long)
-    save_file({"tokens": flat.contiguous()}, str(path))
+    save_tensors({"tokens": flat.contiguous()}, path)

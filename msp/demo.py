@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from msp.errors import MspError
+from msp.files import open_to_readers
 from msp.progress import NoProgress, Progress
 from msp.report import RichProgress, duration, number, size
 
@@ -198,6 +199,7 @@ def train(settings: DemoSettings, corpus: Corpus, folder: Path, progress: Progre
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    open_to_readers(partial)
     partial.rename(target)
     return target
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from msp.checkpoint import new_folder
+from msp.checkpoint import as_stored, new_folder
 from msp.errors import MspError
 from msp.integrations.auto_map import FILE as LOADER_FILE
 from msp.loading import load_model
@@ -18,6 +18,7 @@ from msp.model_card import dense_card
 from msp.packed_files import PackedInfo, read_info
 from msp.patterns import NMPattern
 from msp.sparse_linear import SparseLinear
+from msp.travelling import edit_config
 
 # What an export writes itself, or what tells of the packed model.
 NOT_COPIED = {"README.md", "config.json", LOADER_FILE, "model.safetensors.index.json", "pictures"}
@@ -68,13 +69,21 @@ def _dense(linear: SparseLinear, weight: nn.Parameter) -> nn.Module:
 
 
 def export_dense(
-    source: str | Path, output: str | Path, *, force: bool = False, max_shard_size: int | str = "5GB"
+    source: str | Path,
+    output: str | Path,
+    *,
+    force: bool = False,
+    max_shard_size: int | str = "5GB",
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the packed model at ``source`` to ``output`` as the dense model that computes the same.
 
     Tensors have the names and shapes that the architecture is published with, and the dtype of the packed model;
     what a program needs beside them (tokenizer, chat template) is copied. All or nothing, as ``save_packed``. The
-    whole dense model is in memory meanwhile.
+    whole dense model is in memory meanwhile, in float32.
+
+    Args:
+        trust_remote_code: as in ``load_model``.
 
     Returns:
         The directory written, links resolved.
@@ -88,9 +97,12 @@ def export_dense(
         if target == source.resolve():
             raise MspError(f"{output} is the packed model itself; choose another place for the dense one")
         _check_room(info, partial, output)
-        model = load_model(source).model
+        loaded = load_model(source, dtype="float32", trust_remote_code=trust_remote_code)
+        model = loaded.model
         model.dequantize()
-        model.save_pretrained(partial, max_shard_size=max_shard_size)
+        with as_stored(model, loaded.stored):
+            model.save_pretrained(partial, max_shard_size=max_shard_size)
+        edit_config(partial, dtype=str(loaded.stored_dtype).removeprefix("torch."))
         for file in sorted(source.iterdir()):
             if not _is_left(file, partial):
                 copy = shutil.copytree if file.is_dir() else shutil.copy2

@@ -18,12 +18,14 @@ from msp import __version__
 from msp.decode_table import DENSE, DecodeTable, Shape
 from msp.errors import MspError
 from msp.loading import DTYPES, check_dtype, find_device, make_skeleton, read_config, stored_dtype
+from msp.manifest import QUANT_METHOD
 from msp.model import find_structure
 from msp.ops import nm_select
 from msp.ops._dispatch import compiled_module
 from msp.patterns import NMPattern
 from msp.plan import PatternRules
 from msp.progress import NoProgress, Progress
+from msp.quantised import check_dense, dequantised_dtype, method_of
 from msp.sparse_linear import SparseLinear
 
 # More than the last cache of any machine this is likely to run on keeps between two calls of a linear.
@@ -84,22 +86,26 @@ def measure(
     keep: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    dequantise: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> DecodeTable:
-    """The decode table of a model, of which only the configuration is read; arguments and errors as for ``prune``.
+    """The decode table of a model, of which no weight is read; arguments and errors as for ``prune``.
 
     Args:
         output: file to write it to.
-        dtype: ``auto`` is what the model is stored in, and its packed form computes in.
+        dtype: ``auto`` is what most of its weights are stored in, and its packed form computes in.
     """
     rules = PatternRules.parse(group_size, patterns, keep, compliant=compliant)
     place = find_device(device)
     check_dtype(dtype)
-    config = read_config(model)
-    if getattr(config, "quantization_config", None) is not None:
-        raise MspError(f"{model} is packed or quantised; measure with the dense model")
-    stored = DTYPES[dtype] or stored_dtype(config)
-    shapes = [linear.shape for linear in find_structure(make_skeleton(config)).linears]
+    config = read_config(model, trust_remote_code=trust_remote_code)
+    if method_of(config) == QUANT_METHOD:
+        raise MspError(f"{model} is packed; measure with the dense model")
+    quantised = check_dense(str(model), config, dequantise=dequantise)
+    stored = DTYPES[dtype] or (dequantised_dtype(config) if quantised else stored_dtype(model, config))
+    skeleton = make_skeleton(config, trust_remote_code=trust_remote_code)
+    shapes = [linear.shape for linear in find_structure(skeleton).linears]
     table = measure_decode(shapes, rules.patterns, dtype=stored, device=place, progress=progress)
     if output is not None:
         table.save(Path(output))

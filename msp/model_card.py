@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msp.integrations.auto_map import FILE as LOADER_FILE
+from msp.integrations.auto_map import is_loader
 
 if TYPE_CHECKING:
     from msp.packed_files import PackedInfo
@@ -34,7 +35,7 @@ def model_card(info: PackedInfo, name: str) -> str:
     sections = [
         _front_matter(info.recipe.get("model")),
         f"# {name}\n\n{_summary(info)}",
-        LOADING + (f"\n\n{WITHOUT_IMPORT}" if (info.path / LOADER_FILE).is_file() else ""),
+        _loading(info) + (f"\n\n{WITHOUT_IMPORT}" if (info.path / LOADER_FILE).is_file() else ""),
         f"## Size\n\n{_sizes(info)}",
         f"## Patterns\n\n{_patterns(info)}",
         *_results(info),
@@ -87,6 +88,14 @@ from transformers import pipeline
 
 print(pipeline("text-generation", "PATH_OR_HUB_ID", trust_remote_code=True)("Once upon a time"))
 ```"""
+
+
+def _loading(info: PackedInfo) -> str:
+    config = json.loads((info.path / "config.json").read_text(encoding="utf-8"))
+    if all(map(is_loader, (config.get("auto_map") or {}).values())):
+        return LOADING
+    trusting = LOADING.replace('"PATH_OR_HUB_ID"', '"PATH_OR_HUB_ID", trust_remote_code=True')
+    return f"{trusting}\n\nThe model is Python code in this folder. `trust_remote_code` runs it: read it first."
 
 
 def _source(model: object) -> str | None:

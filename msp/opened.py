@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from msp.as_loaded import StoredDtypes
 from msp.data import DEFAULT_CALIBRATION, TokenSets, make_token_sets
 from msp.decode_table import DecodeTable
 from msp.errors import MspError, UsageError
@@ -19,8 +20,8 @@ from msp.model import Structure, check_finite, device_of, find_structure
 from msp.patterns import Allocation, parse_sparsity
 from msp.plan import Goal, Plan, make_plan, parse_bytes, parse_time
 from msp.progress import Progress
+from msp.prunable import check_prunable
 from msp.settings import PruneOptions
-from msp.sparse_linear import SparseLinear
 from msp.stored import load_stored
 from msp.streamed_workbench import StreamedWorkbench
 from msp.workbench import Workbench, batch_size
@@ -64,7 +65,7 @@ class Opened:
             return Goal(None, nanoseconds=parse_time(options.budget_decode), table=table)
         if options.budget_bytes is None:
             return Goal(None if options.sparsity is None else parse_sparsity(options.sparsity))
-        return Goal(None, parse_bytes(options.budget_bytes), self._other_bytes(), self.loaded.stored_dtype)
+        return Goal(None, parse_bytes(options.budget_bytes), self._other_bytes(), self.loaded.stored)
 
     def _measured(self, options: PruneOptions, progress: Progress) -> DecodeTable:
         """The table of ``options``, or one measured now; for a search that resumes, the one it began with."""
@@ -84,21 +85,22 @@ class Opened:
 
     def _other_bytes(self) -> int:
         """Of the tensors that are no weight of a linear, as stored."""
-        dtype = self.loaded.stored_dtype
-        in_linears = sum(linear.weight.numel() for linear in self.structure.linears) * dtype.itemsize
-        return tensor_bytes(self.model, dtype) - in_linears
+        stored = self.loaded.stored
+        in_linears = sum(
+            linear.weight.numel() * stored.of_linear(linear.name).itemsize for linear in self.structure.linears
+        )
+        return stored.nbytes(self.model) - in_linears
 
     def bytes_of(self, allocation: Allocation) -> dict[str, int]:
         """Of all tensors as stored, of the dense model and of one packed to ``allocation``."""
-        goal = Goal(None, 0, self._other_bytes(), self.loaded.stored_dtype)
-        linears = sum(goal.cost(linear.shape, allocation.get(linear.name)) for linear in self.structure.linears)
-        dense = tensor_bytes(self.model, self.loaded.stored_dtype)
-        return {"dense": dense, "packed": goal.other_bytes + linears}
+        goal = Goal(None, 0, self._other_bytes(), self.loaded.stored)
+        linears = sum(goal.cost(linear, allocation.get(linear.name)) for linear in self.structure.linears)
+        return {"dense": self.loaded.stored.dense_bytes, "packed": goal.other_bytes + linears}
 
     def bench(self, plan: Plan, tokens: TokenSets, options: PruneOptions, progress: Progress) -> Workbench:
         about: dict[str, Any] = {
             "name": self.loaded.source,
-            "stored_dtype": self.loaded.stored_dtype,
+            "stored": self.loaded.stored,
             "device": self.device,
             "progress": progress,
             "hidden_bytes": parse_bytes(options.hidden_bytes),
@@ -126,7 +128,7 @@ def open_model(
 
     Raises:
         UsageError: a model that is to be streamed and cannot be.
-        MspError: no model, one that is packed already, or weights that are not finite.
+        MspError: no model, one that ``check_prunable`` refuses, or weights that are not finite.
     """
     device = find_device(options.device)
     if options.stream:
@@ -135,17 +137,25 @@ def open_model(
         if not isinstance(model, (str, Path)):
             raise UsageError("a model that is in memory need not be streamed: stream takes a directory or a hub id")
         with progress.stage("Loading all but the blocks"):
-            loaded, structure = load_stored(model, dtype=options.dtype, device=device)
+            loaded, structure = load_stored(
+                model, dtype=options.dtype, device=device, trust_remote_code=options.trust_remote_code
+            )
+            check_prunable(loaded)
         return Opened(loaded, structure, device, streamed=True)
     if isinstance(model, (str, Path)):
         with progress.stage("Loading the model"):
-            loaded = load_model(model, dtype=options.dtype, device=device)
+            loaded = load_model(
+                model,
+                dtype=options.dtype,
+                device=device,
+                dequantise=options.dequantise,
+                trust_remote_code=options.trust_remote_code,
+            )
     else:
         name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-        loaded = LoadedModel(model.eval(), tokenizer, name, next(model.parameters()).dtype)
+        loaded = LoadedModel(model.eval(), tokenizer, name, StoredDtypes.of_model(model))
         device = device_of(model)
-    if any(isinstance(module, SparseLinear) for module in loaded.model.modules()):
-        raise MspError(f"{loaded.source} is packed already; start from the dense model")
+    check_prunable(loaded)
     structure = find_structure(loaded.model)
     if structure.failure is not None:
         raise MspError(f"{loaded.source}: a forward of token ids fails: {structure.failure}")
@@ -173,10 +183,3 @@ def window_of(model: Any, window: int | None) -> int:
     if context and window > context:
         raise UsageError(f"a window of {window} tokens is longer than the model's context of {context}")
     return window
-
-
-def tensor_bytes(model: Any, stored: torch.dtype) -> int:
-    """Bytes of all weights and buffers that a checkpoint holds, floats counted in the stored dtype."""
-    tensors = {tensor.data_ptr() or id(tensor): tensor for tensor in model.state_dict().values()}
-    size = torch.empty(0, dtype=stored).element_size()
-    return sum(t.numel() * (size if t.is_floating_point() else t.element_size()) for t in tensors.values())

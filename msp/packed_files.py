@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from msp.ops.layouts import has_tiles
 from msp.ops.nm_linear_plan import kept_bytes, slower_from_tokens, stays_dense
 from msp.patterns import Allocation, NMPattern
 
+INDEX = "model.safetensors.index.json"
+LFS_HEADER = b"version https://git-lfs.github.com/spec/"
+
 
 @dataclass(frozen=True)
 class TensorHeader:
@@ -32,11 +36,16 @@ class TensorHeader:
     shape: tuple[int, ...]
     dtype: str
 
+    @property
+    def nbytes(self) -> int:
+        bits = re.search(r"\d+", self.dtype)  # BOOL has none, and takes a byte
+        return math.prod(self.shape) * int(bits[0] if bits else 8) // 8
+
 
 def tensor_files(path: str | Path) -> tuple[Path, ...]:
     """The safetensors files of a model directory; ``MspError`` if it has none or one is missing."""
     path = Path(path)
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    single, index = path / "model.safetensors", path / INDEX
     if single.is_file():
         return (single,)
     if not index.is_file():
@@ -56,7 +65,7 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, TensorHeader]:
     headers: dict[str, TensorHeader] = {}
     for file in map(Path, files):
         if file.suffix != ".safetensors":
-            raise MspError(f"{file}: a packed model is stored as safetensors only")
+            raise MspError(f"{file}: weights are read from safetensors only")
         try:
             with safe_open(file, framework="pt") as reader:
                 for name in list(reader.keys()):
@@ -65,7 +74,8 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, TensorHeader]:
                     piece = reader.get_slice(name)
                     headers[name] = TensorHeader(file, tuple(piece.get_shape()), piece.get_dtype())
         except (OSError, SafetensorError) as error:
-            raise MspError(f"{file}: missing, truncated or not safetensors: {error}") from error
+            reason = lfs_pointer(file) or f"missing, truncated or not safetensors: {error}"
+            raise MspError(f"{file}: {reason}") from error
     return headers
 
 
@@ -79,6 +89,16 @@ def split_guards(
     """
     guards = {name: header for name, header in headers.items() if name.endswith(".weight") and header.shape == (0,)}
     return {name: header for name, header in headers.items() if name not in guards}, guards
+
+
+def lfs_pointer(file: Path) -> str:
+    """Says that ``file`` is what a clone without git-lfs leaves in the place of a large file; empty if it is not."""
+    try:
+        with file.open("rb") as stream:
+            is_pointer = stream.read(len(LFS_HEADER)) == LFS_HEADER
+    except OSError:
+        return ""
+    return "a pointer of git-lfs, not the file itself: run git lfs pull" if is_pointer else ""
 
 
 def check_headers(manifest: Manifest, headers: Mapping[str, TensorHeader]) -> None:

@@ -16,12 +16,12 @@ import torch
 
 from msp import __version__
 from msp.allocators import Allocated, Problem, get_allocator
-from msp.checkpoint import check_output, in_dtype, packed_shards, replace_linears, save_packed
+from msp.checkpoint import as_stored, check_output, packed_shards, replace_linears, save_packed
 from msp.data import DEFAULT_EVALUATION, TokenSource, read_windows
 from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference, Quality, Reference, Sums, perplexity
 from msp.loading import find_device, load_model
-from msp.opened import Opened, open_model, tensor_bytes, vocabulary_size, window_of
+from msp.opened import Opened, open_model, vocabulary_size, window_of
 from msp.ops import PackedWeight
 from msp.patterns import Allocation
 from msp.plan import Plan
@@ -97,13 +97,13 @@ def prune(
             problem = _problem(bench, pruner, settings, settings.seed)
             found = _allocate(problem, settings)
             allocation = problem.allocation(found.levels)
-        dense_bytes = tensor_bytes(opened.model, opened.loaded.stored_dtype)
+        stored, origin = opened.loaded.stored, opened.loaded.folder
         fitness = bench.reference(settings.measure) if found.history else None
         shards = None
         if isinstance(bench, StreamedWorkbench):
             assert output is not None
             size = opened.bytes_of(allocation)["packed"]
-            shards = stack.enter_context(packed_shards(output, opened.loaded.stored_dtype, size, force=force))
+            shards = stack.enter_context(packed_shards(output, stored, size, force=force, origin=origin))
             with clock("prune"):
                 packed, sums, on_fitness = bench.prune_to(shards, allocation, pruner, reference, fitness)
         else:
@@ -114,7 +114,7 @@ def prune(
                 for module in linear.modules:
                     note_pattern(module, allocation[linear.name])
         replace_linears(opened.model, packed)
-        bytes_ = {"dense": dense_bytes, "packed": tensor_bytes(opened.model, opened.loaded.stored_dtype)}
+        bytes_ = {"dense": stored.dense_bytes, "packed": stored.nbytes(opened.model)}
         recipe = _recipe(settings, opened, bench, plan, found)
         recipe |= {"perplexity": _both(reference.quality, quality), "kl": quality.kl, "bytes": bytes_}
         recipe |= {"search_fitness": searched}
@@ -123,8 +123,8 @@ def prune(
                 shards.finish(opened.model, opened.loaded.tokenizer, recipe)
         elif output is not None:
             as_loaded = opened.structure.changes.undone(opened.model)
-            with clock("save"), as_loaded, in_dtype(opened.model, opened.loaded.stored_dtype):
-                save_packed(opened.model, opened.loaded.tokenizer, output, recipe=recipe, force=force)
+            with clock("save"), as_loaded, as_stored(opened.model, stored):
+                save_packed(opened.model, opened.loaded.tokenizer, output, recipe=recipe, force=force, origin=origin)
     return PruneResult(
         **_spending(plan, problem, found),
         allocation=allocation,
@@ -373,20 +373,24 @@ def evaluate(
     test_tokens: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    dequantise: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Perplexity of a dense or packed model on a text, and KL to a dense ``reference`` if one is given."""
     TokenSource.parse(evaluate).check()
     listener = progress or NoProgress()
     place = find_device(device)
-    loaded = load_model(model, dtype=dtype, device=place)
+    options: dict[str, Any] = {"dtype": dtype, "device": place, "dequantise": dequantise}
+    options |= {"trust_remote_code": trust_remote_code}
+    loaded = load_model(model, **options)
     length = window_of(loaded.model, window)
     windows = read_windows(evaluate, loaded.tokenizer, vocabulary_size(loaded.model), window=length, tokens=test_tokens)
     size = batch_size(place, length)
     if reference is None:
         quality = perplexity(loaded.model, windows, batch_size=size, progress=listener)
     else:
-        dense = load_model(reference, dtype=dtype, device=place).model
+        dense = load_model(reference, **options).model
         if vocabulary_size(dense) != vocabulary_size(loaded.model):
             raise MspError(f"{reference} has another vocabulary than {model}: their predictions do not compare")
         quality = DenseReference(dense, windows, batch_size=size, progress=listener).measure(

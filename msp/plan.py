@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-import torch
-
+from msp.as_loaded import FLOAT32, StoredDtypes
 from msp.decode_table import DecodeTable
 from msp.errors import UsageError
 from msp.model import Linear, Structure
@@ -62,14 +61,14 @@ class Goal:
         sparsity: of all linears.
         bytes: what all tensors of the model may take as stored.
         other_bytes: of the tensors that are no weight of a linear.
-        dtype: what weights are stored in.
+        stored: the dtypes that weights are stored in, in the count of bytes.
         nanoseconds: what all linears may take together to decode a token, each called once, as ``table`` predicts it.
     """
 
     sparsity: Fraction | None
     bytes: int | None = None
     other_bytes: int = 0
-    dtype: torch.dtype = torch.float32
+    stored: StoredDtypes = FLOAT32
     nanoseconds: int | None = None
     table: DecodeTable | None = None
 
@@ -90,26 +89,26 @@ class Goal:
             return f"a budget of {limit:,} {self.objective}"
         return f"sparsity {float(self.sparsity):g}, {limit:,} of {total_weights:,} weights,"
 
-    def least_rise(self, shapes: Sequence[tuple[int, int]]) -> int:
-        """How much less than a denser pattern another must cost to be worth having, for linears of ``shapes``."""
+    def least_rise(self, linears: Sequence[Linear]) -> int:
+        """How much less than a denser pattern another must cost to be worth having, for all of ``linears``."""
         if self.table is None:
             return 1
-        return max(1, int(sum(self.cost(shape, None) for shape in shapes) * TIME_NOISE))
+        return max(1, int(sum(self.cost(linear, None) for linear in linears) * TIME_NOISE))
 
-    def cost(self, shape: tuple[int, int], pattern: NMPattern | None) -> int:
-        """What a linear ``[out, in]`` takes with ``pattern``, None for dense, of what the goal limits.
+    def cost(self, linear: Linear, pattern: NMPattern | None) -> int:
+        """What ``linear`` takes with ``pattern``, None for dense, of what the goal limits.
 
         Raises:
             UsageError: the table has no time for that.
         """
         if self.table is not None:
-            return self.table.nanoseconds(shape, pattern)
-        rows, columns = shape
+            return self.table.nanoseconds(linear.shape, pattern)
+        rows, columns = linear.shape
         dense = pattern is None or pattern.is_dense
         kept = rows * columns if pattern is None else pattern.kept(rows, columns)
         if self.bytes is None:
             return kept
-        return kept * self.dtype.itemsize + (0 if dense else rows * math.ceil(columns / 8))
+        return kept * self.stored.of_linear(linear.name).itemsize + (0 if dense else rows * math.ceil(columns / 8))
 
 
 @dataclass(frozen=True)
@@ -225,7 +224,7 @@ def make_plan(structure: Structure, goal: Goal, rules: PatternRules, *, unit: st
             if not patterns:
                 skipped[linear.name] = reason
                 skipped_weights += rows * columns
-                fixed += goal.cost(linear.shape, None)
+                fixed += goal.cost(linear, None)
             elif unit == "linear" or len(patterns) == 1:
                 units.append(_unit(linear.name, [linear], patterns, goal, block.index, linear.kind))
             else:
@@ -249,7 +248,7 @@ def make_plan(structure: Structure, goal: Goal, rules: PatternRules, *, unit: st
         budget = Budget.for_units(units, limit - fixed)
     except UsageError as error:
         raise UsageError(f"{goal.describe(total)} is more than the patterns keep, {most:,}") from error
-    dense = goal.other_bytes + sum(goal.cost(linear.shape, None) for linear in structure.linears)
+    dense = goal.other_bytes + sum(goal.cost(linear, None) for linear in structure.linears)
     return Plan(tuple(units), skipped, budget, goal.objective, fixed, dense, skipped_weights, total)
 
 
@@ -278,9 +277,9 @@ def _unit(
 ) -> Unit:
     """A unit whose levels rise in density and in cost: a pattern that costs no less than a denser one is left out."""
     levels: list[tuple[NMPattern, int]] = []
-    least_rise = goal.least_rise([linear.shape for linear in linears])
+    least_rise = goal.least_rise(linears)
     for pattern in reversed(patterns):
-        cost = sum(goal.cost(linear.shape, pattern) for linear in linears)
+        cost = sum(goal.cost(linear, pattern) for linear in linears)
         if not levels or cost <= levels[-1][1] - least_rise:
             levels.append((pattern, cost))
     chosen, costs = zip(*reversed(levels), strict=True)

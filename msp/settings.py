@@ -57,6 +57,8 @@ class PruneOptions:
         search_options: constants of a search in the place of the allocator's own, see ``msp.search.constants``.
         seed: of the token draw and the search.
         dtype, device: as in ``load_model``; ``auto`` takes a GPU where there is one.
+        dequantise: compute the weights of a quantised model back to floats, which it is refused without.
+        trust_remote_code: run the Python code that comes with the model.
         workers: processes that a search runs candidates in, through Ray; without it, in this one.
         ray_address: of a Ray cluster to run them on, ``auto`` or ``host:port``; without ``workers`` on all of it.
         work_dir: where a search keeps its checkpoint and its database; ``resume`` goes on from them.
@@ -92,6 +94,8 @@ class PruneOptions:
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
+    dequantise: bool = False
+    trust_remote_code: bool = False
     workers: int | None = None
     ray_address: str | None = None
     work_dir: Path | None = None
@@ -144,6 +148,8 @@ class PruneOptions:
                 TokenSource.parse(source).check()
 
     def _check_stream(self, pruner: Pruner) -> None:
+        if self.dequantise:
+            raise UsageError("a quantised model is dequantised as a whole: dequantise does not go with stream")
         if "fisher" in pruner.needs or self.allocator == "fisher-knapsack":
             raise UsageError("fisher and fisher-knapsack keep a float32 per weight: they do not go with stream")
         if self.workers is not None or self.ray_address is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,43 +12,57 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from msp.as_loaded import StoredDtypes, check_all_taken, most_common, names_as_loaded
 from msp.errors import MspError
 from msp.loading import (
     LoadedModel,
     check_dtype,
     computing_dtype,
+    local_folder,
     make_skeleton,
     read_causal_config,
     read_tokenizer,
-    stored_dtype,
+    stored_headers,
 )
+from msp.manifest import QUANT_METHOD
 from msp.model import Block, Structure, find_structure
-from msp.packed_files import read_headers, tensor_files
+from msp.packed_files import TensorHeader
+from msp.quantised import check_dense, check_float_weights, method_of
 
 
 class StoredWeights:
     """The tensors of a dense checkpoint under the names that ``model`` has for them.
 
+    Args:
+        headers: of its files.
+
     Raises:
-        MspError: a file that is missing or damaged, or a tensor that is not stored just as the model holds it.
+        MspError: a tensor that is not stored just as the model holds it, or that the model has no place for.
     """
 
-    def __init__(self, source: str, model: Any) -> None:
-        self._headers = read_headers(tensor_files(_local(source)))
+    def __init__(self, source: str, model: Any, headers: Mapping[str, TensorHeader]) -> None:
+        self._headers = headers
         expected = model.state_dict()
-        self._stored = _names(model, expected, list(self._headers))
+        names = list(names_as_loaded(model, headers))
+        self._stored = {name: own for own, (name, *_), renamed in names if renamed and name in expected}
         tied = model.all_tied_weights_keys
-        for name, tensor in expected.items():
+        for name in expected:
             partners = {tied.get(name), *(target for target, origin in tied.items() if origin == name)}
             if name not in self._stored and not partners & self._stored.keys():
-                raise MspError(f"{source}: {name} is not stored under its own name: load this model whole")
-            if name in self._stored and self._headers[self._stored[name]].shape != tuple(tensor.shape):
+                taken = {taken for _, all_taken, renamed in names if not renamed for taken in all_taken}
+                if name in taken:
+                    raise MspError(f"{source}: {name} is not stored under its own name: load this model whole")
+                raise MspError(f"{source}: weights are missing and would be random: {name}")
+        for name, own in self._stored.items():
+            found, needed = self._headers[own].shape, tuple(expected[name].shape)
+            if found != needed:
                 raise MspError(
-                    f"{source}: {name} is not stored in the shape {list(tensor.shape)}: load this model whole"
+                    f"{source}: cannot load the weights: {name} is stored in the shape {list(found)}, and config.json "
+                    f"needs {list(needed)}"
                 )
+        unknown = {name: headers[own].shape for own, given, _ in names for name in given if name not in expected}
+        check_all_taken(source, model, unknown, unknown)
 
     @property
     def names(self) -> Set[str]:
@@ -91,7 +105,9 @@ class StoredBlock(Block):
             self.module.load_state_dict(empty, assign=True)
 
 
-def load_stored(source: str | Path, *, dtype: str = "auto", device: torch.device) -> tuple[LoadedModel, Structure]:
+def load_stored(
+    source: str | Path, *, dtype: str = "auto", device: torch.device, trust_remote_code: bool = False
+) -> tuple[LoadedModel, Structure]:
     """``load_model`` for one that does not fit: everything but the blocks is loaded, they are ``StoredBlock``s.
 
     Raises:
@@ -100,15 +116,21 @@ def load_stored(source: str | Path, *, dtype: str = "auto", device: torch.device
     """
     path = str(source)
     check_dtype(dtype)
-    config = read_causal_config(path)
-    if getattr(config, "quantization_config", None) is not None:
-        raise MspError(f"{path} is packed or quantised already; start from the dense model")
-    stored, computed = stored_dtype(config), computing_dtype(config, dtype, device)
-    model = make_skeleton(config, computed).eval()
+    config = read_causal_config(path, trust_remote_code=trust_remote_code)
+    if method_of(config) == QUANT_METHOD:
+        raise MspError(f"{path} is packed already; start from the dense model")
+    check_dense(path, config)
+    folder = local_folder(path)
+    tokenizer = read_tokenizer(path, folder, trust_remote_code=trust_remote_code)
+    headers = stored_headers(path, folder)
+    check_float_weights(path, headers)
+    computed = computing_dtype(config, most_common(headers), dtype, device)
+    model = make_skeleton(config, computed, trust_remote_code=trust_remote_code).eval()
     in_fp32 = model._keep_in_fp32_modules_strict | (model._keep_in_fp32_modules if computed == torch.float16 else set())
     if in_fp32 and computed != torch.float32:
         raise MspError(f"{path}: {sorted(in_fp32)[0]} is computed in float32 beside {computed}: load this model whole")
-    weights = StoredWeights(path, model)
+    weights = StoredWeights(path, model, headers)
+    stored = StoredDtypes.of_files(model, headers)
     blocks = find_structure(model)
     for linear in blocks.linears:
         if linear.others:
@@ -128,28 +150,7 @@ def load_stored(source: str | Path, *, dtype: str = "auto", device: torch.device
     _make_buffers(model, device)
     weights.fill(model, "", device, copy=True, without=tuple(f"{block.name}." for block in stored_blocks))
     model.tie_weights(missing_keys=set(model.state_dict()) - weights.names, recompute_mapping=False)
-    return LoadedModel(model, read_tokenizer(path), path, stored), replace(blocks, blocks=tuple(stored_blocks))
-
-
-def _local(source: str) -> Path:
-    if Path(source).exists():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
-
-
-def _names(model: Any, expected: dict[str, Any], stored: list[str]) -> dict[str, str]:
-    """The stored name of every tensor of the model that is stored as it is."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    names = {}
-    for name in stored:
-        renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
-        if converter is None:
-            names[renamed] = name
-    return names
+    return LoadedModel(model, tokenizer, path, stored, folder), replace(blocks, blocks=tuple(stored_blocks))
 
 
 def _make_buffers(model: Any, device: torch.device) -> None:

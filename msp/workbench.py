@@ -18,6 +18,7 @@ from torch import Tensor
 
 from msp import ops
 from msp.allocators import Problem, SearchSettings
+from msp.as_loaded import StoredDtypes
 from msp.calibration import stream_statistics
 from msp.data import TokenSets
 from msp.errors import UsageError
@@ -60,7 +61,7 @@ class Workbench:
         structure, plan: its blocks, and what of them is pruned.
         tokens: calibration and fitness windows.
         name: names the model in checkpoints of the search.
-        stored_dtype: dtype that packed values are rounded to before anything is measured.
+        stored: dtypes that packed values are rounded to before anything is measured.
         device: where single blocks are calibrated.
         hidden_bytes: what the hidden states of candidates may take.
     """
@@ -73,7 +74,7 @@ class Workbench:
         tokens: TokenSets,
         *,
         name: str,
-        stored_dtype: torch.dtype,
+        stored: StoredDtypes,
         device: torch.device,
         progress: Progress,
         hidden_bytes: int = HIDDEN_BYTES,
@@ -84,7 +85,7 @@ class Workbench:
         self.tokens = tokens
         self.progress = progress
         self.name = name
-        self._stored_dtype = stored_dtype
+        self._stored = stored
         self._device = device
         self._hidden_bytes = hidden_bytes
         self._batch_size = batch_size(device, tokens.window)
@@ -210,7 +211,8 @@ class Workbench:
         shapes = {linear.name: linear.shape for linear in self.linears}
         patterns = {name: unit.patterns for name, unit in self.unit_of.items()}
         with self.progress.stage("Planning the level database") as tell:
-            database = LevelDatabase(folder, shapes, patterns, self._stored_dtype, self._origin(pruner))
+            dtypes = {name: self._stored.of_linear(name) for name in shapes}
+            database = LevelDatabase(folder, shapes, patterns, dtypes, self._origin(pruner))
             removed = database.open(resume=resume)
             missing = database.missing()
             tell(1, bytes=database.nbytes, linears=len(shapes), to_compute=len(missing))
@@ -294,7 +296,10 @@ class Workbench:
                 chosen, entry = self._serving(linear.name, statistics[linear.name], pruner)
                 pattern = allocation[linear.name]
                 packed = chosen.prune(linear.weight.contiguous(), entry, pattern, name=linear.name, warn=_warn)
-                modules = at_places(self._rounded(packed), [place.module for place in linear.places])
+                modules = at_places(
+                    self._rounded(packed, self._stored.of_linear(linear.name)),
+                    [place.module for place in linear.places],
+                )
                 self.structure.put(linear, modules)
                 replaced.append(linear)
             yield
@@ -302,9 +307,9 @@ class Workbench:
             for linear in replaced:
                 self.structure.put(linear, [place.module for place in linear.places])
 
-    def _rounded(self, packed: PackedWeight) -> PackedWeight:
+    def _rounded(self, packed: PackedWeight, stored: torch.dtype) -> PackedWeight:
         computed = packed.dtype
-        return packed.to(dtype=self._stored_dtype).to(dtype=computed, device=device_of(self.model))
+        return packed.to(dtype=stored).to(dtype=computed, device=device_of(self.model))
 
     def _stream(
         self, needs: frozenset[str], *, sequential: bool, only: Container[str] | None = None, label: str = ""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from msp import ops
 from msp.allocators import Problem, get_allocator
+from msp.as_loaded import StoredDtypes
 from msp.errors import UsageError
 from msp.levels import cost, levels_from_densities, repair
 from msp.model import find_structure
@@ -74,13 +75,13 @@ def test_many_uneven_units_meet_the_budget_with_few_moves() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_byte_cost_is_what_packing_takes(dtype: torch.dtype) -> None:
-    goal = Goal(None, bytes=1, dtype=dtype)
+    goal = Goal(None, bytes=1, stored=StoredDtypes({}, dtype, 0))
     for linear in STRUCTURE.linears[:7]:
         weight = linear.weight.to(dtype).contiguous()
         for n, m in ((0, 8), (1, 8), (3, 4), (5, 16)):
             packed = ops.nm_select(weight, NMPattern(n, m))
-            assert goal.cost(linear.shape, packed.pattern) == packed.nbytes
-        assert goal.cost(linear.shape, None) == goal.cost(linear.shape, NMPattern(8, 8)) == weight.nbytes
+            assert goal.cost(linear, packed.pattern) == packed.nbytes
+        assert goal.cost(linear, None) == goal.cost(linear, NMPattern(8, 8)) == weight.nbytes
 
 
 def test_only_the_listed_patterns_are_levels() -> None:

@@ -3,54 +3,41 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from msp.errors import MspError
-from msp.loading import make_skeleton, read_config, stored_dtype
+from msp.loading import config_entries, is_causal, local_folder, make_skeleton, read_config, stored_bytes, stored_dtype
 from msp.manifest import QUANT_METHOD
 from msp.model import find_structure
 from msp.packed_files import read_info
 from msp.patterns import GROUP_SIZES
+from msp.quantised import dequantised_dtype, method_of
 from msp.report import figures_report, kinds_report, merge_experts, packed_report
 
 
-def describe(model: str) -> tuple[dict[str, Any], RenderableType]:
+def describe(model: str, *, trust_remote_code: bool = False) -> tuple[dict[str, Any], RenderableType]:
     """``(data, report)`` of a dense or packed model.
 
     Raises:
-        MspError: not a model, not causal, or a packed model whose files do not fit together.
+        MspError: not a model, not causal, in need of its own code, or a packed model whose files do not fit together.
     """
-    config = read_config(model)
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None and _method(quantization) == QUANT_METHOD:
-        packed = read_info(_local(model))
+    quantization = config_entries(model).get("quantization_config") or {}
+    if quantization.get("quant_method") == QUANT_METHOD:
+        packed = read_info(local_folder(model))
         return {"packed": True, **packed.to_dict()}, packed_report(packed)
-    return _describe_dense(model, config)
+    return _describe_dense(model, read_config(model, trust_remote_code=trust_remote_code), trust_remote_code)
 
 
-def _method(quantization: Any) -> Any:
-    return quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-
-
-def _local(model: str) -> Path:
-    if Path(model).exists():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors"]))
-
-
-def _describe_dense(model: str, config: Any) -> tuple[dict[str, Any], RenderableType]:
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+def _describe_dense(model: str, config: Any, trust_remote_code: bool) -> tuple[dict[str, Any], RenderableType]:
+    if not is_causal(config, trust_remote_code):
         raise MspError(f"{model} is a {config.model_type} model, which is not a causal language model")
-    skeleton = make_skeleton(config)
+    method = method_of(config)
+    skeleton = make_skeleton(config, trust_remote_code=trust_remote_code)
     structure = find_structure(skeleton)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    dtype = stored_dtype(config)
+    dtype = dequantised_dtype(config) if method else stored_dtype(model, config)
     kinds: dict[tuple[str, tuple[int, int]], int] = defaultdict(int)
     for linear in structure.linears:
         kinds[merge_experts(linear.kind), linear.shape] += 1
@@ -68,10 +55,11 @@ def _describe_dense(model: str, config: Any) -> tuple[dict[str, Any], Renderable
         "model": model,
         "architecture": type(skeleton).__name__,
         "parameters": parameters,
-        "bytes": parameters * dtype.itemsize,
+        "bytes": stored_bytes(model, parameters * dtype.itemsize),
         "dtype": str(dtype).removeprefix("torch."),
         "blocks": len(structure.blocks),
         "prunable_weights": sum(int(row["weights"]) for row in rows),  # type: ignore[call-overload]
+        **({"quantised": method} if method else {}),
         "context": getattr(config, "max_position_embeddings", None),
     }
     data = {"packed": False, **figures, "linears": rows, "not_linear": dict(structure.not_linear)}

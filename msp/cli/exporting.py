@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from msp.cli.options import RUN, AsJson, Debug
+from msp.cli.options import RUN, AsJson, Debug, TrustRemoteCode
 from msp.cli.running import calm_libraries, running
 from msp.cli.verbs import app
 from msp.errors import UsageError
@@ -32,6 +32,7 @@ def export(
         ),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the model at OUT.", rich_help_panel=RUN)] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -51,7 +52,7 @@ def export(
 
         calm_libraries()
         with session.progress.stage("Exporting"):
-            target = export_dense(model, output, force=force)
+            target = export_dense(model, output, force=force, trust_remote_code=trust_remote_code)
         info, files = read_info(model), tensor_files(target)
         written = sum(file.stat().st_size - header_bytes(file) for file in files)
         packed = info.packed_bytes + info.other_bytes

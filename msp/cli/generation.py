@@ -61,6 +61,8 @@ def complete(
     seed: int = 0,
     dtype: str = "auto",
     device: str = "auto",
+    dequantise: bool = False,
+    trust_remote_code: bool = False,
     on_token: Advance | None = None,
 ) -> Completion:
     """Load ``model`` (dense or packed) and let it continue ``prompt``.
@@ -74,7 +76,7 @@ def complete(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check_environment(torch.device(device).type)
-    loaded = load_model(model, dtype=dtype, device=device)
+    loaded = load_model(model, dtype=dtype, device=device, dequantise=dequantise, trust_remote_code=trust_remote_code)
     if loaded.tokenizer is None:
         raise MspError(f"{model} has no tokenizer to read a prompt with")
     fast_decode(loaded.model)

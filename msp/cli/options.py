@@ -195,6 +195,22 @@ Dtype = Annotated[
     str, typer.Option(help="auto, float32, bfloat16 or float16: what to compute in.", rich_help_panel=RUN)
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.", rich_help_panel=RUN)]
+Dequantise = Annotated[
+    bool,
+    typer.Option(
+        "--dequantise",
+        help="Compute the weights of a quantised model (fp8, say) back to floats. Such a model is refused without it.",
+        rich_help_panel=RUN,
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the Python code that comes with the model. Read it first: it can do all that you can.",
+        rich_help_panel=RUN,
+    ),
+]
 Workers = Annotated[
     int | None,
     typer.Option(
@@ -284,6 +300,8 @@ class Searching:
     search_options: SearchOptions = None
     dtype: Dtype = "auto"
     device: Device = "auto"
+    dequantise: Dequantise = False
+    trust_remote_code: TrustRemoteCode = False
     workers: Workers = None
     ray_address: RayAddress = None
 

@@ -14,6 +14,7 @@ from msp.cli.options import (
     AsJson,
     Debug,
     DecodeTable,
+    Dequantise,
     Device,
     Dtype,
     Levels,
@@ -22,6 +23,7 @@ from msp.cli.options import (
     OneSearch,
     Searching,
     Streaming,
+    TrustRemoteCode,
     takes,
 )
 from msp.cli.running import calm_libraries, running
@@ -133,6 +135,8 @@ def measure(
     ],
     dtype: Dtype = "auto",
     device: Device = "auto",
+    dequantise: Dequantise = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     debug: Debug = False,
     **options: Any,
@@ -150,6 +154,13 @@ def measure(
 
         calm_libraries()
         table = measured(
-            model, output=output, dtype=dtype, device=device, progress=session.progress, **given(**options)
+            model,
+            output=output,
+            dtype=dtype,
+            device=device,
+            dequantise=dequantise,
+            trust_remote_code=trust_remote_code,
+            progress=session.progress,
+            **given(**options),
         )
         session.result(table.to_json(), decode_report(table, output))

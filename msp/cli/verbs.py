@@ -23,6 +23,7 @@ from msp.cli.options import (
     Calibration,
     CalibrationTokens,
     Debug,
+    Dequantise,
     Device,
     Dtype,
     Levels,
@@ -34,6 +35,7 @@ from msp.cli.options import (
     Seed,
     Streaming,
     TestTokens,
+    TrustRemoteCode,
     Window,
     takes,
 )
@@ -243,6 +245,8 @@ def sensitivity(
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    dequantise: Dequantise = False,
+    trust_remote_code: TrustRemoteCode = False,
     output: Picture = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -264,7 +268,14 @@ def sensitivity(
         calm_libraries()
         options = given(calibration=calibration, window=window, calibration_tokens=calibration_tokens)
         result = pipeline.sensitivity(
-            model, seed=seed, dtype=dtype, device=device, progress=session.progress, **options
+            model,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            dequantise=dequantise,
+            trust_remote_code=trust_remote_code,
+            progress=session.progress,
+            **options,
         )
         drawn = _draw(lambda: [sensitivity_picture(result.traces, picture)])
         session.result(result.to_json(), Group(sensitivity_report(result), *_files("Picture", drawn)))
@@ -292,6 +303,8 @@ def evaluate(
     test_tokens: TestTokens = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    dequantise: Dequantise = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -314,6 +327,8 @@ def evaluate(
             evaluate=source if source is not None else DEFAULT_EVALUATION,
             dtype=dtype,
             device=device,
+            dequantise=dequantise,
+            trust_remote_code=trust_remote_code,
             progress=session.progress,
             **given(window=window, test_tokens=test_tokens, reference=reference),
         )
@@ -336,6 +351,8 @@ def generate(
     seed: Annotated[int, typer.Option(help="Steers the sampling.", rich_help_panel=METHOD)] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    dequantise: Dequantise = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -356,6 +373,8 @@ def generate(
                 seed=seed,
                 dtype=dtype,
                 device=device,
+                dequantise=dequantise,
+                trust_remote_code=trust_remote_code,
                 on_token=advance,
             )
         session.result(completion.to_json(), Text.assemble((prompt, "dim"), completion.text))
@@ -367,6 +386,7 @@ def info(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A packed model, or a dense one: a directory or a hub id.")
     ],
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -381,4 +401,4 @@ def info(
         from msp.cli.describe import describe
 
         calm_libraries()
-        session.result(*describe(model))
+        session.result(*describe(model, trust_remote_code=trust_remote_code))

@@ -60,6 +60,7 @@ class MspQuantizer(HfQuantizer):
     ) -> None:
         from torch import nn
 
+        from msp.as_loaded import names_as_loaded
         from msp.packed_files import check_headers, read_headers, split_guards
         from msp.sparse_linear import SparseLinear, find_linear, note_pattern, put_in_place
 
@@ -86,11 +87,12 @@ class MspQuantizer(HfQuantizer):
                 sparse = SparseLinear(columns, rows, pattern, has_bias, device="meta", dtype=dtype)
                 put_in_place(model, name, sparse)
         _forget_dense(model, manifest)
-        self._headers = _named_as_loaded(model, stored, self)
+        names = names_as_loaded(model, stored, self)
+        self._headers = {name: stored[own] for own, loaded, _ in names for name in loaded}
         check_headers(manifest, self._headers)
         _check_complete(model, self._headers)
         # transformers would list them as unexpected
-        ignored = {f"^{re.escape(name)}$" for name in _named_as_loaded(model, guards, self)}
+        ignored = {f"^{re.escape(name)}$" for _, names, _ in names_as_loaded(model, guards, self) for name in names}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
         self.quantization_config = MspConfig(**manifest.to_dict())
 
@@ -226,34 +228,6 @@ def _name_in(model: PreTrainedModel, name: str) -> str:
             continue
         return candidate
     raise MspError(f"quantization_config: allocation of {name}: {type(model).__name__} has no such linear")
-
-
-def _named_as_loaded(
-    model: PreTrainedModel, headers: Mapping[str, TensorHeader], quantizer: HfQuantizer
-) -> dict[str, TensorHeader]:
-    """``headers`` under the names that transformers will load the tensors to.
-
-    A tensor that is split into several stands under each of their names. Follows
-    ``convert_and_load_state_dict_in_model`` of ``transformers.core_model_loading``.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    expected = model.state_dict()
-    conversions = get_model_conversion_mapping(model, None, quantizer)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    by_source = {source: entry for entry in converters for source in entry.source_patterns}
-    named: dict[str, TensorHeader] = {}
-    for stored, header in headers.items():
-        name, source = rename_source_key(stored, renamings, converters, model.base_model_prefix, expected)
-        if name not in expected:
-            plain, _ = rename_source_key(stored, [], [], model.base_model_prefix, expected)
-            name, source = (plain, None) if plain in expected else (name, source)
-        targets = by_source[source].target_patterns if source is not None else [name]
-        for target in targets:
-            named[name.replace(targets[0], target)] = header
-    return named
 
 
 def _check_complete(model: PreTrainedModel, stored: Mapping[str, TensorHeader]) -> None:

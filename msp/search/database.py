@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from msp.errors import MspError
+from msp.files import save_tensors
 from msp.ops import PackedWeight
 from msp.patterns import NMPattern
 
@@ -39,7 +39,7 @@ class LevelDatabase:
         folder: need not be there.
         shapes: ``[out, in]`` of every linear.
         patterns: those that every linear may have; what is empty or dense needs no weight.
-        dtype: of the values as stored.
+        dtypes: of the values of every linear as stored.
         origin: what the weights depend on beside these, each under a name that a message can use.
     """
 
@@ -48,7 +48,7 @@ class LevelDatabase:
         folder: Path,
         shapes: Mapping[str, tuple[int, int]],
         patterns: Mapping[str, Sequence[NMPattern]],
-        dtype: torch.dtype,
+        dtypes: Mapping[str, torch.dtype],
         origin: Mapping[str, str],
     ) -> None:
         self.folder = folder
@@ -57,9 +57,10 @@ class LevelDatabase:
             for name in shapes
         }
         self._shapes = shapes
-        self._dtype = dtype
+        self._dtypes = dtypes
         levels = {name: list(map(str, own)) for name, own in self.patterns.items()}
-        self._manifest = {"format": FORMAT, **origin, "dtype": str(dtype), "levels": levels}
+        self._manifest = {"format": FORMAT, **origin, "dtype": {name: str(dtype) for name, dtype in dtypes.items()}}
+        self._manifest |= {"levels": levels}
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +70,7 @@ class LevelDatabase:
     def _nbytes(self, name: str) -> int:
         rows, columns = self._shapes[name]
         kept = sum(pattern.kept(rows, columns) for pattern in self.patterns[name])
-        return kept * self._dtype.itemsize + len(self.patterns[name]) * rows * math.ceil(columns / 8)
+        return kept * self._dtypes[name].itemsize + len(self.patterns[name]) * rows * math.ceil(columns / 8)
 
     def missing(self) -> list[str]:
         """The linears that are still to be written."""
@@ -112,12 +113,12 @@ class LevelDatabase:
         """Store linear ``name`` at every level, in the order of its patterns."""
         tensors: dict[str, Tensor] = {}
         for pattern, packed in zip(self.patterns[name], levels, strict=True):
-            stored = packed.to("cpu", self._dtype)
+            stored = packed.to("cpu", self._dtypes[name])
             tensors |= {f"{pattern}.values": stored.values, f"{pattern}.bitmask": stored.bitmask}
         file = self._file(name)
         temporary = file.with_suffix(".tmp")
         try:
-            save_file(tensors, temporary)
+            save_tensors(tensors, temporary)
             os.replace(temporary, file)
         except (OSError, SafetensorError) as error:
             raise MspError(f"{file} cannot be written: {error}") from error
@@ -141,8 +142,8 @@ class LevelDatabase:
             raise MspError(f"{file}: missing or damaged, to be removed: {error}") from error
         for pattern, packed in levels.items():
             packed.check(f"{file}: {pattern}")
-            if packed.dtype != self._dtype:
-                raise MspError(f"{file}: {pattern}.values are {packed.dtype}, but must be {self._dtype}")
+            if packed.dtype != self._dtypes[name]:
+                raise MspError(f"{file}: {pattern}.values are {packed.dtype}, but must be {self._dtypes[name]}")
         return levels
 
     def _file(self, name: str) -> Path:

@@ -10,11 +10,13 @@ import importlib.util
 import logging
 import os
 import socket
+import sys
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -292,14 +294,24 @@ def _count(ray: Any, workers: Workers, needs: Mapping[str, int]) -> int:
 
 def _put(ray: Any, setting: Setting) -> Any:
     """The reference of ``setting`` in the object store, its tensors such that workers read them where they are."""
-    kinds = (Tensor, nn.Parameter)
+    kinds, code = (Tensor, nn.Parameter), _own_code()
     for kind in kinds:
         ray.util.register_serializer(kind, serializer=_bytes, deserializer=_tensor)
+    for module in code:
+        ray.cloudpickle.register_pickle_by_value(module)
     try:
         return ray.put(setting)
     finally:
         for kind in kinds:
             ray.util.deregister_serializer(kind)
+        for module in code:
+            ray.cloudpickle.unregister_pickle_by_value(module)
+
+
+def _own_code() -> list[ModuleType]:
+    """The modules of models that brought their code: workers cannot import what only this process has fetched."""
+    prefix = "transformers_modules."  # as transformers calls their package
+    return [module for name, module in list(sys.modules.items()) if name.startswith(prefix)]
 
 
 def _bytes(tensor: Tensor) -> tuple[Any, ...]:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import msp
+from msp.as_loaded import StoredDtypes
 from msp.cli import app
 from msp.data import TokenSets, save_tokens
 from msp.errors import MspError, UsageError
@@ -54,7 +55,7 @@ def make_bench(
         make_plan(structure, Goal(parse_sparsity(0.5)), PatternRules.parse(8, patterns)),
         TokenSets(tokens(8, 32, seed), tokens(4, 32, seed=8), tokens(1, 32, seed=9), 32, {}),
         name="tiny",
-        stored_dtype=stored,
+        stored=StoredDtypes({}, stored, 0),
         device=torch.device("cpu"),
         progress=NoProgress(),
     )
@@ -254,7 +255,13 @@ def test_a_damaged_file_is_named(damage, tmp_path: Path):
 
 def make_database(folder: Path) -> LevelDatabase:
     pattern = msp.NMPattern(2, 8)
-    return LevelDatabase(folder, {"a": (4, 16), "b": (4, 16)}, {"a": [pattern], "b": []}, torch.float16, {"model": "x"})
+    return LevelDatabase(
+        folder,
+        {"a": (4, 16), "b": (4, 16)},
+        {"a": [pattern], "b": []},
+        dict.fromkeys("ab", torch.float16),
+        {"model": "x"},
+    )
 
 
 def test_a_disk_that_is_too_small_is_refused_before_any_work(tmp_path: Path, monkeypatch):
