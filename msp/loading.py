@@ -17,7 +17,7 @@ from msp.as_loaded import StoredDtypes, check_all_taken, most_common, names_as_l
 from msp.errors import MspError, UsageError, first_line
 from msp.manifest import QUANT_METHOD
 from msp.ops import check_environment
-from msp.packed_files import INDEX, TensorHeader, lfs_pointer, read_headers, tensor_files
+from msp.packed_files import INDEX, TensorHeader, lfs_pointer, read_headers, split_guards, tensor_files
 from msp.quantised import (
     check_dense,
     check_float_weights,
@@ -93,7 +93,8 @@ def load_model(
         model, report = _load_dequantised(path, config, quantised, **options)
     _check_report(path, model, report, headers)
     if is_packed:
-        stored = replace(StoredDtypes.of_model(model), common=common)
+        tensors, _ = split_guards(stored_headers(path, folder))
+        stored = replace(StoredDtypes.of_files(model, tensors), common=common)
     else:
         dequantised = None if quantised is None else dequantised_dtype(config)
         stored = StoredDtypes.of_files(model, headers, dequantised=dequantised)

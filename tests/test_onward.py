@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import logging
 
+from msp.as_loaded import FLOAT32
 from msp.checkpoint import packed_shards, replace_linears, save_packed
 from msp.errors import MspError
 from msp.integrations.auto_map import FILE, add_loader
@@ -182,7 +183,7 @@ def test_every_writer_puts_guards(tmp_path: Path) -> None:
     expected = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, SparseLinear)}
     model.save_pretrained(tmp_path / "plain")
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
-    with packed_shards(tmp_path / "blocks", torch.float32, 0) as shards:
+    with packed_shards(tmp_path / "blocks", FLOAT32, 0) as shards:
         for block in find_structure(model).blocks:
             shards.write(block.module, f"{block.name}.")
         shards.finish(model, tokenizer(), {})
