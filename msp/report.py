@@ -126,7 +126,7 @@ def prune_report(result: PruneResult, output: object = None) -> RenderableType:
     if result.search_fitness is not None:
         parts.insert(1, Text(_search_fitness(result.search_fitness, result.recipe), style="dim"))
     if result.skipped:
-        parts.append(_skipped(result.skipped))
+        parts.append(skipped_report(result.skipped))
     parts.append(Text(_costs(result.seconds, result.peak_memory), style="dim"))
     if output is not None:
         parts.append(Text.assemble("Saved to ", (str(output), "bold")))
@@ -160,7 +160,7 @@ def search_report(result: SearchResult, output: object) -> RenderableType:
         _levels(result.allocation.to_strings()),
     ]
     if result.skipped:
-        parts.append(_skipped(result.skipped))
+        parts.append(skipped_report(result.skipped))
     parts.append(Text(_costs(result.seconds, result.peak_memory), style="dim"))
     parts.append(Text.assemble("Written to ", (str(output), "bold")))
     return Group(*parts)
@@ -212,7 +212,8 @@ def _levels(allocation: Mapping[str, str]) -> Table:
     return table
 
 
-def _skipped(skipped: Mapping[str, str]) -> Table:
+def skipped_report(skipped: Mapping[str, str]) -> Table:
+    """What is never pruned, by the reason."""
     names: dict[str, list[str]] = defaultdict(list)
     for name, reason in skipped.items():
         names[reason].append(name)

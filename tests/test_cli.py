@@ -247,7 +247,8 @@ def test_info_of_other_families(family: str, tmp_path: Path):
     save(family, tmp_path / family)
     data = one_object(msp_run("info", tmp_path / family, "--json"))
     assert data["linears"]
-    assert bool(data["not_linear"]) == (family == "mixtral")
+    assert data["skipped"]["lm_head"] == "the output head"
+    assert (len(data["skipped"]) > 1) == (family == "mixtral")
     assert msp_run("info", tmp_path / family).exit_code == 0
 
 

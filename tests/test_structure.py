@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, SMALL, UNUSUAL, build, save_text, tokenizer, tokens
+from families import FAMILIES, LLAMA_LIKE, SMALL, UNUSUAL, build, save_text, tokenizer, tokens
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config
 
 import msp
+from msp.data import save_tokens
 from msp.loading import make_skeleton
 from msp.model import find_structure
 from msp.pictures import prune_pictures
@@ -79,6 +80,33 @@ def test_a_tower_is_left_out_whatever_its_size(text: str) -> None:
     assert set(reasons.values()) == {"a forward of text does not run it"} and len(reasons) == 5
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.vision_tower.state_dict().items())
     assert result.density == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_sees_is_pruned_where_it_reads(stream: bool, tmp_path: Path) -> None:
+    """Of a real architecture, with blocks of both kinds in lists of the same name."""
+    reads = {**LLAMA_LIKE, "vocab_size": 96, "head_dim": 8, "sliding_window": 8}
+    sees = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = Gemma3Config(
+        text_config=reads,
+        vision_config={**sees, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        boi_token_index=90,
+        eoi_token_index=91,
+        image_token_index=92,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    save_tokens(tokens(1, 4000, seed=0, vocabulary=89), tmp_path / "tokens.safetensors")
+    options = {"sparsity": 0.5, "allocator": "uniform", "calibration": str(tmp_path / "tokens.safetensors"), **SMALL}
+    result = msp.prune(tmp_path / "dense", output=tmp_path / "packed", stream=stream, **options)
+    assert {name.rpartition(".layers.")[0] for name in result.allocation} == {"model.language_model"}
+    towers = [name for name, reason in result.skipped.items() if reason == "a forward of text does not run it"]
+    assert len(towers) > 3 * 6 and all("language_model" not in name for name in towers)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    seeing = {name: tensor for name, tensor in loaded.state_dict().items() if "vision_tower" in name}
+    assert seeing and all(torch.equal(tensor, dense.state_dict()[name]) for name, tensor in seeing.items())
 
 
 def test_without_a_forward_blocks_are_those_beside_the_embeddings() -> None:

@@ -14,7 +14,7 @@ from msp.model import find_structure
 from msp.packed_files import read_info
 from msp.patterns import GROUP_SIZES
 from msp.quantised import dequantised_dtype, method_of
-from msp.report import figures_report, kinds_report, merge_experts, packed_report
+from msp.report import figures_report, kinds_report, merge_experts, packed_report, skipped_report
 
 
 def describe(model: str, *, trust_remote_code: bool = False) -> tuple[dict[str, Any], RenderableType]:
@@ -62,8 +62,8 @@ def _describe_dense(model: str, config: Any, trust_remote_code: bool) -> tuple[d
         **({"quantised": method} if method else {}),
         "context": getattr(config, "max_position_embeddings", None),
     }
-    data = {"packed": False, **figures, "linears": rows, "not_linear": dict(structure.not_linear)}
+    data = {"packed": False, **figures, "linears": rows, "skipped": structure.skipped}
     parts: list[RenderableType] = [figures_report(figures), kinds_report(rows)]
-    if structure.not_linear:
-        parts.append(figures_report({"stays_dense": structure.not_linear}))
+    if structure.skipped:
+        parts.append(skipped_report(structure.skipped))
     return data, Group(*parts)
