@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 import time
@@ -20,7 +21,7 @@ from msp.checkpoint import check_output, in_dtype, packed_shards, replace_linear
 from msp.data import DEFAULT_EVALUATION, read_windows
 from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference, Quality, Reference, Sums, perplexity
-from msp.loading import find_device, load_model
+from msp.loading import check_dtype, find_device, load_model, make_skeleton, read_causal_config, read_tokenizer
 from msp.opened import Opened, open_model, tensor_bytes, vocabulary_size, window_of
 from msp.ops import PackedWeight
 from msp.patterns import Allocation
@@ -363,26 +364,48 @@ def evaluate(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Perplexity of a dense or packed model on a text, and KL to a dense ``reference`` if one is given."""
+    """Perplexity of a dense or packed model on a text, and KL to a dense ``reference`` if one is given.
+
+    Both models compute in the same dtype, or their figures would differ by more than their weights: ``auto`` is
+    float32 on a CPU, for a packed model too, and elsewhere the dtype in which the reference (without one, the model)
+    is stored. One model at a time is in memory.
+
+    Returns:
+        ``model``, ``perplexity``, ``evaluate``, ``window``, ``tokens``, ``dtype``; with a reference also ``kl``, in
+        nats a token, and ``reference``.
+
+    Raises:
+        UsageError: a window longer than the model's context, an unknown dtype or device.
+        MspError: no model, a text that does not serve, or a reference with another vocabulary.
+    """
     listener = progress or NoProgress()
     place = find_device(device)
-    loaded = load_model(model, dtype=dtype, device=place)
-    length = window_of(loaded.model, window)
-    windows = read_windows(evaluate, loaded.tokenizer, vocabulary_size(loaded.model), window=length, tokens=test_tokens)
+    check_dtype(dtype)
+    if dtype == "auto" and place.type == "cpu":
+        dtype = "float32"
+    skeleton = make_skeleton(read_causal_config(str(model)))
+    vocabulary, length = vocabulary_size(skeleton), window_of(skeleton, window)
+    if reference is not None and vocabulary_size(make_skeleton(read_causal_config(str(reference)))) != vocabulary:
+        raise MspError(f"{reference} has another vocabulary than {model}: their predictions do not compare")
+    windows = read_windows(evaluate, read_tokenizer(str(model)), vocabulary, window=length, tokens=test_tokens)
     size = batch_size(place, length)
-    if reference is None:
-        quality = perplexity(loaded.model, windows, batch_size=size, progress=listener)
+    dense = None
+    if reference is not None:
+        loaded = load_model(reference, dtype=dtype, device=place)
+        dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+        dense = DenseReference(loaded.model, windows, batch_size=size, progress=listener)
+        del loaded
+        gc.collect()  # modules refer to each other
+    measured = load_model(model, dtype=dtype, device=place).model
+    if dense is None:
+        quality = perplexity(measured, windows, batch_size=size, progress=listener)
     else:
-        dense = load_model(reference, dtype=dtype, device=place).model
-        if vocabulary_size(dense) != vocabulary_size(loaded.model):
-            raise MspError(f"{reference} has another vocabulary than {model}: their predictions do not compare")
-        quality = DenseReference(dense, windows, batch_size=size, progress=listener).measure(
-            loaded.model, progress=listener
-        )
+        quality = dense.measure(measured, progress=listener)
     figures: dict[str, Any] = {"model": str(model), "perplexity": quality.perplexity}
     if reference is not None:
         figures |= {"kl": quality.kl, "reference": str(reference)}
-    return figures | {"evaluate": evaluate, "window": length, "tokens": windows.numel()}
+    computed = str(next(measured.parameters()).dtype).removeprefix("torch.")
+    return figures | {"evaluate": evaluate, "window": length, "tokens": windows.numel(), "dtype": computed}
 
 
 def _options(sparsity: float | None, options: dict[str, Any]) -> PruneOptions:
