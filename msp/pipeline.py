@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from msp import __version__
-from msp.allocators import Allocated, Problem, get_allocator
+from msp.allocators import Allocated, Problem, allocate, get_allocator
 from msp.checkpoint import check_output, in_dtype, packed_shards, replace_linears, save_packed
 from msp.data import DEFAULT_EVALUATION, read_windows
 from msp.errors import MspError, UsageError
@@ -257,7 +257,7 @@ def _search_fitness(found: Allocated, total: Sums | None, settings: PruneOptions
 def _allocate(problem: Problem, settings: PruneOptions) -> Allocated:
     if settings.allocation is not None:
         return Allocated(np.zeros(len(problem.units), dtype=np.int64))
-    return get_allocator(settings.allocator).allocate(problem)
+    return allocate(get_allocator(settings.allocator), problem)
 
 
 def _spending(plan: Plan, problem: Problem, found: Allocated) -> dict[str, Any]:
@@ -307,7 +307,7 @@ def compare(
                 problem = _problem(bench, pruner, settings, seed)
                 for name, allocator in chosen:
                     start = time.perf_counter()
-                    found = allocator.allocate(problem)
+                    found = allocate(allocator, problem)
                     with bench.pruned(problem.allocation(found.levels), pruner) as pruned:
                         seconds = time.perf_counter() - start
                         quality = reference.measure(pruned, progress=listener)

@@ -100,7 +100,13 @@ def relu_inputs(seed, directions, noise, dead_share, columns=128, tokens=4096):
 # The bounds hold what chance does in the order of selection; more correlated inputs suffer more from the damping.
 @pytest.mark.parametrize(
     ("directions", "noise", "dead_share", "bound"),
-    [(8, 0.003, 0.1, 0.9), (16, 0.003, 0.1, 0.97), (32, 0.03, 0.5, 0.97), (32, 0.03, 0.1, 1.02), (32, 0.03, 0.02, 1.02)],
+    [
+        (8, 0.003, 0.1, 0.9),
+        (16, 0.003, 0.1, 0.97),
+        (32, 0.03, 0.5, 0.97),
+        (32, 0.03, 0.1, 1.02),
+        (32, 0.03, 0.02, 1.02),
+    ],
 )
 def test_dead_inputs_of_a_relu_do_not_raise_the_damping(directions, noise, dead_share, bound):
     ours = theirs = 0.0
