@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from msp.head import Output, Piece, outputs, outputs_of
+from msp.host_memory import give_back
 from msp.model import device_of
 from msp.progress import NoProgress, Progress
 
@@ -140,6 +141,8 @@ class DenseReference(Reference):
                 predicted += self.tokens(batch)[:, 1:].numel()
                 advance(batch + 1)
         self.quality = Quality(_perplexity(loss, predicted), 0.0, predicted)
+        if any(isinstance(kept, _Hidden) for kept in self._kept):
+            give_back()  # of large temporary logits
 
     def _each(self, model: Any, batches: Sequence[int]) -> Iterator[Sums]:
         found = outputs(model, [self.tokens(batch) for batch in batches])

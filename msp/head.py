@@ -76,7 +76,13 @@ def outputs(model: Any, batches: Sequence[Tensor]) -> Iterator[Output]:
     # With a large vocabulary a few tokens come first, so that not even one whole batch has to give logits.
     large = model.get_input_embeddings().num_embeddings >= LARGE_VOCABULARY
     few = [tokens[:1, :PROBE_TOKENS] for tokens in batches[:1] if large]
-    found = outputs_of(model, (model(input_ids=each.to(device), use_cache=False).logits for each in [*few, *batches]))
+
+    @torch.inference_mode()
+    def forward(tokens: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
+        return logits
+
+    found = outputs_of(model, map(forward, [*few, *batches]))
     for _ in few:
         next(found)
     yield from found
@@ -85,12 +91,13 @@ def outputs(model: Any, batches: Sequence[Tensor]) -> Iterator[Output]:
 def outputs_of(model: Any, logits: Iterable[Tensor]) -> Iterator[Output]:
     """The same from ``logits [B, T, V]``, which come one by one from forwards of ``model`` when they are drawn."""
     drawn = iter(logits)
-    with torch.inference_mode(), _watched(model) as calls:
+    with _watched(model) as calls:
         first = next(drawn, None)
     if first is None:
         return
     vocabulary = first.shape[-1]
     call = _head_of(first, calls) if vocabulary >= LARGE_VOCABULARY else None
+    calls.clear()  # they hold as much as the logits
     if call is None:
         yield Output.of_logits(first)
         del first
@@ -99,14 +106,14 @@ def outputs_of(model: Any, logits: Iterable[Tensor]) -> Iterator[Output]:
         return
     del first
     head, entering = call
-    calls.clear()
+    del call
     yield Output(entering, vocabulary, head)
     while (states := _next(drawn, head)) is not None:
         yield Output(states, vocabulary, head)
 
 
 def _next(drawn: Iterator[Tensor], head: nn.Module | None) -> Tensor | None:
-    with torch.inference_mode(), nullcontext() if head is None else _left_out(head):
+    with nullcontext() if head is None else _left_out(head):
         return next(drawn, None)
 
 

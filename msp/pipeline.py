@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import resource
 import sys
 import time
@@ -21,6 +20,7 @@ from msp.checkpoint import check_output, in_dtype, packed_shards, replace_linear
 from msp.data import DEFAULT_EVALUATION, read_windows
 from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference, Quality, Reference, Sums, perplexity
+from msp.host_memory import give_back
 from msp.loading import check_dtype, find_device, load_model, make_skeleton, read_causal_config, read_tokenizer
 from msp.opened import Opened, open_model, tensor_bytes, vocabulary_size, window_of
 from msp.ops import PackedWeight
@@ -395,7 +395,7 @@ def evaluate(
         dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
         dense = DenseReference(loaded.model, windows, batch_size=size, progress=listener)
         del loaded
-        gc.collect()  # modules refer to each other
+        give_back()
     measured = load_model(model, dtype=dtype, device=place).model
     if dense is None:
         quality = perplexity(measured, windows, batch_size=size, progress=listener)

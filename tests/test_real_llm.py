@@ -15,7 +15,8 @@ from models import Unavailable, smollm2
 import msp
 
 WINDOW = 512
-# Measured: BOUND_TEXT
+# Measured on these 1,024 test tokens: 1.379. By magnitude with one density for all it was 3.70 on 2,048 tokens, so a
+# pruner or an allocator that does not work cannot stay below; the rest is room for other processors.
 BOUND = 1.8
 FRESH = """
 import json, sys
