@@ -1,9 +1,12 @@
-"""Peak host memory of loading and of pruning a random Llama, each in a process of its own.
+"""Peak host memory of loading, pruning and measuring models, each run in a process of its own.
 
     python benchmarks/memory.py [--layers 16] [--hidden 1024]
+    python benchmarks/memory.py --vocabulary wikitext2-test.txt
 
-Writes ``benchmarks/results/memory.json``. Peak memory is the largest resident set, the pages of mapped
-weight files included; ``base`` is that of a process that has imported everything and loaded nothing.
+The first measures a random Llama and writes ``benchmarks/results/memory.json``. The second measures SmolLM2-135M, whose
+vocabulary is large, on 8,192 test tokens of a text and writes ``memory-vocabulary.json``. Peak memory is the largest
+resident set, the pages of mapped weight files included; ``base`` is that of a process that has imported everything and
+loaded nothing.
 """
 
 from __future__ import annotations
@@ -14,11 +17,15 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results" / "memory.json"
+RESULTS = Path(__file__).resolve().parent / "results"
 RUNS = (("load", "", 0), ("uniform", "wanda", 1024), ("uniform", "wanda", 4096), ("msp", "wanda", 1024))
+
+# The packed model that the first of them writes is measured by the second.
+VOCABULARY_RUNS = ("prune", "evaluate packed", "evaluate dense")
 
 
 def peak() -> int:
@@ -52,6 +59,34 @@ def run(what: str, pruner: str, tokens: int, folder: Path) -> dict[str, Any]:
     return record | {"peak": peak()}
 
 
+def run_vocabulary(what: str, model: str, text: str, folder: Path) -> dict[str, Any]:
+    """One run on 8,192 test tokens in windows of 512, in this process."""
+    import msp.pipeline
+
+    record: dict[str, Any] = {"run": what, "test_tokens": 8192, "base": peak()}
+    options: dict[str, Any] = {"evaluate": text, "window": 512, "test_tokens": 8192, "device": "cpu"}
+    start = time.perf_counter()
+    if what == "prune":
+        result = msp.prune(
+            model,
+            sparsity=0.5,
+            output=folder / "packed",
+            force=True,
+            allocator="uniform",
+            pruner="magnitude",
+            calibration=text,
+            calibration_tokens=512,
+            fitness_tokens=0,
+            **options,
+        )
+        figures = {"kl": result.kl, "perplexity": result.perplexity["pruned"]}
+    else:
+        measured = folder / "packed" if what == "evaluate packed" else model
+        found = msp.pipeline.evaluate(measured, reference=model, **options)
+        figures = {name: found[name] for name in ("kl", "perplexity")}
+    return record | figures | {"seconds": round(time.perf_counter() - start, 1), "peak": peak()}
+
+
 def make(folder: Path, layers: int, hidden: int) -> int:
     """A random model in bf16 and random tokens; returns the number of parameters."""
     import torch
@@ -74,28 +109,48 @@ def make(folder: Path, layers: int, hidden: int) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def in_own_process(*arguments: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, __file__, *arguments], check=True, stdout=subprocess.PIPE, text=True)
+    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(record, flush=True)
+    return record
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--vocabulary", metavar="TEXT", help="measure SmolLM2-135M on this text instead")
+    parser.add_argument("--output", type=Path, help="the file to write, in place of the one in benchmarks/results")
     parser.add_argument("--run", nargs=4, metavar=("WHAT", "PRUNER", "TOKENS", "FOLDER"), help="one run, here")
+    parser.add_argument("--run-vocabulary", nargs=4, metavar=("WHAT", "MODEL", "TEXT", "FOLDER"), help="one run, here")
     options = parser.parse_args()
     if options.run:
         what, pruner, tokens, folder = options.run
         print(json.dumps(run(what, pruner, int(tokens), Path(folder))))
         return
+    if options.run_vocabulary:
+        what, model, text, folder = options.run_vocabulary
+        print(json.dumps(run_vocabulary(what, model, text, Path(folder))))
+        return
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    content: dict[str, Any] = {"commit": commit.stdout.strip()}
     with tempfile.TemporaryDirectory() as name:
-        parameters = make(Path(name), options.layers, options.hidden)
-        records = []
-        for what, pruner, tokens in RUNS:
-            command = [sys.executable, __file__, "--run", what, pruner, str(tokens), name]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            records.append(json.loads(done.stdout.splitlines()[-1]))
-            print(records[-1], flush=True)
-    content = {"commit": commit.stdout.strip(), "parameters": parameters, "layers": options.layers, "runs": records}
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if options.vocabulary:
+            import models
+
+            file, model = "memory-vocabulary.json", str(models.smollm2())
+            content |= {"model": Path(model).name, "text": Path(options.vocabulary).name}
+            records = [
+                in_own_process("--run-vocabulary", what, model, options.vocabulary, name) for what in VOCABULARY_RUNS
+            ]
+        else:
+            file = "memory.json"
+            content |= {"parameters": make(Path(name), options.layers, options.hidden), "layers": options.layers}
+            records = [in_own_process("--run", what, pruner, str(tokens), name) for what, pruner, tokens in RUNS]
+    output = options.output or RESULTS / file
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(content | {"runs": records}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.nn import functional
+from torch import Tensor
 
+from msp.head import Output, Piece, outputs, outputs_of
+from msp.host_memory import give_back
 from msp.model import device_of
 from msp.progress import NoProgress, Progress
 
@@ -57,7 +59,7 @@ def summed(parts: Iterable[Sums]) -> Sums:
 class Reference(ABC):
     """What models are measured against on ``windows``, int64 ``[S, T]``, ``batch_size`` sequences at a time."""
 
-    def __init__(self, windows: torch.Tensor, batch_size: int) -> None:
+    def __init__(self, windows: Tensor, batch_size: int) -> None:
         self.windows = windows
         self.batch_size = batch_size
 
@@ -65,41 +67,48 @@ class Reference(ABC):
     def batches(self) -> int:
         return -(-len(self.windows) // self.batch_size)
 
-    def tokens(self, batch: int) -> torch.Tensor:
+    def tokens(self, batch: int) -> Tensor:
         """int64 ``[B, T]``: the windows of a batch."""
         return self.windows[batch * self.batch_size : (batch + 1) * self.batch_size]
 
-    @torch.inference_mode()
     def sums(self, model: Any, batches: Iterable[int]) -> Sums:
         """What ``compare`` says of ``model`` on ``batches``, by their numbers, summed."""
-        device = device_of(model)
-        return summed(
-            self.compare(batch, model(input_ids=self.tokens(batch).to(device), use_cache=False).logits)
-            for batch in batches
-        )
+        return summed(self._each(model, list(batches)))
 
     def total(self, model: Any, *, progress: Progress | None = None, label: str = "Evaluating") -> Sums:
         """``sums`` over all batches."""
         total = Sums()
         with (progress or NoProgress()).stage(label, self.batches) as advance:
-            for batch in range(self.batches):
-                total += self.sums(model, [batch])
+            for batch, sums in enumerate(self._each(model, range(self.batches))):
+                total += sums
                 advance(batch + 1)
         return total
 
+    def _each(self, model: Any, batches: Sequence[int]) -> Iterator[Sums]:
+        device = device_of(model)
+        for batch in batches:
+            with torch.inference_mode():
+                sums = self.compare(batch, model(input_ids=self.tokens(batch).to(device), use_cache=False).logits)
+            yield sums
+
     @abstractmethod
-    def compare(self, batch: int, logits: torch.Tensor) -> Sums:
+    def compare(self, batch: int, logits: Tensor) -> Sums:
         """Of a model that has ``logits [B, T, V]`` for a batch."""
 
 
 class DenseReference(Reference):
     """What the dense model predicts on a token set, kept on the host to measure candidates against.
 
+    With a large vocabulary (``msp.head.LARGE_VOCABULARY``) the hidden states that enter the output head are kept, and
+    the head itself, which must stay as it is: its predictions are computed anew for each comparison. Otherwise, and
+    where a soft cap or a scale follows the head, the probabilities are kept.
+
     Args:
         model: the dense causal LM.
         windows: int64 ``[S, T]``; each window predicts its tokens 1 ... T-1.
         batch_size: sequences per forward.
-        logits: ``[B, T, V]`` of the dense model for every batch, where they come from somewhere else.
+        logits: ``[B, T, V]`` of the dense model for every batch, if not from plain forwards of it: drawn one after
+            the other, each from a run of the model at that moment.
 
     Attributes:
         quality: the dense model's own perplexity (its KL is 0).
@@ -109,45 +118,50 @@ class DenseReference(Reference):
     def __init__(
         self,
         model: Any,
-        windows: torch.Tensor,
+        windows: Tensor,
         *,
         batch_size: int = 8,
         progress: Progress | None = None,
         label: str = "Dense predictions",
-        logits: Iterable[torch.Tensor] | None = None,
+        logits: Iterable[Tensor] | None = None,
     ) -> None:
         super().__init__(windows, batch_size)
-        # Per batch: probabilities p times a scale, and the sum of p log p.
-        self._kept: list[tuple[torch.Tensor, float]] = []
-        self._scale = 1.0
-        loss, predicted, dtype = 0.0, 0, torch.float32
-        batches = torch.split(windows, batch_size)
-        with (progress or NoProgress()).stage(label, len(batches)) as advance:
-            for index, (tokens, log_probs) in enumerate(_predictions(model, windows, batch_size, logits)):
-                if index == 0:
-                    total = windows.shape[0] * (windows.shape[1] - 1) * log_probs.shape[-1] * 4
-                    if total > FULL_PRECISION_BYTES:
-                        dtype, self._scale = torch.float16, HALF_PRECISION_SCALE
-                loss += _loss(log_probs, tokens)
-                predicted += log_probs.shape[0] * log_probs.shape[1]
-                probs = (log_probs.exp() * self._scale).to(dtype)
-                self._kept.append((probs.cpu(), self._expected(probs, log_probs)))
-                advance(index + 1)
+        self._kept: list[_Hidden | _Probabilities] = []
+        found = outputs(model, torch.split(windows, batch_size)) if logits is None else outputs_of(model, logits)
+        loss, predicted = 0.0, 0
+        with (progress or NoProgress()).stage(label, self.batches) as advance:
+            for batch, output in enumerate(found):
+                kept = _Hidden(output) if output.head is not None else _Probabilities(output, windows[:, 1:].numel())
+                self._kept.append(kept)
+                with torch.inference_mode():
+                    for piece in output.pieces():
+                        log_probs = output.log_probabilities(piece)
+                        loss += _loss(log_probs, self.tokens(batch), piece)
+                        kept.add(piece, log_probs)
+                predicted += self.tokens(batch)[:, 1:].numel()
+                advance(batch + 1)
         self.quality = Quality(_perplexity(loss, predicted), 0.0, predicted)
+        if any(isinstance(kept, _Hidden) for kept in self._kept):
+            give_back()  # of large temporary logits
 
-    def compare(self, batch: int, logits: torch.Tensor) -> Sums:
+    def _each(self, model: Any, batches: Sequence[int]) -> Iterator[Sums]:
+        found = outputs(model, [self.tokens(batch) for batch in batches])
+        for batch, output in zip(batches, found, strict=True):
+            yield self._compare(batch, output)
+
+    def compare(self, batch: int, logits: Tensor) -> Sums:
         """Summed loss and KL divergence of a model that has ``logits [B, T, V]`` for a batch."""
-        log_probs = _log_probabilities(logits)
-        del logits  # as large; where nobody else holds them, their memory is free for the product below
-        probs, plogp = self._kept[batch]
-        tokens = self.tokens(batch).to(log_probs.device)
-        loss, predicted = _loss(log_probs, tokens), log_probs.shape[0] * log_probs.shape[1]
-        return Sums(loss, plogp - self._expected(probs, log_probs), predicted, tokens.numel())
+        return self._compare(batch, Output.of_logits(logits))
 
-    def _expected(self, probs: torch.Tensor, log_probs: torch.Tensor) -> float:
-        """Sum of p times ``log_probs``, which is overwritten."""
-        weighted = log_probs.mul_(probs.to(log_probs.device, torch.float32))
-        return float(weighted.sum(-1).double().sum()) / self._scale
+    @torch.inference_mode()
+    def _compare(self, batch: int, output: Output) -> Sums:
+        tokens, kept = self.tokens(batch), self._kept[batch]
+        sums = Sums(0.0, kept.plogp, tokens[:, 1:].numel(), tokens.numel())
+        for piece in output.pieces():
+            log_probs = output.log_probabilities(piece)
+            sums.loss += _loss(log_probs, tokens, piece)
+            sums.divergence += kept.divergence(piece, log_probs)
+        return sums
 
     def measure(self, model: Any, *, progress: Progress | None = None, label: str = "Evaluating") -> Quality:
         """Perplexity of ``model`` on all windows, and its KL from the dense one."""
@@ -158,40 +172,64 @@ class DenseReference(Reference):
         return Quality(_perplexity(total.loss, total.predicted), total.divergence / total.predicted, total.predicted)
 
 
-def perplexity(model: Any, windows: torch.Tensor, *, batch_size: int = 8, progress: Progress | None = None) -> Quality:
+class _Hidden:
+    """A batch of hidden states of the dense model, in host memory; predictions are computed from them when needed."""
+
+    plogp = 0.0
+
+    def __init__(self, output: Output) -> None:
+        self._output = replace(output, states=output.states.cpu())
+
+    def add(self, piece: Piece, log_probs: Tensor) -> None:
+        pass
+
+    def divergence(self, piece: Piece, log_probs: Tensor) -> float:
+        """Sum of p (log p - log q); ``log_probs``, log q, is overwritten."""
+        dense = self._output.log_probabilities(piece).to(log_probs.device)
+        weighted = log_probs.neg_().add_(dense).mul_(dense.exp_())
+        return float(weighted.sum(-1).double().sum())
+
+
+class _Probabilities:
+    """A batch of probabilities p of the dense model, in host memory, times a scale; ``plogp`` is the sum of p log p."""
+
+    def __init__(self, output: Output, predicted: int) -> None:
+        windows, length, vocabulary = output.states.shape
+        full = predicted * vocabulary * 4 <= FULL_PRECISION_BYTES
+        self._scale = 1.0 if full else HALF_PRECISION_SCALE
+        self._probs = torch.empty(windows, length - 1, vocabulary, dtype=torch.float32 if full else torch.float16)
+        self.plogp = 0.0
+
+    def add(self, piece: Piece, log_probs: Tensor) -> None:
+        """Keep the probabilities of ``piece``; ``log_probs``, log p, is overwritten."""
+        self._probs[piece] = log_probs.exp().mul_(self._scale).to("cpu", self._probs.dtype)
+        self.plogp -= self.divergence(piece, log_probs)
+
+    def divergence(self, piece: Piece, log_probs: Tensor) -> float:
+        """Minus the sum of p log q; ``log_probs``, log q, is overwritten."""
+        weighted = log_probs.mul_(self._probs[piece].to(log_probs.device, torch.float32))
+        return -float(weighted.sum(-1).double().sum()) / self._scale
+
+
+@torch.inference_mode()
+def perplexity(model: Any, windows: Tensor, *, batch_size: int = 8, progress: Progress | None = None) -> Quality:
     """Perplexity alone, keeping nothing; ``kl`` is NaN."""
-    loss, predicted = 0.0, 0
-    with (progress or NoProgress()).stage("Evaluating", len(torch.split(windows, batch_size))) as advance:
-        for index, (tokens, log_probs) in enumerate(_predictions(model, windows, batch_size)):
-            loss += _loss(log_probs, tokens)
-            predicted += log_probs.shape[0] * log_probs.shape[1]
-            advance(index + 1)
+    batches = torch.split(windows, batch_size)
+    loss = 0.0
+    with (progress or NoProgress()).stage("Evaluating", len(batches)) as advance:
+        for done, (tokens, output) in enumerate(zip(batches, outputs(model, batches), strict=True), start=1):
+            for piece in output.pieces():
+                loss += _loss(output.log_probabilities(piece), tokens, piece)
+            advance(done)
+    predicted = windows[:, 1:].numel()
     return Quality(_perplexity(loss, predicted), math.nan, predicted)
 
 
-def _predictions(
-    model: Any, windows: torch.Tensor, batch_size: int, logits: Iterable[torch.Tensor] | None = None
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield ``(tokens [B, T], fp32 log-probabilities [B, T-1, V])`` batch by batch."""
-    device = device_of(model)
-    batches = torch.split(windows, batch_size)
-    if logits is not None:
-        for tokens, predicted in zip(batches, logits, strict=True):
-            yield tokens.to(predicted.device), _log_probabilities(predicted)
-        return
-    for tokens in batches:
-        tokens = tokens.to(device)
-        with torch.inference_mode():
-            yield tokens, _log_probabilities(model(input_ids=tokens, use_cache=False).logits)
-
-
-def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """fp32 ``[B, T-1, V]``, of what follows each token but the last, from ``logits [B, T, V]``."""
-    return functional.log_softmax(logits[:, :-1].float(), dim=-1)
-
-
-def _loss(log_probs: torch.Tensor, tokens: torch.Tensor) -> float:
-    return -float(log_probs.gather(-1, tokens[:, 1:, None]).double().sum())
+def _loss(log_probs: Tensor, tokens: Tensor, piece: Piece) -> float:
+    """Summed negative log-likelihood of the ``tokens`` [B, T] that follow the positions of ``piece``."""
+    windows, positions = piece
+    followers = tokens[windows, positions.start + 1 : positions.stop + 1].to(log_probs.device)
+    return -float(log_probs.gather(-1, followers[..., None]).double().sum())
 
 
 def _perplexity(loss: float, predicted: int) -> float:

@@ -15,12 +15,21 @@ import numpy as np
 import torch
 
 from msp import __version__
-from msp.allocators import Allocated, Problem, get_allocator
+from msp.allocators import Allocated, Problem, allocate, get_allocator
 from msp.checkpoint import as_stored, check_output, packed_shards, replace_linears, save_packed
 from msp.data import DEFAULT_EVALUATION, TokenSource, read_windows
 from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference, Quality, Reference, Sums, perplexity
-from msp.loading import find_device, load_model
+from msp.host_memory import give_back
+from msp.loading import (
+    check_dtype,
+    find_device,
+    load_model,
+    local_folder,
+    make_skeleton,
+    read_causal_config,
+    read_tokenizer,
+)
 from msp.opened import Opened, open_model, vocabulary_size, window_of
 from msp.ops import PackedWeight
 from msp.patterns import Allocation
@@ -34,6 +43,7 @@ from msp.sensitivity import fisher_traces
 from msp.settings import PruneOptions
 from msp.sparse_linear import SparseLinear, note_pattern
 from msp.streamed_workbench import StreamedWorkbench
+from msp.text_forward import run_text
 from msp.workbench import Workbench, batch_size
 
 
@@ -262,7 +272,7 @@ def _search_fitness(found: Allocated, total: Sums | None, settings: PruneOptions
 def _allocate(problem: Problem, settings: PruneOptions) -> Allocated:
     if settings.allocation is not None:
         return Allocated(np.zeros(len(problem.units), dtype=np.int64))
-    return get_allocator(settings.allocator).allocate(problem)
+    return allocate(get_allocator(settings.allocator), problem)
 
 
 def _spending(plan: Plan, problem: Problem, found: Allocated) -> dict[str, Any]:
@@ -315,7 +325,7 @@ def compare(
                 problem = _problem(bench, pruner, settings, seed)
                 for name, allocator in chosen:
                     start = time.perf_counter()
-                    found = allocator.allocate(problem)
+                    found = allocate(allocator, problem)
                     with bench.pruned(problem.allocation(found.levels), pruner) as pruned:
                         seconds = time.perf_counter() - start
                         quality = reference.measure(pruned, progress=listener)
@@ -377,29 +387,53 @@ def evaluate(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Perplexity of a dense or packed model on a text, and KL to a dense ``reference`` if one is given."""
+    """Perplexity of a dense or packed model on a text, and KL to a dense ``reference`` if one is given.
+
+    Both models compute in the same dtype, or their figures would differ by more than their weights: ``auto`` is
+    float32 on a CPU, for a packed model too, and elsewhere the dtype in which the reference (without one, the model)
+    is stored. One model at a time is in memory.
+
+    Returns:
+        ``model``, ``perplexity``, ``evaluate``, ``window``, ``tokens``, ``dtype``; with a reference also ``kl``, in
+        nats a token, and ``reference``.
+
+    Raises:
+        UsageError: a window longer than the model's context, an unknown dtype or device.
+        MspError: no model, a text that does not serve, or a reference with another vocabulary.
+    """
     TokenSource.parse(evaluate).check()
     listener = progress or NoProgress()
     place = find_device(device)
-    options: dict[str, Any] = {"dtype": dtype, "device": place, "dequantise": dequantise}
-    options |= {"trust_remote_code": trust_remote_code}
-    loaded = load_model(model, **options)
-    length = window_of(loaded.model, window)
-    windows = read_windows(evaluate, loaded.tokenizer, vocabulary_size(loaded.model), window=length, tokens=test_tokens)
+    check_dtype(dtype)
+    if dtype == "auto" and place.type == "cpu":
+        dtype = "float32"
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    skeletons = [make_skeleton(read_causal_config(each, **trust), **trust) for each in (model, reference) if each]
+    vocabulary, length = vocabulary_size(skeletons[0]), window_of(skeletons[0], window)
+    if vocabulary_size(skeletons[-1]) != vocabulary:
+        raise MspError(f"{reference} has another vocabulary than {model}: their predictions do not compare")
+    tokenizer = read_tokenizer(str(model), local_folder(str(model)), **trust)
+    windows = read_windows(evaluate, tokenizer, vocabulary, window=length, tokens=test_tokens)
     size = batch_size(place, length)
-    if reference is None:
-        quality = perplexity(loaded.model, windows, batch_size=size, progress=listener)
-    else:
-        dense = load_model(reference, **options).model
-        if vocabulary_size(dense) != vocabulary_size(loaded.model):
-            raise MspError(f"{reference} has another vocabulary than {model}: their predictions do not compare")
-        quality = DenseReference(dense, windows, batch_size=size, progress=listener).measure(
-            loaded.model, progress=listener
-        )
+    dense = None
+    if reference is not None:
+        loaded = load_model(reference, dtype=dtype, device=place, dequantise=dequantise, **trust)
+        dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+        with run_text(loaded.model, ()).changes.steady(loaded.model):
+            dense = DenseReference(loaded.model, windows, batch_size=size, progress=listener)
+        del loaded
+        give_back()
+    measured = load_model(model, dtype=dtype, device=place, dequantise=dequantise, **trust).model
+    with run_text(measured, ()).changes.steady(measured):
+        if dense is None:
+            quality = perplexity(measured, windows, batch_size=size, progress=listener)
+        else:
+            quality = dense.measure(measured, progress=listener)
     figures: dict[str, Any] = {"model": str(model), "perplexity": quality.perplexity}
     if reference is not None:
         figures |= {"kl": quality.kl, "reference": str(reference)}
-    return figures | {"evaluate": evaluate, "window": length, "tokens": windows.numel()}
+    computed = str(next(measured.parameters()).dtype).removeprefix("torch.")
+    return figures | {"evaluate": evaluate, "window": length, "tokens": windows.numel(), "dtype": computed}
 
 
 def _options(sparsity: float | None, options: dict[str, Any]) -> PruneOptions:

@@ -34,7 +34,7 @@ from msp.search.candidates import HIDDEN_BYTES, Candidates, Ranks, forward_in_bf
 from msp.search.database import LevelDatabase, PackedLevels
 from msp.search.distributed import Workers
 from msp.search.evolution import Fitness
-from msp.search.fitness import Runner, TokenFitness
+from msp.search.fitness import Runner, TokenFitness, windows_per_batch
 from msp.search.runners import Setting, open_runner
 from msp.sensitivity import fisher_diagonals, fisher_traces
 from msp.sparse_linear import at_places
@@ -43,8 +43,8 @@ from msp.task_loss import TaskLoss, TaskReference, fitness_name
 # Tokens per forward: enough to fill a machine, few enough that activations stay small.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
-# Batches of fitness tokens: the first stage of a race is one. Shorter ones than so many tokens take longer a token.
-FITNESS_BATCHES, FITNESS_BATCH_TOKENS = 32, 512
+# Of fitness tokens: shorter batches take longer a token.
+FITNESS_BATCH_TOKENS = 512
 
 # Tokens on which it is tried whether blocks run one by one.
 PROBED_TOKENS = 32
@@ -258,7 +258,7 @@ class Workbench:
     @property
     def _fitness_batch(self) -> int:
         least = max(1, FITNESS_BATCH_TOKENS // self.tokens.window)
-        return min(self._batch_size, max(least, len(self.tokens.fitness) // FITNESS_BATCHES))
+        return windows_per_batch(len(self.tokens.fitness), least, self._batch_size)
 
     def predictions(self, windows: Tensor, label: str, *, batch_size: int | None = None) -> DenseReference:
         """The dense model's predictions on ``windows [S, T]``, kept by batches of as many as calibrate together."""

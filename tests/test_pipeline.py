@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +124,7 @@ def test_figures_are_those_of_the_packed_model(llama: Path, text: str, tmp_path:
     result = msp.prune(llama, sparsity=0.75, output=out, allocator="uniform", calibration=text, **SMALL)
     # Held-out test windows are the first of the text.
     again = pipeline.evaluate(out, evaluate=text, reference=llama, window=16, test_tokens=64, device="cpu")
+    assert again["dtype"] == "float32"
     assert again["perplexity"] == pytest.approx(result.perplexity["pruned"], rel=1e-6)
     assert again["kl"] == pytest.approx(result.kl, rel=1e-6)
     assert pipeline.evaluate(llama, evaluate=text, window=16, test_tokens=64)["perplexity"] == pytest.approx(
@@ -277,3 +279,39 @@ def test_weights_that_are_not_numbers_are_named_before_any_work(text: str) -> No
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
     with pytest.raises(MspError, match=r"layers\.1\.mlp\.up_proj: 1 of"):
         msp.prune(model, sparsity=0.5, calibration=text, **SMALL)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_a_model_and_its_reference_compute_in_one_dtype(dtype: str, tmp_path: Path, text: str) -> None:
+    save("llama", tmp_path / "dense", dtype=torch.bfloat16)
+    options: dict[str, Any] = {"window": 16, "test_tokens": 64, "device": "cpu", "dtype": dtype}
+    pruned = pipeline.prune(
+        tmp_path / "dense",
+        sparsity=0.5,
+        output=tmp_path / "out",
+        allocator="uniform",
+        pruner="magnitude",
+        calibration=text,
+        evaluate=text,
+        calibration_tokens=64,
+        fitness_tokens=0,
+        **options,
+    )
+    found = pipeline.evaluate(tmp_path / "out", reference=tmp_path / "dense", evaluate=text, **options)
+    assert found["dtype"] == {"auto": "float32"}.get(dtype, dtype)
+    # In bf16 a packed linear may add up in another order than the pruned one in memory did.
+    assert found["kl"] == pytest.approx(pruned.kl, rel=1e-6 if dtype != "bfloat16" else 0.05)
+    assert found["perplexity"] == pytest.approx(pruned.perplexity["pruned"], rel=1e-6 if dtype != "bfloat16" else 0.05)
+    alone = pipeline.evaluate(tmp_path / "out", evaluate=text, **options)
+    assert (alone["perplexity"], alone["dtype"]) == (found["perplexity"], found["dtype"])
+
+
+def test_a_reference_with_another_vocabulary_is_refused_before_it_is_loaded(
+    tmp_path: Path, llama: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    config = FAMILIES["llama"]()
+    config.vocab_size = 97
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(MspError, match="has another vocabulary than"):
+        pipeline.evaluate(llama, reference=tmp_path, evaluate=text, window=16, test_tokens=64, device="cpu")

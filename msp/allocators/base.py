@@ -14,6 +14,7 @@ An allocator of one's own takes a few lines::
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -142,6 +143,25 @@ class Allocator(Protocol):
     name: ClassVar[str]
 
     def allocate(self, problem: Problem) -> Allocated: ...
+
+
+def allocate(allocator: Allocator, problem: Problem) -> Allocated:
+    """The levels that ``allocator`` finds for ``problem``.
+
+    Warns if an allocator that does not search ends at the levels of ``uniform``: its densities then differ by less
+    than the levels can tell apart, and a comparison of the two would compare a model with itself.
+    """
+    found = allocator.allocate(problem)
+    choices = sum(unit.top > 0 for unit in problem.units)
+    if allocator.name != "uniform" and not found.history and choices > 1:
+        uniform = problem.from_densities([1.0] * len(problem.units))
+        if np.array_equal(found.levels, uniform.levels):
+            warnings.warn(
+                f"allocator {allocator.name!r} gives every unit the level that uniform gives: rounded to the levels "
+                "there are, its densities do not differ; a larger group size or more patterns have finer levels",
+                stacklevel=3,
+            )
+    return found
 
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])

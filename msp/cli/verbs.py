@@ -310,8 +310,10 @@ def evaluate(
 ) -> None:
     """Measure the perplexity of a model, dense or packed.
 
-    Perplexity is taken over non-overlapping windows of tokens. It depends on the text, the window and the tokenizer:
-    figures taken with other settings cannot be compared.
+    Perplexity is taken over non-overlapping windows of tokens. It depends on the text, the window, the tokenizer and
+    the dtype: figures taken with other settings cannot be compared. The model and its reference compute in the same
+    dtype. With --dtype auto that is float32 on a CPU, for packed models too, and elsewhere the dtype in which the
+    reference (without one, the model) is stored.
 
     Example: msp evaluate ./my-model-75 --evaluate test.txt --reference ./my-model
     """

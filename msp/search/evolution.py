@@ -23,7 +23,7 @@ import numpy as np
 from msp.errors import MspError, UsageError
 from msp.levels import Levels, levels_from_densities, repair
 from msp.patterns import Budget, Unit
-from msp.search.fitness import Key, key_of
+from msp.search.fitness import FIRST_SHARE, Key, key_of
 from msp.search.operators import crossover, swap
 from msp.search.sensitivities import Effects, Sensitivities, averaged, least_known, single_moves
 
@@ -78,7 +78,7 @@ class EvolutionOptions:
     population: int = 12
     parents: int = 6
     offspring: int = 16
-    token_shares: tuple[float, ...] = (1 / 32, 1 / 8, 1.0)
+    token_shares: tuple[float, ...] = (FIRST_SHARE, 1 / 8, 1.0)
     survivors: tuple[float, ...] = (0.3, 0.3)
     crossover_rate: float = 0.0
     emptied: int = 2

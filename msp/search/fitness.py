@@ -17,6 +17,10 @@ Key = tuple[int, ...]
 """The level of every unit."""
 
 
+FIRST_SHARE = 1 / 32
+"""Of the fitness tokens: what the first stage of a race measures on, unless a user chooses other shares."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A candidate and the batches of fitness tokens, by their numbers, to measure it on."""
@@ -41,6 +45,31 @@ class Runner(Protocol):
         ...
 
 
+def stage_batches(share: float, batches: int) -> int:
+    """How many of so many batches a stage measures on that is meant to have ``share`` of the tokens."""
+    return max(1, round(share * batches))
+
+
+def windows_per_batch(windows: int, least: int, most: int) -> int:
+    """How many of ``windows`` go into a batch, so that whole batches come to ``FIRST_SHARE`` of them.
+
+    Args:
+        least, most: windows of a batch. A share of fewer than ``least`` windows is taken for ``least``.
+
+    The first stage then differs from its share by half a window or a tenth of it at most.
+    """
+    target = max(float(least), FIRST_SHARE * windows)
+
+    def error(size: int) -> float:
+        return abs(size * stage_batches(FIRST_SHARE, -(-windows // size)) - target)
+
+    sizes: list[int] = [min(most, max(least, int(FIRST_SHARE * windows))), *range(most, min(least, most) - 1, -1)]
+    for size in sizes:
+        if error(size) <= max(0.5, 0.1 * target):
+            return size
+    return min(sizes, key=error)
+
+
 class TokenFitness:
     """Fitness of level vectors on fitness tokens, raced over growing parts of them.
 
@@ -53,7 +82,7 @@ class TokenFitness:
     """
 
     def __init__(self, runner: Runner, *, measure: str = "kl", shares: Sequence[float] = (1 / 16, 1 / 4, 1.0)) -> None:
-        self._stops = sorted({max(1, round(share * runner.batches)) for share in shares})
+        self._stops = sorted({stage_batches(share, runner.batches) for share in shares})
         self._runner = runner
         self._measure = measure
         # What a candidate has been measured on so far: a later stage pays for the rest only.

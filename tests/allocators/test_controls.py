@@ -1,5 +1,6 @@
 """The searches that ours is compared with, on a fitness whose minimum is known."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from msp.allocators import Problem, SearchSettings, get_allocator
+from msp.allocators import allocate as run
 from msp.levels import Levels, kept_weights
 from msp.patterns import Budget, Unit
 from msp.search.fitness import Key
@@ -110,3 +112,23 @@ def test_the_best_ramp_is_chosen_on_fitness_tokens(limits: dict[str, int]) -> No
     losses = [float(np.square(ramp.allocate(problem).levels - OPTIMUM).sum()) for ramp in ramps]
     assert found.history[-1].best == min(losses) < losses[1]
     assert (found.levels == ramps[int(np.argmin(losses))].allocate(problem).levels).all()
+
+
+@pytest.mark.parametrize(("slope", "says"), [(0.001, True), (0.5, False)])
+def test_an_allocator_that_rounds_to_uniform_says_so(slope: float, says: bool) -> None:
+    problem = Problem(UNITS, BUDGET, Evidence())  # type: ignore[arg-type]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(get_allocator("ramp", slope=slope), problem)
+        run(get_allocator("uniform"), problem)
+    assert [str(each.message).split(":")[0] for each in caught] == [
+        "allocator 'ramp' gives every unit the level that uniform gives"
+    ] * says
+
+
+def test_no_allocator_is_blamed_where_there_is_no_choice() -> None:
+    unit = Unit("u", ("u",), 1600, 16, 0, "k")
+    problem = Problem((unit,), Budget.for_units((unit,), 400), Evidence())  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(get_allocator("ramp"), problem)

@@ -15,7 +15,7 @@ from msp.model import find_structure
 from msp.patterns import Unit
 from msp.search import candidates
 from msp.search.candidates import CandidateModel, LocalRunner, forward_in_bf16
-from msp.search.fitness import TokenFitness
+from msp.search.fitness import TokenFitness, stage_batches, windows_per_batch
 
 GROUP = 8
 
@@ -132,3 +132,15 @@ def test_a_candidate_that_predicts_nan_loses(setting, monkeypatch) -> None:
             lambda self, x: x.new_full((*x.shape[:-1], self.out_features), float("nan")),
         )
         assert fitness([drawn(units, 9)], 0) == [float("inf")]
+
+
+@pytest.mark.parametrize("window", [16, 128, 256, 512, 1024, 2048])
+@pytest.mark.parametrize("forwarded", [2048, 16384], ids=["cpu", "cuda"])
+def test_a_race_begins_on_the_share_that_the_docs_name(window: int, forwarded: int) -> None:
+    least, most = max(1, 512 // window), max(1, forwarded // window)
+    for windows in range(1, 1200):
+        size = windows_per_batch(windows, least, most)
+        assert least <= size <= most
+        first = min(windows, size * stage_batches(1 / 32, -(-windows // size)))
+        meant = min(windows, max(least, windows / 32))
+        assert abs(first - meant) <= max(0.5, 0.1 * meant), (windows, size)

@@ -85,8 +85,13 @@ def jobs(of: Setting, count: int) -> list[Job]:
 
 
 @needs_ray
+@pytest.mark.parametrize("large", [False, True], ids=["small vocabulary", "large vocabulary"])
 @pytest.mark.parametrize(("family", "dtype", "count"), [("gpt2", torch.float32, 2), ("llama-tied", torch.bfloat16, 1)])
-def test_workers_find_what_this_process_does_to_the_last_bit(ray, family: str, dtype: torch.dtype, count: int) -> None:
+def test_workers_find_what_this_process_does_to_the_last_bit(
+    ray, family: str, dtype: torch.dtype, count: int, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:
+        monkeypatch.setattr("msp.head.LARGE_VOCABULARY", 1)
     parts = setting(family, dtype)
     before = {name: tensor.clone() for name, tensor in parts.model.state_dict().items()}
     asked = jobs(parts, 9)

@@ -97,7 +97,12 @@ def random_jobs(units: list[Unit], batches: int, count: int = 12) -> list[Job]:
     return [*jobs, jobs[0], Job(jobs[0].levels, ())]
 
 
-def test_candidates_measure_what_they_do_in_memory(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("large", [False, True], ids=["small vocabulary", "large vocabulary"])
+def test_candidates_measure_what_they_do_in_memory(
+    large: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:
+        monkeypatch.setattr("msp.head.LARGE_VOCABULARY", 1)
     model = load_model(folder).model
     structure, units, text = find_structure(model), units_of(model), windows(7)
     ranks: dict[str, Ranks] = {linear.name: {8: nm_rank(linear.weight.contiguous(), 8)} for linear in structure.linears}
