@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 import time
@@ -243,6 +244,7 @@ def _pruned(
             if fitness is not None:
                 on_fitness = fitness.total(model, progress=bench.progress, label="Evaluating on fitness tokens")
         packed = {name: module.packed for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    give_back()  # saving takes memory too
     return packed, sums, on_fitness
 
 
@@ -395,6 +397,7 @@ def evaluate(
         dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
         dense = DenseReference(loaded.model, windows, batch_size=size, progress=listener)
         del loaded
+        gc.collect()  # modules refer to each other, so counting references does not free them
         give_back()
     measured = load_model(model, dtype=dtype, device=place).model
     if dense is None:
