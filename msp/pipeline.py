@@ -112,6 +112,7 @@ def prune(
             if pattern.is_dense:
                 note_pattern(opened.model.get_submodule(name), pattern)
         replace_linears(opened.model, packed)
+        del packed  # the model has them, and is rounded to its stored dtype as it is saved
         bytes_ = {"dense": dense_bytes, "packed": tensor_bytes(opened.model, opened.loaded.stored_dtype)}
         recipe = _recipe(settings, opened, bench, plan, found)
         recipe |= {"perplexity": _both(reference.quality, quality), "kl": quality.kl, "bytes": bytes_}
