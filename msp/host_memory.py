@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import sys
 from functools import cache
 from typing import Any
@@ -15,7 +14,6 @@ def give_back() -> None:
     glibc keeps what was freed below the top of its heap, which after a model or large temporary tensors is hundreds of
     megabytes that nothing else on the machine can have.
     """
-    gc.collect()  # modules refer to each other, so counting references does not free them
     trim = _malloc_trim()
     if trim is not None:
         trim(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 import time
@@ -124,6 +125,7 @@ def prune(
                 for module in linear.modules:
                     note_pattern(module, allocation[linear.name])
         replace_linears(opened.model, packed)
+        del packed  # the model has them, and is rounded to its stored dtype as it is saved
         bytes_ = {"dense": stored.dense_bytes, "packed": stored.nbytes(opened.model)}
         recipe = _recipe(settings, opened, bench, plan, found)
         recipe |= {"perplexity": _both(reference.quality, quality), "kl": quality.kl, "bytes": bytes_}
@@ -258,6 +260,7 @@ def _pruned(
                 on_fitness = fitness.total(model, progress=bench.progress, label="Evaluating on fitness tokens")
         sparse = {linear.name: model.get_submodule(linear.name) for linear in bench.linears}
         packed = {name: module.packed for name, module in sparse.items() if isinstance(module, SparseLinear)}
+    give_back()  # saving takes memory too
     return packed, sums, on_fitness
 
 
@@ -422,6 +425,7 @@ def evaluate(
         with run_text(loaded.model, ()).changes.steady(loaded.model):
             dense = DenseReference(loaded.model, windows, batch_size=size, progress=listener)
         del loaded
+        gc.collect()  # modules refer to each other, so counting references does not free them
         give_back()
     measured = load_model(model, dtype=dtype, device=place, dequantise=dequantise, **trust).model
     with run_text(measured, ()).changes.steady(measured):
