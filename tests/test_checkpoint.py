@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from msp.checkpoint import check_output, replace_linears, save_packed
+from msp.checkpoint import replace_linears, save_packed
 from msp.errors import MspError, UsageError
+from msp.outputs import check_output
 from msp.packed_files import LinearInfo, read_info, tensor_files, validate_packed
 from msp.patterns import NMPattern
 from msp.report import packed_report
