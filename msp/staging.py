@@ -2,8 +2,8 @@
 
 A new NAME is written to ``.NAME.msp-partial/new``, beside NAME and on the same file system, while NAME's lock is held.
 It reaches the disk before it takes NAME's place in one step. The step is an exchange where the system has it. Else it
-is two renames, and the folder itself is their journal: with ``new`` and ``old`` in it and no NAME, the next run finishes
-the second one.
+is two renames, and the folder itself is their journal: with ``new`` and ``old`` in it and no NAME, the next run
+finishes the second one.
 """
 
 from __future__ import annotations

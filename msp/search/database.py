@@ -23,6 +23,7 @@ from msp.errors import MspError
 from msp.files import write_tensors, write_text
 from msp.ops import PackedWeight
 from msp.patterns import NMPattern
+from msp.staging import clean_folder
 
 FORMAT = 1
 
@@ -98,6 +99,7 @@ class LevelDatabase:
                     removed = f"{self.folder} was the level database of another run, with other {differs}: built anew"
                     self._remove(found)
             self.folder.mkdir(parents=True, exist_ok=True)
+            clean_folder(self.folder)
             needed, free = sum(map(self._nbytes, self.missing())), shutil.disk_usage(self.folder).free
             if needed > free:
                 raise MspError(f"{self.folder}: the level database needs {needed:,} bytes, and {free:,} are free")
