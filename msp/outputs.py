@@ -232,8 +232,8 @@ def check_writable(folder: Path, name: str | Path) -> None:
     if not folder.is_dir():
         raise MspError(f"{name} cannot be written: {folder} is a file, and a folder is needed there")
     try:
-        # Permission bits do not tell: a read-only mount, a full disk or an ACL may still refuse.
-        os.rmdir(tempfile.mkdtemp(prefix=".msp-", dir=folder))
+        # Permission bits do not tell: a read-only mount, a full disk or an ACL may still refuse. The file has no name.
+        tempfile.TemporaryFile(prefix=".msp-", dir=folder).close()
     except OSError as error:
         raise MspError(f"{name} cannot be written: {folder}: {error.strerror or error}") from error
 
