@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from msp import __version__
-from msp.allocators import Allocated, Problem, get_allocator
+from msp.allocators import Allocated, Allocator, Problem, get_allocator
 from msp.checkpoint import as_stored, packed_shards, replace_linears, save_packed
 from msp.data import DEFAULT_EVALUATION, TokenSource, read_windows
 from msp.errors import MspError, UsageError
@@ -334,7 +334,19 @@ def compare(
     methods = [(name, get_pruner(name)) for name in pruners]
     if not chosen or not methods or not seeds:
         raise UsageError("compare needs at least one allocator, one pruner and one seed")
-    listener = progress or NoProgress()
+    with _places(settings):
+        return _compare(model, settings, chosen, methods, seeds, tokenizer, progress or NoProgress())
+
+
+def _compare(
+    model: Any,
+    settings: PruneOptions,
+    chosen: Sequence[tuple[str, Allocator]],
+    methods: Sequence[tuple[str, Pruner]],
+    seeds: Sequence[int],
+    tokenizer: Any,
+    listener: Progress,
+) -> CompareResult:
     opened = open_model(model, settings, tokenizer, listener)
     plan = opened.plan(settings, listener)
     rows: list[CompareRow] = []

@@ -47,11 +47,8 @@ def _work(work: Callable[[], object], folder: Path, last: int) -> None:
     def hear(event: str, arguments: tuple[object, ...]) -> None:
         if event not in CHANGES or not isinstance(arguments[0], (str, bytes, os.PathLike)):
             return
-        # dir_fd of a removal stands for the folder in its path
-        below = os.path.realpath(os.fsdecode(arguments[0])).startswith(str(folder)) or event in (
-            "os.remove",
-            "os.rmdir",
-        )
+        removed = event in ("os.remove", "os.rmdir")  # by shutil.rmtree: a name in a folder that is open
+        below = removed or os.path.realpath(os.fsdecode(arguments[0])).startswith(str(folder))
         flags = arguments[2] if event == "open" else os.O_WRONLY
         if below and isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             step()
