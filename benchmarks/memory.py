@@ -95,7 +95,9 @@ def main() -> None:
             print(records[-1], flush=True)
     content = {"commit": commit.stdout.strip(), "parameters": parameters, "layers": options.layers, "runs": records}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    from msp.files import write_text  # not before: it takes memory
+
+    write_text(RESULTS, json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":
