@@ -73,8 +73,7 @@ def locked(lock: Path, name: str | Path) -> Iterator[bool]:
     made: list[Path] = []
     try:
         try:
-            made = make_folders(lock.parent)
-            descriptor = _acquire(lock, name)
+            descriptor = _acquire(lock, name, made)
         except OSError as error:
             raise MspError(f"{name} cannot be written: {lock.parent}: {error.strerror or error}") from error
         _held[lock] = _Held(descriptor, threading.get_ident())
@@ -132,9 +131,16 @@ def release(lock: Path, descriptor: int | None) -> None:
     os.close(descriptor)
 
 
-def _acquire(lock: Path, name: str | Path) -> int | None:
+def _acquire(lock: Path, name: str | Path, made: list[Path]) -> int | None:
+    """Hold ``lock``; the folders above it that had to be made are added to ``made``."""
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        made += [folder for folder in make_folders(lock.parent) if folder not in made]
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:
+            if lock.parent.is_dir():
+                raise
+            continue  # another run made the folder too, and has just removed it
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +34,7 @@ from msp.outputs import MARK, check_room, new_folder, reserved, working_folder, 
 from msp.pareto_curve import pareto
 from msp.pictures import check_picture, sensitivity_picture
 from msp.pipeline import compare, search
+from msp.search import distributed
 from msp.search.streaming import StoredRanks
 
 
@@ -434,3 +437,27 @@ def test_a_file_that_cannot_grow_is_as_before(tmp_path: Path) -> None:
         new.write_text("half")
         raise KeyboardInterrupt
     assert (tmp_path / "file").read_text() == "old" and listing(tmp_path) == ["file"]
+
+
+def test_a_full_object_store_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class FullError(Exception):
+        pass
+
+    def put(_: object) -> None:
+        raise FullError("no memory is left\nand more")
+
+    ray = SimpleNamespace(
+        put=put,
+        util=SimpleNamespace(register_serializer=lambda *_, **__: None, deregister_serializer=lambda *_: None),
+        exceptions=SimpleNamespace(ObjectStoreFullError=FullError, OutOfDiskError=OSError),
+    )
+    monkeypatch.setattr(distributed, "_own_code", list)
+    with pytest.raises(MspError, match=r"object store has no room .*: no memory is left; free memory"):
+        distributed._put(ray, "setting")
+
+
+def test_ray_does_not_take_the_handler_of_sigterm() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with distributed._own_sigterm():
+        signal.signal(signal.SIGTERM, lambda *_: None)
+    assert signal.getsignal(signal.SIGTERM) == before
