@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from msp import __version__
 from msp.errors import MspError
 from msp.files import open_to_readers, replacing, unwritable, write_text
-from msp.locks import beside, inside, locked, make_folders
+from msp.locks import beside, inside, locked, make_folders, release, try_lock
 from msp.manifest import QUANT_METHOD
 from msp.staging import clean, clean_folder, put_in_place, staged, sync_folder
 
@@ -109,6 +109,7 @@ def check_replaceable(out: str | Path, *, model: Any = None) -> None:
     source = _folder_of(model)
     if source is not None and source in target.parents:
         raise MspError(f"{out} is in the model {source} that is read, so it is not replaced; choose another place")
+    _clear(out, target)
     if not any(target.iterdir()):
         return
     if read_mark(target) is None and not _is_packed(target):
@@ -116,6 +117,20 @@ def check_replaceable(out: str | Path, *, model: Any = None) -> None:
     strange = foreign(target)
     if strange is not None:
         raise MspError(f"{out} is not replaced, since msp did not write {strange} in it: move that away, or {WAY_OUT}")
+
+
+def _clear(out: str | Path, target: Path) -> None:
+    """Remove what a killed search has left in its folder; ``MspError`` if one that is alive writes there."""
+    lock = inside(target)
+    if not lock.exists():
+        return
+    descriptor = try_lock(lock)
+    if descriptor is None:
+        raise MspError(f"{out} is the folder of another run that has not ended: wait, or choose another place")
+    try:
+        clean_folder(target)
+    finally:
+        release(lock, descriptor)
 
 
 def foreign(folder: Path) -> str | None:

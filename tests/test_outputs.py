@@ -300,7 +300,6 @@ HOLDS = """
 import sys
 from msp.outputs import reserved, working_folder
 with reserved(sys.argv[1] + "/out"), working_folder(sys.argv[1] + "/work"):
-    open(sys.argv[1] + "/.out.msp-partial", "x") if len(sys.argv) > 2 else None
     print("holds", flush=True)
     sys.stdin.read()
 """
@@ -328,9 +327,12 @@ def test_a_second_run_says_who_is_there(tmp_path: Path, holder: subprocess.Popen
     for write in refused:
         with pytest.raises(MspError, match=told):
             write()
+    with pytest.raises(MspError, match="work is the folder of another run that has not ended"):
+        outputs.check_output(tmp_path / "work", True)
     holder.kill()
     holder.wait()
-    assert listing(tmp_path) == [".out.msp-lock", "work"]
+    assert listing(tmp_path) == [".out.msp-lock", "work"] and listing(tmp_path / "work") == [".msp-lock"]
+    outputs.check_output(tmp_path / "work", True)
     make(tmp_path / "out")
     with working_folder(tmp_path / "work"):
         pass
