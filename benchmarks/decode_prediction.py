@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from msp.allocators import Problem, get_allocator
 from msp.checkpoint import replace_linears
+from msp.files import write_text
 from msp.measure import measure_decode
 from msp.model import find_structure
 from msp.ops import nm_select
@@ -113,7 +114,7 @@ def main() -> None:
         print("  ".join(f"{key} {value:.3f}" if isinstance(value, float) else value for key, value in entry.items()))
     if options.save:
         content = {"machine": machine(), "shape": SHAPE, "rows": entries, "table": table}
-        RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_text(RESULTS, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

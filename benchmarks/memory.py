@@ -150,7 +150,9 @@ def main() -> None:
             records = [in_own_process("--run", what, pruner, str(tokens), name) for what, pruner, tokens in RUNS]
     output = options.output or RESULTS / file
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(content | {"runs": records}, indent=2) + "\n", encoding="utf-8")
+    from msp.files import write_text  # not before: it takes memory
+
+    write_text(output, json.dumps(content | {"runs": records}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

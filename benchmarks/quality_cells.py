@@ -174,13 +174,15 @@ class CpuClock:
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
+        from msp.files import write_text
+
         start = time.process_time()
         if name == "Search" and self._spent.exists():
             start -= float(self._spent.read_text())
 
         def advance(done: int, total: int | None = None, /, **info: object) -> None:
             if name == "Search":
-                self._spent.write_text(str(time.process_time() - start))
+                write_text(self._spent, str(time.process_time() - start))
 
         yield advance
         self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - start

@@ -257,6 +257,7 @@ def picture(results: Results, path: Path) -> None:
     """KL and perplexity against packed bytes: a line for each allocator, quantisation of the dense model as points."""
     from matplotlib.figure import Figure
 
+    from msp.files import replacing
     from msp.pictures import COLOURS, DPI, MARKERS
 
     figure = Figure(figsize=(11, 8), layout="constrained")
@@ -291,7 +292,8 @@ def picture(results: Results, path: Path) -> None:
     for axes in panels[-1]:
         axes.set_xlabel("all weights as stored, MB")
     panels[0][1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    figure.savefig(path, dpi=DPI)
+    with replacing(path) as new:
+        figure.savefig(new, dpi=DPI, format="png")
 
 
 def write(folder: Path) -> None:

@@ -245,20 +245,24 @@ def machine_name(processor: str) -> str:
 
 def save(where: dict[str, Any], entries: list[dict[str, Any]]) -> None:
     """Write the results files of this machine and day, and the pages' tables from the newest of every machine."""
+    from msp.files import write_text
+
     for kind, wanted in (("cpu", False), ("search", True)):
         mine = [row for row in entries if ("candidates_per_second" in row) == wanted]
         if mine:
             name = f"{kind}-{machine_name(where['processor'])}-{datetime.date.today().isoformat()}.json"
             content = json.dumps({"machine": where, "rows": mine}, indent=1) + "\n"
-            (RESULTS / name).write_text(content, encoding="utf-8")
+            write_text(RESULTS / name, content)
             write_table(ROOT / "docs" / f"{kind}.md", kind, tables(kind))
 
 
 def write_table(page: Path, name: str, text: str) -> None:
     """Put ``text`` between the comments of a Markdown page that name the table."""
+    from msp.files import write_text
+
     start, end = f"<!-- table:{name} -->\n", f"<!-- /table:{name} -->"
     before, rest = page.read_text(encoding="utf-8").split(start, 1)
-    page.write_text(before + start + text + end + rest.split(end, 1)[1], encoding="utf-8")
+    write_text(page, before + start + text + end + rest.split(end, 1)[1])
 
 
 def tables(kind: str) -> str:

@@ -168,7 +168,9 @@ def main() -> None:
         options.verb: OPTIONS[options.verb],
         "runs": runs,
     }
-    (RESULTS / FILES[options.verb]).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    from msp.files import write_text  # not before: it takes memory
+
+    write_text(RESULTS / FILES[options.verb], json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,6 @@ as ``<name>.values`` ``[R, K/M*N]`` and ``<name>.bitmask`` ``[R, ceil(K/8)]`` ui
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-import uuid
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import __version__ as transformers_version
 from transformers.pytorch_utils import Conv1D
@@ -29,12 +24,13 @@ from transformers.pytorch_utils import Conv1D
 from msp import __version__
 from msp.as_loaded import StoredDtypes, most_common
 from msp.errors import MspError
-from msp.files import open_to_readers, save_tensors
+from msp.files import save_tensors
 from msp.integrations.auto_map import add_loader
 from msp.manifest import Manifest
 from msp.model import weight_identity
 from msp.model_card import model_card
 from msp.ops import PackedWeight
+from msp.outputs import check_room, new_folder
 from msp.packed_files import PackedInfo, header_bytes, read_headers, read_info, tensor_files
 from msp.sparse_linear import (
     at_places,
@@ -95,30 +91,6 @@ def _attach_manifest(model: nn.Module, manifest: Manifest) -> None:
         attach(model, manifest)
 
 
-def check_output(out: str | Path, force: bool = False) -> Path:
-    """Where ``save_packed`` will write, links resolved; to be asked before any long work.
-
-    Raises:
-        MspError: ``out`` exists and ``force`` is off, or it is not a model that could be replaced, or
-            nothing can be created beside it.
-    """
-    target = Path(os.path.realpath(out))
-    if target.exists():
-        if not force:
-            raise MspError(f"{out} exists already; ask for it to be replaced with force")
-        if not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").is_file()):
-            raise MspError(f"{out} exists and is not a model, so it is not replaced; choose another place")
-    parent = target.parent
-    while not parent.exists():
-        parent = parent.parent
-    try:
-        # Permission bits do not tell: a read-only mount, a full disk or an ACL may still refuse.
-        os.rmdir(tempfile.mkdtemp(prefix=".msp-", dir=parent))
-    except OSError as error:
-        raise MspError(f"{out} cannot be written: {parent}: {error.strerror or error}") from error
-    return target
-
-
 def save_packed(
     model: Any,
     tokenizer: Any,
@@ -135,18 +107,19 @@ def save_packed(
         origin: folder of the dense model. Its tokenizer, templates, processors, code and licence are copied as they
             are, see ``msp.travelling``.
 
-    All or nothing: everything is written to a hidden directory beside ``out`` and renamed into place,
-    and a model that is replaced goes only after its successor stands.
+    All or nothing: everything is written to a hidden directory beside ``out``, which takes its place in one step, see
+    ``msp.outputs``. ``out`` is replaced only if msp wrote all that is in it.
 
     Returns:
         The directory written, links resolved.
 
     Raises:
-        MspError: see ``check_output``; no packed linears; or the files cannot be written.
+        MspError: see ``msp.outputs.check_output``; no packed linears; another run writes to ``out``; or the files
+            cannot be written.
     """
     manifest = manifest_of(model, recipe)
     json.dumps(manifest.to_dict())
-    with new_folder(out, force) as (partial, target):
+    with new_folder(out, force, model=origin or model) as (partial, target):
         _attach_manifest(model, manifest)
         # Tensors keep the names of their modules, as the manifest does, also where published files differ.
         model.save_pretrained(partial, max_shard_size=max_shard_size, save_original_format=False)
@@ -230,10 +203,8 @@ def packed_shards(
     Raises:
         MspError: see ``save_packed``; or there is no room for ``size`` bytes.
     """
-    with new_folder(out, force) as (partial, target):
-        free = shutil.disk_usage(partial).free
-        if size > free:
-            raise MspError(f"{out}: the packed model takes {size:,} bytes, and {free:,} are free there")
+    with new_folder(out, force, model=origin) as (partial, target):
+        check_room(out, size, "the packed model")
         yield PackedShards(partial, target.name, stored, origin)
 
 
@@ -258,40 +229,3 @@ def as_stored(module: nn.Module, stored: StoredDtypes, prefix: str = "") -> Iter
     finally:
         for _, tensor, data in before:
             tensor.data = data
-
-
-@contextmanager
-def new_folder(out: str | Path, force: bool = False) -> Iterator[tuple[Path, Path]]:
-    """A hidden directory beside ``out``, and ``out`` itself, links resolved, into whose place it is renamed in the end.
-
-    Raises:
-        MspError: see ``check_output``; or what is done in the context cannot be written. ``out`` is as before then.
-    """
-    target = check_output(out, force)
-    partial = _sibling(target, "partial")
-    try:
-        partial.mkdir(parents=True)
-        yield partial, target
-        open_to_readers(partial)
-        _put_in_place(partial, target)
-    except (OSError, SafetensorError) as error:
-        raise MspError(f"{out} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sibling(target: Path, suffix: str) -> Path:
-    return target.parent / f".{target.name}-{uuid.uuid4().hex[:8]}.{suffix}"
-
-
-def _put_in_place(partial: Path, target: Path) -> None:
-    """Rename ``partial`` to ``target``; what stood there is removed after that, or put back on any failure."""
-    retired = _sibling(target, "replaced")
-    try:
-        if target.exists():
-            target.rename(retired)
-        partial.rename(target)
-    finally:
-        if retired.exists() and not target.exists():
-            retired.rename(target)
-        shutil.rmtree(retired, ignore_errors=True)

@@ -158,8 +158,8 @@ def _window_count(tokens: int, window: int) -> int:
 
 
 def save_tokens(tokens: torch.Tensor | Iterable[int], path: str | Path) -> None:
-    """Write tokens as the one tensor of a safetensors file, to be read back as a source."""
-    from msp.files import save_tensors
+    """Write tokens as the one tensor of a safetensors file, in one step, to be read back as a source."""
+    from msp.files import write_tensors
 
     flat = tokens if isinstance(tokens, torch.Tensor) else torch.tensor(list(tokens), dtype=torch.long)
-    save_tensors({"tokens": flat.contiguous()}, path)
+    write_tensors({"tokens": flat.contiguous()}, path)

@@ -7,13 +7,13 @@ As JSON: ``{"tokens": 1, "dtype": "bfloat16", "machine": {...}, "linears": [{"sh
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from msp.errors import MspError, UsageError
+from msp.files import write_text
 from msp.patterns import NMPattern
 
 Shape = tuple[int, int]
@@ -66,11 +66,8 @@ class DecodeTable:
         return {"tokens": 1, "dtype": self.dtype, "machine": dict(self.machine), "linears": linears}
 
     def save(self, path: Path) -> None:
-        """Write ``path`` in one step, and its folder if need be."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        """Write ``path`` in one step, and its folder if need be; ``MspError`` where it cannot be written."""
+        write_text(path, json.dumps(self.to_json(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> DecodeTable:

@@ -10,11 +10,11 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from msp.errors import MspError
-from msp.files import open_to_readers
+from msp.files import write_text
+from msp.outputs import new_folder, reserved, working_folder
 from msp.progress import NoProgress, Progress
 from msp.report import RichProgress, duration, number, size
 
@@ -46,6 +47,8 @@ SKIPPED_FOLDERS = {
 # One file in this many is held out of training, for calibration and test.
 HELD_OUT_EVERY = 8
 PROMPT = "def read_lines(path):"
+# Of the two pruned models, in the output.
+FOLDERS = ("uniform", "msp")
 
 
 @dataclass(frozen=True)
@@ -195,12 +198,9 @@ def train(settings: DemoSettings, corpus: Corpus, folder: Path, progress: Progre
     with (progress or NoProgress()).stage("Training a small model", settings.steps) as advance:
         for step, loss in _training(model, tokens, settings):
             advance(step, loss=loss, perplexity_per_byte=math.exp(loss))
-    partial = folder / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    open_to_readers(partial)
-    partial.rename(target)
+    with new_folder(target) as (partial, _):
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     return target
 
 
@@ -267,37 +267,40 @@ def run(
     from msp.pipeline import prune
 
     corpus = corpus if corpus is not None else standard_library(settings.corpus_bytes)
-    cache.mkdir(parents=True, exist_ok=True)
-    dense = train(settings, corpus, cache, progress)
-    texts = {}
-    for name, documents in (("calibration", corpus.calibration), ("test", corpus.test)):
-        texts[name] = str(cache / f"{name}.jsonl")
-        Path(texts[name]).write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
-    rows: list[Row] = []
-    for label, allocator, folder in (("uniform 2:8", "uniform", "uniform"), ("MSP, mixed N:8", "msp", "msp")):
-        result = prune(
-            str(dense),
-            sparsity=0.75,
-            output=output / folder,
-            force=True,
-            allocator=allocator,
-            calibration=texts["calibration"],
-            evaluate=texts["test"],
-            window=settings.context,
-            calibration_tokens=effort.calibration_tokens,
-            fitness_tokens=effort.fitness_tokens,
-            test_tokens=effort.test_tokens,
-            evaluations=effort.evaluations,
-            progress=progress,
-        )
-        if not rows:
-            speed, _ = _timed(dense, effort)
-            rows.append(Row("dense", 1.0, 0.0, result.perplexity["dense"], _disk(dense), speed))
-        with progress.stage(f"Loading {folder} back and generating"):
-            speed, sample = _timed(output / folder, effort)
-        pruned = result.perplexity["pruned"]
-        rows.append(Row(label, result.density, result.kl, pruned, _disk(output / folder), speed))
-        prune_pictures(result, output / folder / "pictures")
+    with ExitStack() as stack:
+        stack.enter_context(working_folder(cache))
+        for folder in FOLDERS:
+            stack.enter_context(reserved(output / folder, force=True))
+        dense = train(settings, corpus, cache, progress)
+        texts = {}
+        for name, documents in (("calibration", corpus.calibration), ("test", corpus.test)):
+            texts[name] = str(cache / f"{name}.jsonl")
+            write_text(texts[name], "".join(json.dumps({"text": text}) + "\n" for text in documents))
+        rows: list[Row] = []
+        for label, allocator, folder in (("uniform 2:8", "uniform", FOLDERS[0]), ("MSP, mixed N:8", "msp", FOLDERS[1])):
+            result = prune(
+                str(dense),
+                sparsity=0.75,
+                output=output / folder,
+                force=True,
+                allocator=allocator,
+                calibration=texts["calibration"],
+                evaluate=texts["test"],
+                window=settings.context,
+                calibration_tokens=effort.calibration_tokens,
+                fitness_tokens=effort.fitness_tokens,
+                test_tokens=effort.test_tokens,
+                evaluations=effort.evaluations,
+                progress=progress,
+            )
+            if not rows:
+                speed, _ = _timed(dense, effort)
+                rows.append(Row("dense", 1.0, 0.0, result.perplexity["dense"], _disk(dense), speed))
+            with progress.stage(f"Loading {folder} back and generating"):
+                speed, sample = _timed(output / folder, effort)
+            pruned = result.perplexity["pruned"]
+            rows.append(Row(label, result.density, result.kl, pruned, _disk(output / folder), speed))
+            prune_pictures(result, output / folder / "pictures")
     return rows, sample
 
 
@@ -337,21 +340,21 @@ def table(rows: list[Row]) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the demo; 0 when done, 1 when it failed or was interrupted."""
+    """Run the demo; 0 when done, 1 when it failed or was interrupted, 128 and its number after a signal."""
     parser = argparse.ArgumentParser(prog="python -m msp.demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="where the pruned models go")
     parser.add_argument("--cache", type=Path, default=Path(".cache/demo"), help="where the trained model is kept")
     parser.add_argument("--steps", type=int, default=DemoSettings.steps, help="training steps")
     parser.add_argument("--evaluations", type=int, default=Effort.evaluations, help="candidates the search measures")
     given = parser.parse_args(arguments)
-    from msp.cli.running import calm_libraries
+    from msp.cli.running import Stopped, calm_libraries, stopped_by_signals
     from msp.ops import last_backend
 
     calm_libraries()
     console, errors = Console(), Console(stderr=True)
     start = time.perf_counter()
     try:
-        with RichProgress(errors) as progress:
+        with stopped_by_signals(), RichProgress(errors) as progress:
             rows, sample = run(
                 replace(DemoSettings(), steps=given.steps),
                 replace(Effort(), evaluations=given.evaluations),
@@ -359,9 +362,9 @@ def main(arguments: list[str] | None = None) -> int:
                 cache=given.cache,
                 progress=progress,
             )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         errors.print("interrupted; what was trained to the end is kept, run the demo again to go on")
-        return 1
+        return 128 + interrupt.number if isinstance(interrupt, Stopped) else 1
     except MspError as error:
         errors.print(Text(f"msp: {error}"))
         return 1

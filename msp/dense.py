@@ -10,12 +10,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from msp.checkpoint import as_stored, new_folder
+from msp.checkpoint import as_stored
 from msp.errors import MspError
 from msp.integrations.auto_map import FILE as LOADER_FILE
 from msp.loading import load_model
 from msp.model_card import dense_card
-from msp.packed_files import PackedInfo, read_info
+from msp.outputs import check_room, new_folder
+from msp.packed_files import read_info
 from msp.patterns import NMPattern
 from msp.sparse_linear import SparseLinear
 from msp.travelling import edit_config
@@ -93,10 +94,10 @@ def export_dense(
     """
     source = Path(source)
     info = read_info(source)
-    with new_folder(output, force) as (partial, target):
-        if target == source.resolve():
-            raise MspError(f"{output} is the packed model itself; choose another place for the dense one")
-        _check_room(info, partial, output)
+    if Path(output).resolve() == source.resolve():
+        raise MspError(f"{output} is the packed model itself; choose another place for the dense one")
+    with new_folder(output, force, model=source) as (partial, target):
+        check_room(output, info.dense_bytes + info.other_bytes, "the dense model")
         loaded = load_model(source, dtype="float32", trust_remote_code=trust_remote_code)
         model = loaded.model
         model.dequantize()
@@ -114,9 +115,3 @@ def export_dense(
 def _is_left(file: Path, partial: Path) -> bool:
     written = (partial / file.name).exists() or file.suffix == ".safetensors"
     return written or file.name in NOT_COPIED or file.name.startswith(".")
-
-
-def _check_room(info: PackedInfo, folder: Path, output: str | Path) -> None:
-    size, free = info.dense_bytes + info.other_bytes, shutil.disk_usage(folder).free
-    if size > free:
-        raise MspError(f"{output}: the dense model takes {size:,} bytes, and {free:,} are free there")

@@ -1,14 +1,65 @@
-"""Writes tensors into files that others may read too."""
+"""Writes single files in one step, such that others may read them too."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from msp.errors import MspError
+from msp.staging import put_in_place, staged
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Another path to write a file to, which takes the place of ``path`` when the context ends well.
+
+    It reaches the disk before, so that neither a kill nor a power cut leaves a part of a file. A link is followed; a
+    pipe or a terminal is written to as it is. Missing folders are made.
+
+    Raises:
+        MspError: what is done in the context cannot be written, and ``path`` is as before; or another process is
+            writing it.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        if target.exists() and not target.is_file() and not target.is_dir():
+            yield target
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with staged(target) as new:
+            yield new
+            if target.is_file():
+                shutil.copymode(target, new)
+            put_in_place(new, target)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: str | Path, error: Exception) -> MspError:
+    """What to raise where ``path`` cannot be written: it names the file and the reason."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return MspError(f"{path} cannot be written: {reason}")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file of UTF-8 text in one step; errors as of ``replacing``."""
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write a safetensors file in one step; errors as of ``replacing``."""
+    with replacing(path) as new:
+        save_tensors(tensors, new)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: str | Path, *, metadata: dict[str, str] | None = None) -> None:

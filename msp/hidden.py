@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Hashable
 
 import torch
 from torch import Tensor
 
+from msp.errors import MspError
 from msp.gates import State
 
 
@@ -46,7 +48,20 @@ class HiddenStates:
 
 
 def _mapped(tensor: Tensor) -> Tensor:
-    """A copy in a file that has no name any more: it goes with the last reference to the copy."""
-    with tempfile.NamedTemporaryFile(prefix="msp-") as file:
-        mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    """A copy in a file that has no name any more: it goes with the last reference to the copy.
+
+    Raises:
+        MspError: the disk is full.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(prefix="msp-") as file:
+            # To touch a page that the disk has no room for would kill the process.
+            if tensor.nbytes:
+                os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
+            mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    except OSError as error:
+        raise MspError(
+            f"{tempfile.gettempdir()}: {tensor.nbytes:,} bytes of hidden states cannot be written: "
+            f"{error.strerror or error}; set TMPDIR to a folder with room, or allow more hidden_bytes in memory"
+        ) from error
     return mapped.view(tensor.shape).copy_(tensor)

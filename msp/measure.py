@@ -22,6 +22,7 @@ from msp.manifest import QUANT_METHOD
 from msp.model import find_structure
 from msp.ops import nm_select
 from msp.ops._dispatch import compiled_module
+from msp.outputs import check_file
 from msp.patterns import NMPattern
 from msp.plan import PatternRules
 from msp.progress import NoProgress, Progress
@@ -93,10 +94,14 @@ def measure(
     """The decode table of a model, of which no weight is read; arguments and errors as for ``prune``.
 
     Args:
-        output: file to write it to.
+        output: file to write it to. A file that is there is replaced if it is a decode table.
         dtype: ``auto`` is what most of its weights are stored in, and its packed form computes in.
     """
     rules = PatternRules.parse(group_size, patterns, keep, compliant=compliant)
+    if output is not None:
+        check_file(output)
+        if Path(output).is_file():
+            DecodeTable.load(output)
     place = find_device(device)
     check_dtype(dtype)
     config = read_config(model, trust_remote_code=trust_remote_code)

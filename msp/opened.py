@@ -97,6 +97,15 @@ class Opened:
         linears = sum(goal.cost(linear, allocation.get(linear.name)) for linear in self.structure.linears)
         return {"dense": self.loaded.stored.dense_bytes, "packed": goal.other_bytes + linears}
 
+    def expected_bytes(self, plan: Plan) -> int:
+        """About what a model packed to ``plan`` takes, at least, before its allocation is known."""
+        if plan.objective == "bytes":
+            return min(plan.limit, self.loaded.stored.dense_bytes)
+        if plan.objective == "weights":
+            least = min(self.loaded.stored.of_linear(linear.name).itemsize for linear in self.structure.linears)
+            return self._other_bytes() + plan.limit * least
+        return self._other_bytes()
+
     def bench(self, plan: Plan, tokens: TokenSets, options: PruneOptions, progress: Progress) -> Workbench:
         about: dict[str, Any] = {
             "name": self.loaded.source,

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from msp.errors import UsageError
+from msp.outputs import check_results, working_folder, write_results
 from msp.patterns import parse_sparsity
 from msp.pictures import pareto_picture
 from msp.pipeline import search_all
 from msp.plan import parse_bytes, parse_time
 from msp.progress import NoProgress, Progress
-from msp.recipe import write_allocation
+from msp.recipe import ALLOCATION_FILES, write_allocation
 from msp.report import to_json
 from msp.results import ParetoResult, SearchResult
+
+CURVE_FILES = ("pareto.json", "pareto.png")
 
 
 def pareto(
@@ -36,27 +40,45 @@ def pareto(
 
     Args:
         output: directory for ``BUDGET/allocation.json`` and ``BUDGET/recipe.yaml``, each written when it is found, and
-            in the end ``pareto.json`` and ``pareto.png``.
+            in the end ``pareto.json`` and ``pareto.png``. Those that are there are replaced as by ``search``.
         work_dir: where the searches keep their checkpoints, each in a folder of its own.
     """
     budgets = _budgets(sparsities, budgets_bytes, budgets_decode)
     place = None if work_dir is None else Path(work_dir)
     requests = [{**options, **budget, "work_dir": place and place / name} for name, budget in budgets.items()]
     listener = progress or NoProgress()
+    with working_folder(work_dir), working_folder(output):
+        if output is not None:
+            check_results(output, CURVE_FILES)
+            for name in budgets:
+                check_results(Path(output) / name, ALLOCATION_FILES)
+        curve = _curve(model, requests, list(budgets), output, tokenizer, listener)
+        if output is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                picture = pareto_picture(curve, Path(folder) / "pareto.png").read_bytes()
+            texts = (to_json(curve.to_json()) + "\n", picture)
+            write_results(Path(output), dict(zip(CURVE_FILES, texts, strict=True)))
+    return curve
+
+
+def _curve(
+    model: Any,
+    requests: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    output: str | Path | None,
+    tokenizer: Any,
+    listener: Progress,
+) -> ParetoResult:
     results: dict[str, SearchResult] = {}
-    with listener.stage("Budgets", len(budgets)) as advance:
+    with listener.stage("Budgets", len(names)) as advance:
         found = search_all(model, requests, tokenizer=tokenizer, progress=listener, measured=True)
-        for name, result in zip(budgets, found, strict=True):
+        for name, result in zip(names, found, strict=True):
             results[name] = result
             if output is not None:
                 write_allocation(Path(output) / name, result.allocation, result.recipe)
             advance(len(results), budget=name, loss=result.loss)
     first = next(iter(results.values()))
-    curve = ParetoResult(first.recipe["model"], first.recipe["fitness"], results)
-    if output is not None:
-        (Path(output) / "pareto.json").write_text(to_json(curve.to_json()) + "\n", encoding="utf-8")
-        pareto_picture(curve, Path(output) / "pareto.png")
-    return curve
+    return ParetoResult(first.recipe["model"], first.recipe["fitness"], results)
 
 
 def _budgets(

@@ -110,7 +110,14 @@ class Allocation(Mapping[str, NMPattern]):
         return cls({name: NMPattern.parse(text) for name, text in patterns.items()})
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_strings(), indent=2) + "\n", encoding="utf-8")
+        """Write ``path`` in one step; ``MspError`` where it cannot be written."""
+        from msp.files import write_text
+
+        write_text(path, self.to_json())
+
+    def to_json(self) -> str:
+        """The text that ``save`` writes."""
+        return json.dumps(self.to_strings(), indent=2) + "\n"
 
     @classmethod
     def load(cls, path: str | Path) -> Allocation:

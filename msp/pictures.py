@@ -14,7 +14,11 @@ from matplotlib import colormaps
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from PIL import Image
 
+from msp.errors import MspError
+from msp.files import replacing
+from msp.outputs import check_file
 from msp.patterns import NMPattern
 from msp.report import merge_experts, split_names
 
@@ -28,6 +32,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 LEFT_DENSE = "#DDDDDD"
 DPI = 150
+# Written into every PNG: only one that has it is replaced.
+DRAWN_BY = "msp (Mixed Sparsity Pruning)"
 FITNESS_LABELS = {"kl": "KL to dense, nats a token", "perplexity": "logarithm of the perplexity"}
 # Beyond these a heat map's cells are too small to write in.
 MOST_ANNOTATED_BLOCKS = 40
@@ -37,7 +43,6 @@ MOST_KINDS = 24
 def prune_pictures(result: PruneResult, folder: str | Path) -> list[Path]:
     """Every picture that ``result`` has figures for, written to ``folder``; returns their paths."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     made = [allocation_picture(result.allocation, folder / "allocation.png", skipped=tuple(result.skipped))]
     if result.sensitivities:
         made.append(sensitivity_picture(result.sensitivities, folder / "sensitivity.png"))
@@ -234,5 +239,28 @@ def _style(index: int) -> dict[str, Any]:
 
 
 def _save(figure: Figure, path: str | Path) -> Path:
-    figure.savefig(path, dpi=DPI)
+    """Write a picture in one step; ``MspError`` where it cannot be written."""
+    kind = Path(path).suffix.removeprefix(".").lower() or "png"
+    with replacing(path) as new:
+        figure.savefig(new, dpi=DPI, format=kind, metadata={"Software": DRAWN_BY} if kind == "png" else None)
     return Path(path)
+
+
+def check_picture(path: str | Path) -> None:
+    """See that a picture can be written to ``path``; to be asked before any long work.
+
+    Raises:
+        MspError: nothing can be created there, or a file is there that is not a picture of msp.
+    """
+    check_file(path)
+    if not Path(path).is_file():
+        return
+    try:
+        with Image.open(path) as image:
+            drawn_by = image.info.get("Software")
+    except (OSError, ValueError):
+        drawn_by = None
+    if drawn_by != DRAWN_BY:
+        raise MspError(
+            f"{path} is no picture that msp drew, so it is not replaced: move it away, or choose another name"
+        )

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from msp import __version__
-from msp.allocators import Allocated, Problem, allocate, get_allocator
-from msp.checkpoint import as_stored, check_output, packed_shards, replace_linears, save_packed
+from msp.allocators import Allocated, Allocator, Problem, allocate, get_allocator
+from msp.checkpoint import as_stored, packed_shards, replace_linears, save_packed
 from msp.data import DEFAULT_EVALUATION, TokenSource, read_windows
 from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference, Quality, Reference, Sums, perplexity
@@ -33,11 +33,12 @@ from msp.loading import (
 )
 from msp.opened import Opened, open_model, vocabulary_size, window_of
 from msp.ops import PackedWeight
+from msp.outputs import check_results, check_room, check_temporary, reserved, working_folder
 from msp.patterns import Allocation
 from msp.plan import Plan
 from msp.progress import NoProgress, Progress
 from msp.pruners import Pruner, get_pruner
-from msp.recipe import write_allocation
+from msp.recipe import ALLOCATION_FILES, write_allocation
 from msp.results import CompareResult, CompareRow, PruneResult, SearchResult, SensitivityResult, mean_rows
 from msp.search.fitness import key_of
 from msp.sensitivity import fisher_traces
@@ -76,7 +77,8 @@ def prune(
     Args:
         model: a directory, a hub id, or a model object (which is packed in place).
         sparsity: share of the linears' weights to remove, in (0, 1); or ``budget_bytes`` among the options.
-        output: directory to save the packed model to; ``force`` replaces one that is there.
+        output: directory to save the packed model to; ``force`` replaces one that is there, if msp wrote all that is
+            in it. No other run can write to it, or to ``work_dir``, meanwhile.
         tokenizer: to go with a model object.
         progress: hears of every stage.
         options: the other fields of ``PruneOptions``.
@@ -86,15 +88,34 @@ def prune(
         MspError: a model, text or place that does not serve.
     """
     settings = _options(sparsity, options)
-    if output is not None:
-        check_output(output, force)
-    elif settings.stream:
+    if output is None and settings.stream:
         raise UsageError("a streamed model is packed on disk, block by block: stream needs an output")
-    listener = progress or NoProgress()
+    with ExitStack() as stack:
+        if output is not None:
+            stack.enter_context(reserved(output, force, model=model, work_dir=settings.work_dir))
+        stack.enter_context(_places(settings))
+        return _prune(model, settings, output, force, tokenizer, progress or NoProgress())
+
+
+@contextmanager
+def _places(settings: PruneOptions) -> Iterator[None]:
+    """The folders that a search may write to, checked and locked."""
+    in_temporary_folder = settings.work_dir is None and settings.database(get_pruner(settings.pruner))
+    if settings.stream or in_temporary_folder:
+        check_temporary()
+    with working_folder(settings.work_dir):
+        yield
+
+
+def _prune(
+    model: Any, settings: PruneOptions, output: str | Path | None, force: bool, tokenizer: Any, listener: Progress
+) -> PruneResult:
     clock = _Stopwatch()
     with clock("load"):
         opened = open_model(model, settings, tokenizer, listener, may_stream=True)
         plan = opened.plan(settings, listener)
+        if output is not None:
+            check_room(output, opened.expected_bytes(plan), "the packed model")
         tokens = opened.tokens(settings, settings.seed)
     pruner = get_pruner(settings.pruner)
     bench = opened.bench(plan, tokens, settings, listener)
@@ -110,6 +131,8 @@ def prune(
             allocation = problem.allocation(found.levels)
         stored, origin = opened.loaded.stored, opened.loaded.folder
         fitness = bench.reference(settings.measure) if found.history else None
+        if output is not None:
+            check_room(output, opened.bytes_of(allocation)["packed"], "the packed model")
         shards = None
         if isinstance(bench, StreamedWorkbench):
             assert output is not None
@@ -170,11 +193,15 @@ def search(
     test tokens are set aside as there.
 
     Args:
-        output: directory to write ``allocation.json`` and ``recipe.yaml`` to.
+        output: directory to write ``allocation.json`` and ``recipe.yaml`` to. It is checked before any work; either of
+            them is replaced if msp wrote it and nobody changed it since.
     """
-    (result,) = search_all(model, [{"sparsity": sparsity, **options}], tokenizer=tokenizer, progress=progress)
-    if output is not None:
-        write_allocation(Path(output), result.allocation, result.recipe)
+    with working_folder(output):
+        if output is not None:
+            check_results(output, ALLOCATION_FILES)
+        (result,) = search_all(model, [{"sparsity": sparsity, **options}], tokenizer=tokenizer, progress=progress)
+        if output is not None:
+            write_allocation(Path(output), result.allocation, result.recipe)
     return result
 
 
@@ -197,7 +224,16 @@ def search_all(
     settings = [_options(request.get("sparsity"), {**request}) for request in requests]
     if any(each.allocation is not None for each in settings):
         raise UsageError("a search finds an allocation; one that is given leaves nothing to search for")
-    listener, clock, first = progress or NoProgress(), _Stopwatch(), settings[0]
+    with ExitStack() as stack:
+        for each in settings:
+            stack.enter_context(_places(each))
+        yield from _search_all(model, settings, tokenizer, progress or NoProgress(), measured)
+
+
+def _search_all(
+    model: Any, settings: Sequence[PruneOptions], tokenizer: Any, listener: Progress, measured: bool
+) -> Iterator[SearchResult]:
+    clock, first = _Stopwatch(), settings[0]
     with clock("load"):
         opened = open_model(model, first, tokenizer, listener, may_stream=True)
         plans = [opened.plan(each, listener) for each in settings]
@@ -311,7 +347,19 @@ def compare(
     methods = [(name, get_pruner(name)) for name in pruners]
     if not chosen or not methods or not seeds:
         raise UsageError("compare needs at least one allocator, one pruner and one seed")
-    listener = progress or NoProgress()
+    with _places(settings):
+        return _compare(model, settings, chosen, methods, seeds, tokenizer, progress or NoProgress())
+
+
+def _compare(
+    model: Any,
+    settings: PruneOptions,
+    chosen: Sequence[tuple[str, Allocator]],
+    methods: Sequence[tuple[str, Pruner]],
+    seeds: Sequence[int],
+    tokenizer: Any,
+    listener: Progress,
+) -> CompareResult:
     opened = open_model(model, settings, tokenizer, listener)
     plan = opened.plan(settings, listener)
     rows: list[CompareRow] = []

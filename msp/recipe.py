@@ -15,7 +15,6 @@ count in N the weights that go::
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,10 +23,12 @@ from typing import Any
 import yaml
 
 from msp.errors import MspError, UsageError
+from msp.outputs import write_results
 from msp.patterns import Allocation, NMPattern
 from msp.plan import PatternRules, Rule
 
 MODIFIER = "NMPruningModifier"
+ALLOCATION_FILES = ("allocation.json", "recipe.yaml")
 
 
 def read_rules(path: str | Path) -> PatternRules:
@@ -75,17 +76,13 @@ def write_allocation(folder: Path, allocation: Allocation, made_by: Mapping[str,
     """``allocation.json`` and ``recipe.yaml`` in ``folder``, each replaced in one step if it is there.
 
     ``made_by`` goes into the recipe as plain data, for readers only.
+
+    Raises:
+        MspError: one is there that msp did not write, or that was edited since; or they cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     recipe = {
         "pruning_stage": {"pruning_modifiers": {MODIFIER: {"patterns": allocation.to_strings()}}},
         "made_by": made_by,
     }
     text = "# N:M keeps N of every M consecutive weights of a row.\n" + yaml.safe_dump(recipe, sort_keys=False)
-    written = [folder / "allocation.json", folder / "recipe.yaml"]
-    temporary = [path.with_name(f".{path.name}.tmp") for path in written]
-    allocation.save(temporary[0])
-    temporary[1].write_text(text, encoding="utf-8")
-    for source, target in zip(temporary, written, strict=True):
-        os.replace(source, target)
-    return written
+    return write_results(folder, dict(zip(ALLOCATION_FILES, (allocation.to_json(), text), strict=True)))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
-import weakref
 from collections.abc import Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -27,6 +25,7 @@ from msp.search.distributed import Workers
 from msp.search.fitness import Runner
 from msp.search.streaming import StoredRanks, StreamingRunner
 from msp.sparse_linear import SparseLinear
+from msp.staging import scratch_folder
 from msp.streamed import streamed_fisher_traces, streamed_logits
 from msp.workbench import Workbench
 
@@ -65,11 +64,7 @@ class StreamedWorkbench(Workbench):
 
     def _room_for_ranks(self) -> MutableMapping[str, Ranks]:
         """A folder for rank codes that goes with this workbench; ``MspError`` where they do not fit."""
-        beside = self._folder
-        folder = Path(tempfile.mkdtemp(prefix="msp-ranks-")) if beside is None else beside / "ranks"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        folder = scratch_folder(self, "ranks", self._folder)
         needed = sum(linear.weight.numel() * len(self.group_sizes(linear.name)) for linear in self.linears)
         free = shutil.disk_usage(folder).free
         if needed > free:

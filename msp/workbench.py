@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
-import tempfile
 import warnings
-import weakref
 from collections.abc import Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
@@ -38,6 +35,7 @@ from msp.search.fitness import Runner, TokenFitness, windows_per_batch
 from msp.search.runners import Setting, open_runner
 from msp.sensitivity import fisher_diagonals, fisher_traces
 from msp.sparse_linear import at_places
+from msp.staging import scratch_folder
 from msp.task_loss import TaskLoss, TaskReference, fitness_name
 
 # Tokens per forward: enough to fill a machine, few enough that activations stay small.
@@ -411,8 +409,7 @@ class WorkbenchEvidence:
             if self._search.checkpoint is not None:
                 folder = self._search.checkpoint.with_name("database")
             else:
-                folder = Path(tempfile.mkdtemp(prefix="msp-database-"))
-                weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+                folder = scratch_folder(self, "database")
             self._levels = self._bench.levels(self._pruner, folder, resume=self._search.resume)
         return self._levels
 

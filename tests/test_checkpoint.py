@@ -22,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from msp.checkpoint import check_output, replace_linears, save_packed
+from msp import staging
+from msp.checkpoint import replace_linears, save_packed
 from msp.errors import MspError, UsageError
+from msp.outputs import MARK, check_output
 from msp.packed_files import LinearInfo, read_info, tensor_files, validate_packed
 from msp.patterns import NMPattern
 from msp.report import packed_report
@@ -205,10 +207,13 @@ def test_force_replaces_a_model_and_leaves_nothing_of_it(model: PreTrainedModel,
     out = tmp_path / "out"
     save_packed(model, tokenizer(), out, recipe={}, max_shard_size=20_000)
     (out / "note.txt").write_text("mine")
+    with pytest.raises(MspError, match=r"note\.txt.*move that away"):
+        save_packed(packed_model("qwen2", seed=2), None, out, recipe=RECIPE, force=True)
+    (out / "note.txt").unlink()
     save_packed(packed_model("qwen2", seed=2), None, out, recipe=RECIPE, force=True)
     assert listing(tmp_path) == ["out"]
     files = {"README.md", "config.json", "generation_config.json", "load_with_msp.py", "model.safetensors"}
-    assert set(listing(out)) == files
+    assert set(listing(out)) == {MARK, *files}
     assert read_info(out).recipe == RECIPE
 
 
@@ -289,23 +294,35 @@ def test_a_failure_leaves_nothing_and_the_old_model_intact(
     assert not existing or contents(out) == before
 
 
-@pytest.mark.parametrize("failing", [1, 2])
+@pytest.mark.parametrize("failing", ["exchange", "first", "second", "sync"])
 @pytest.mark.parametrize("failure", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()], ids=["io", "key"])
 def test_a_failure_in_the_swap_puts_the_old_model_back(
-    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, failing: int
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, failing: str
 ) -> None:
+    """In the exchange, or in the first or second rename where there is none."""
     out = tmp_path / "out"
     save_packed(packed_model("qwen2"), tokenizer(), out, recipe=RECIPE)
-    before, rename, calls = contents(out), Path.rename, iter(range(1, 9))
+    before, rename = contents(out), os.rename
 
-    def fails_once(source: Path, target: Path) -> Path:
-        if next(calls) == failing:
+    def fails(*_: object) -> bool:
+        raise failure
+
+    def fails_once(source: Path, target: Path) -> None:
+        to_old = Path(target).name == "old"
+        if (failing == "first") == to_old and Path(source).name != "old":
             raise failure
-        return rename(source, target)
+        rename(source, target)
 
-    monkeypatch.setattr(Path, "rename", fails_once)
+    if failing == "sync":
+        monkeypatch.setattr(os, "fsync", fails)
+    elif failing == "exchange":
+        monkeypatch.setattr(staging, "exchange", fails)
+    else:
+        monkeypatch.setattr(staging, "exchange", lambda *_: False)
+        monkeypatch.setattr(os, "rename", fails_once)
     with pytest.raises((MspError, KeyboardInterrupt)):
         save_packed(model, None, out, recipe={}, force=True)
+    monkeypatch.undo()
     assert listing(tmp_path) == ["out"] and contents(out) == before
 
 

@@ -18,6 +18,7 @@ import msp.opened
 from msp.cli import app
 from msp.data import save_tokens
 from msp.decode_table import DecodeTable
+from msp.outputs import MARK
 from msp.patterns import Allocation
 
 VERBS = ("prune", "search", "measure", "compare", "sensitivity", "evaluate", "generate", "info", "export")
@@ -153,7 +154,7 @@ def test_several_budgets(home: Path, llama: Path, text: Path):
     assert [(point["name"], point["density"]) for point in data["points"]] == [("0.5", 0.5), ("0.75", 0.25)]
     assert json.loads((out / "pareto.json").read_text()) == data
     assert set(Allocation.load(out / "0.75" / "allocation.json").to_strings().values()) <= {"0:4", "1:4", "2:4"}
-    assert sorted(path.name for path in out.iterdir()) == ["0.5", "0.75", "pareto.json", "pareto.png"]
+    assert sorted(path.name for path in out.iterdir()) == [MARK, "0.5", "0.75", "pareto.json", "pareto.png"]
     assert not (home / ".curve.search").exists()
     assert "Fitness (kl)" in msp_run(*search, "--calibration", text, *SMALL).stdout
 

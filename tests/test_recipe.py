@@ -8,6 +8,7 @@ from families import build
 
 from msp.errors import MspError, UsageError
 from msp.model import find_structure
+from msp.outputs import MARK
 from msp.patterns import Allocation, NMPattern
 from msp.plan import Goal, make_plan
 from msp.recipe import read_rules, write_allocation
@@ -27,11 +28,11 @@ def patterns_under(path: Path) -> dict[str, str]:
 def test_what_is_written_is_read_again(file: str, tmp_path: Path) -> None:
     mixed = ["2:8", "0:8", "8:8", "3:16", "1:4"]
     allocation = Allocation.from_strings({name: mixed[i % 5] for i, name in enumerate(NAMES)})
-    (tmp_path / file).write_text("of another run")
+    write_allocation(tmp_path, Allocation.from_strings({"other": "2:8"}), {})
     made_by = {"pruner": "wanda", "search": {"token_shares": (0.5, 1.0)}, "sparsity": 0.75}
     write_allocation(tmp_path, allocation, made_by)
     assert patterns_under(tmp_path / file) == allocation.to_strings()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["allocation.json", "recipe.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MARK, "allocation.json", "recipe.yaml"]
     # Any reader of YAML sees text, not numbers in base 60.
     content = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
     modifier = content["pruning_stage"]["pruning_modifiers"]["NMPruningModifier"]

@@ -90,8 +90,10 @@ def fill(page: str, benchmarks: dict[str, Entry]) -> str:
 
 
 def main() -> None:
+    from msp.files import write_text
+
     benchmarks = newest_benchmarks([Path(name) for name in sys.argv[1:]] or committed())
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), benchmarks), encoding="utf-8")
+    write_text(PAGE, fill(PAGE.read_text(encoding="utf-8"), benchmarks))
 
 
 if __name__ == "__main__":

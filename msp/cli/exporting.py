@@ -31,7 +31,10 @@ def export(
             rich_help_panel=RUN,
         ),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the model at OUT.", rich_help_panel=RUN)] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace the model at OUT, if msp wrote all that is in it.", rich_help_panel=RUN),
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     debug: Debug = False,

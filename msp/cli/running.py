@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -19,6 +21,36 @@ if TYPE_CHECKING:
     from msp.progress import Progress
 
 FAILED, WRONG_USAGE = 1, 2
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that asks the process to end: cleaned up after like Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """SIGTERM, and SIGHUP unless it is ignored as under nohup, raise ``Stopped`` within the context, each once."""
+
+    def stop(number: int, _: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # the clean-up is under way
+        raise Stopped(number)
+
+    before: dict[int, Any] = {}
+    asking: tuple[int, ...] = (signal.SIGTERM, signal.SIGHUP)
+    if threading.current_thread() is threading.main_thread():
+        for number in asking:
+            if signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Running:
@@ -52,7 +84,7 @@ class Running:
 
 @contextlib.contextmanager
 def running(as_json: bool, debug: bool, *, on_interrupt: str = "interrupted") -> Iterator[Running]:
-    """Runs a verb: progress to standard error, errors to one line and an exit code.
+    """Runs a verb: progress to standard error, errors to one line and an exit code, 128 + its number for a signal.
 
     Whatever a library prints goes to standard error, so that standard output holds the result alone.
     """
@@ -60,12 +92,19 @@ def running(as_json: bool, debug: bool, *, on_interrupt: str = "interrupted") ->
 
     console = Console(stderr=True)
     try:
-        with contextlib.redirect_stdout(sys.stderr), _quiet(console, debug), RichProgress(console) as progress:
+        with (
+            stopped_by_signals(),
+            contextlib.redirect_stdout(sys.stderr),
+            _quiet(console, debug),
+            RichProgress(console) as progress,
+        ):
             session = Running(progress, console, as_json)
             yield session
         session.print_result()
     except typer.Exit:
         raise
+    except Stopped as stopped:
+        _fail(console, on_interrupt, 128 + stopped.number, debug)
     except KeyboardInterrupt:
         _fail(console, on_interrupt, FAILED, debug)
     except MspError as error:

@@ -75,8 +75,9 @@ def search(
             "--output",
             "-o",
             metavar="OUT",
-            help="Directory to write allocation.json and recipe.yaml to; what is there of these is replaced. With "
-            "several budgets, each has a folder in it, beside pareto.json and pareto.png.",
+            help="Directory to write allocation.json and recipe.yaml to. Those that are there are replaced if msp "
+            "wrote them and nobody changed them. With several budgets, each has a folder in it, beside pareto.json and "
+            "pareto.png.",
             rich_help_panel=RUN,
         ),
     ],
@@ -96,23 +97,25 @@ def search(
     with running(as_json, debug, on_interrupt=interrupted) as session:
         check_sources(options["calibration"], options["evaluate"])
         from msp import pipeline
+        from msp.outputs import working_folder
         from msp.report import pareto_report, search_report
 
         calm_libraries()
         work_dir = options["work_dir"] or search_folder(output)
         chosen = with_budget(**{**options, "work_dir": work_dir})
         budget, several = _several(chosen)
-        if several is None:
-            result = pipeline.search(model, output=output, progress=session.progress, **chosen)
-            session.result(result.to_json(), search_report(result, output))
-        else:
-            from msp.pareto_curve import pareto
+        with working_folder(work_dir):
+            if several is None:
+                result = pipeline.search(model, output=output, progress=session.progress, **chosen)
+                session.result(result.to_json(), search_report(result, output))
+            else:
+                from msp.pareto_curve import pareto
 
-            chosen.pop(budget)
-            curve = pareto(model, **several, output=output, progress=session.progress, **chosen)
-            session.result(curve.to_json(), pareto_report(curve, output))
-        if options["work_dir"] is None:
-            shutil.rmtree(work_dir, ignore_errors=True)
+                chosen.pop(budget)
+                curve = pareto(model, **several, output=output, progress=session.progress, **chosen)
+                session.result(curve.to_json(), pareto_report(curve, output))
+            if options["work_dir"] is None:
+                shutil.rmtree(work_dir, ignore_errors=True)
 
 
 def _several(options: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
@@ -131,7 +134,13 @@ def measure(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A dense model: a directory or a hub id.")],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="FILE", help="JSON file to write the times to.", rich_help_panel=RUN),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="JSON file to write the times to. A file that is there is replaced if it is such a table.",
+            rich_help_panel=RUN,
+        ),
     ],
     dtype: Dtype = "auto",
     device: Device = "auto",

@@ -113,7 +113,10 @@ def prune(
             rich_help_panel=METHOD,
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the model at OUT.", rich_help_panel=RUN)] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace the model at OUT, if msp wrote all that is in it.", rich_help_panel=RUN),
+    ] = False,
     pictures: Annotated[
         bool, typer.Option("--pictures/--no-pictures", help="Draw OUT/pictures/*.png.", rich_help_panel=RUN)
     ] = True,
@@ -133,20 +136,23 @@ def prune(
     with running(as_json, debug, on_interrupt=interrupted) as session:
         check_sources(options["calibration"], options["evaluate"])
         from msp import pipeline
+        from msp.outputs import reserved, working_folder
         from msp.report import prune_report
 
         calm_libraries()
         work_dir = options["work_dir"] or search_folder(output)
         chosen = with_budget(allocation=allocation, **{**options, "work_dir": work_dir})
-        result = pipeline.prune(model, output=output, force=force, progress=session.progress, **chosen)
-        if options["work_dir"] is None:
-            shutil.rmtree(work_dir, ignore_errors=True)
-        drawn: list[Path] = []
-        if pictures:
-            from msp.pictures import prune_pictures
+        # held until all is done: another run may begin when this one lets go
+        with reserved(output, force, model=model, work_dir=work_dir), working_folder(work_dir):
+            result = pipeline.prune(model, output=output, force=force, progress=session.progress, **chosen)
+            if options["work_dir"] is None:
+                shutil.rmtree(work_dir, ignore_errors=True)
+            drawn: list[Path] = []
+            if pictures:
+                from msp.pictures import prune_pictures
 
-            with session.progress.stage("Drawing pictures"):
-                drawn = _draw(lambda: prune_pictures(result, output / "pictures"))
+                with session.progress.stage("Drawing pictures"):
+                    drawn = _draw(lambda: prune_pictures(result, output / "pictures"))
         session.result(result.to_json(), Group(prune_report(result, output), *_files("Pictures", drawn)))
 
 
@@ -159,7 +165,7 @@ def _draw(draw: Callable[[], list[Path]]) -> list[Path]:
     """The pictures that ``draw`` writes; where it cannot, a warning: no result is lost for a picture."""
     try:
         return draw()
-    except OSError as error:
+    except (OSError, MspError) as error:
         warnings.warn(f"no pictures: {error}", stacklevel=2)
         return []
 
@@ -233,6 +239,9 @@ def _picture_path(output: Path | None, model: str, verb: str) -> Path:
         raise UsageError(f"{path} is not a .png file")
     if not path.absolute().parent.is_dir():
         raise MspError(f"{path}: there is no folder {path.absolute().parent}")
+    from msp.pictures import check_picture
+
+    check_picture(path)
     return path
 
 

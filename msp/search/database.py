@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from msp.errors import MspError
-from msp.files import save_tensors
+from msp.files import write_tensors, write_text
 from msp.ops import PackedWeight
 from msp.patterns import NMPattern
+from msp.staging import clean_folder
 
 FORMAT = 1
 
@@ -97,31 +97,32 @@ class LevelDatabase:
                     raise MspError(f"{self.folder} is the level database of another run: other {differs}")
                 if differs:
                     removed = f"{self.folder} was the level database of another run, with other {differs}: built anew"
-                    shutil.rmtree(self.folder)
+                    self._remove(found)
             self.folder.mkdir(parents=True, exist_ok=True)
+            clean_folder(self.folder)
             needed, free = sum(map(self._nbytes, self.missing())), shutil.disk_usage(self.folder).free
             if needed > free:
                 raise MspError(f"{self.folder}: the level database needs {needed:,} bytes, and {free:,} are free")
-            temporary = manifest.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self._manifest), encoding="utf-8")
-            os.replace(temporary, manifest)
+            write_text(manifest, json.dumps(self._manifest))
         except OSError as error:
             raise MspError(f"{self.folder} cannot be written: {error}") from error
         return removed
 
+    def _remove(self, manifest: Mapping[str, Any]) -> None:
+        """Remove the files of another database, and no others: the folder is where the user said."""
+        for file in self.folder.glob("*.safetensors"):
+            if file.name.removesuffix(".safetensors") in manifest["levels"]:
+                file.unlink()
+        # the last to go: what a run that is killed leaves is known by it
+        (self.folder / "manifest.json").unlink()
+
     def write(self, name: str, levels: Iterable[PackedWeight]) -> None:
-        """Store linear ``name`` at every level, in the order of its patterns."""
+        """Store linear ``name`` at every level, in the order of its patterns; ``MspError`` where it cannot be."""
         tensors: dict[str, Tensor] = {}
         for pattern, packed in zip(self.patterns[name], levels, strict=True):
             stored = packed.to("cpu", self._dtypes[name])
             tensors |= {f"{pattern}.values": stored.values, f"{pattern}.bitmask": stored.bitmask}
-        file = self._file(name)
-        temporary = file.with_suffix(".tmp")
-        try:
-            save_tensors(tensors, temporary)
-            os.replace(temporary, file)
-        except (OSError, SafetensorError) as error:
-            raise MspError(f"{file} cannot be written: {error}") from error
+        write_tensors(tensors, self._file(name))
 
     def read(self) -> dict[str, PackedLevels]:
         """Every linear at every level: checked, and mapped from the files.

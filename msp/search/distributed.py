@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -274,13 +276,25 @@ def _session(workers: Workers, threads: int) -> Iterator[Any]:
         host, colon, port = options["address"].rpartition(":")
         if colon:  # Ray itself would try for a minute
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+        with _own_sigterm():
+            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # bare ones too, where its processes do not come up in time
         raise MspError(f"Ray cannot be reached at {options['address']}: {first_line(error)}") from error
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray puts its own handler in the place of the program's: a command then ends without having cleaned up."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
 def _count(ray: Any, workers: Workers, needs: Mapping[str, int]) -> int:
@@ -299,8 +313,14 @@ def _put(ray: Any, setting: Setting) -> Any:
         ray.util.register_serializer(kind, serializer=_bytes, deserializer=_tensor)
     for module in code:
         ray.cloudpickle.register_pickle_by_value(module)
+    errors = ray.exceptions
     try:
         return ray.put(setting)
+    except (errors.ObjectStoreFullError, errors.OutOfDiskError, OSError) as error:
+        raise MspError(
+            f"Ray's object store has no room for the model and its rank codes: {first_line(error)}; free memory, and "
+            "disk in Ray's temporary folder, or search without workers"
+        ) from error
     finally:
         for kind in kinds:
             ray.util.deregister_serializer(kind)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from msp.errors import MspError, UsageError
+from msp.files import write_text
 from msp.levels import Levels, levels_from_densities, repair
 from msp.patterns import Budget, Unit
 from msp.search.fitness import FIRST_SHARE, Key, key_of
@@ -342,10 +342,7 @@ class Evolution:
             "first_stage": state.first_stage,
             "effects": [[base, [[*move, effect] for move, effect in found.items()]] for base, found in state.effects],
         }
-        temporary = path.with_suffix(".tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, json.dumps(content))
 
     def _load(self, path: Path) -> _State:
         try:

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from msp.evaluate import Reference, Sums, summed
+from msp.files import unwritable
 from msp.gates import GatedModel
 from msp.hidden import HiddenStates
 from msp.model import Block
@@ -25,14 +27,21 @@ Item = tuple[int, Key]
 
 
 class StoredRanks(MutableMapping[str, Ranks]):
-    """Rank codes in a folder, a file per linear; what is read of them are pages of the mapped file."""
+    """Rank codes in a folder, a file per linear; what is read of them are pages of the mapped file.
+
+    Setting a linear raises ``MspError`` where its file cannot be written, and names the file.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._names: set[str] = set()
 
     def __setitem__(self, name: str, ranks: Ranks) -> None:
-        save_file({str(size): codes.cpu() for size, codes in ranks.items()}, self._file(name))
+        file = self._file(name)
+        try:
+            save_file({str(size): codes.cpu() for size, codes in ranks.items()}, file)
+        except (OSError, SafetensorError) as error:
+            raise unwritable(file, error) from error
         self._names.add(name)
 
     def __getitem__(self, name: str) -> Ranks:

@@ -297,7 +297,8 @@ def options(home: Path, **changes) -> dict:
 
 KILLED = """
 import os, signal, sys, json
-import msp, msp.search.database as database
+from pathlib import Path
+import msp
 replace, written = os.replace, []
 def kill(source, target):
     if str(target).endswith(".safetensors"):
@@ -305,8 +306,8 @@ def kill(source, target):
             os.kill(os.getpid(), signal.SIGKILL)
         written.append(target)
     replace(source, target)
-database.os.replace = kill
-msp.prune(sys.argv[1], work_dir=database.Path(sys.argv[2]), **json.loads(sys.argv[3]))
+os.replace = kill
+msp.prune(sys.argv[1], work_dir=Path(sys.argv[2]), **json.loads(sys.argv[3]))
 """
 
 
