@@ -6,14 +6,13 @@ may differ in rows and pattern. Every ``y_i`` is, to the last bit, what ``nm_lin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from msp.ops import nm_linear_tiles as single
 from msp.ops._dispatch import Op, compiled_module, cuda_serves, define
-from msp.ops.nm_linear import check
 from msp.ops.nm_linear_plan import GATHER_TOKENS, device_limits, plan
 from msp.ops.packed import VALUE_DTYPES
 from msp.patterns import NMPattern
@@ -91,6 +90,7 @@ def cuda(
 
 
 def _check(
+    check: Callable[..., None],
     x: Tensor,
     values: Sequence[Tensor],
     bitmasks: Sequence[Tensor],
@@ -99,6 +99,8 @@ def _check(
     m: Sequence[int],
     columns: int,
 ) -> None:
+    if not len(values) == len(bitmasks) == len(biases) == len(n) == len(m):
+        raise ValueError("a group has as many bitmasks, biases and patterns as values")
     if not 1 <= len(values) <= MOST:
         raise ValueError(f"{len(values)} weights in a group: 1 to {MOST} are served")
     for own in zip(values, bitmasks, biases, n, m, strict=True):
@@ -116,7 +118,7 @@ def _implementation(
     m: Sequence[int],
     columns: int,
 ) -> list[Tensor]:
-    _check(x, values, bitmasks, biases, n, m, columns)
+    _check(single.check_tiles, x, values, bitmasks, biases, n, m, columns)
     return op(x, values, bitmasks, biases, n, m)
 
 
@@ -129,7 +131,7 @@ def _fake(
     m: Sequence[int],
     columns: int,
 ) -> list[Tensor]:
-    _check(x, values, bitmasks, biases, n, m, columns)
+    _check(single.check, x, values, bitmasks, biases, n, m, columns)
     return [x.new_empty(*x.shape[:-1], part.shape[0]) for part in values]
 
 
