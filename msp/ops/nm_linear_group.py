@@ -13,6 +13,7 @@ from torch import Tensor
 
 from msp.ops import nm_linear_tiles as single
 from msp.ops._dispatch import Op, compiled_module, cuda_serves, define
+from msp.ops.nm_linear import check
 from msp.ops.nm_linear_plan import GATHER_TOKENS, device_limits, plan
 from msp.ops.packed import VALUE_DTYPES
 from msp.patterns import NMPattern
@@ -90,7 +91,7 @@ def cuda(
 
 
 def _check(
-    check: Callable[..., None],
+    check_one: Callable[..., None],
     x: Tensor,
     values: Sequence[Tensor],
     bitmasks: Sequence[Tensor],
@@ -104,7 +105,7 @@ def _check(
     if not 1 <= len(values) <= MOST:
         raise ValueError(f"{len(values)} weights in a group: 1 to {MOST} are served")
     for own in zip(values, bitmasks, biases, n, m, strict=True):
-        check(x, *own, columns)
+        check_one(x, *own, columns)
     if not 1 <= x.numel() // columns <= MOST_TOKENS:
         raise ValueError(f"x of shape {list(x.shape)} has not 1 to {MOST_TOKENS} tokens of {columns}")
 
@@ -131,7 +132,7 @@ def _fake(
     m: Sequence[int],
     columns: int,
 ) -> list[Tensor]:
-    _check(single.check, x, values, bitmasks, biases, n, m, columns)
+    _check(check, x, values, bitmasks, biases, n, m, columns)
     return [x.new_empty(*x.shape[:-1], part.shape[0]) for part in values]
 
 

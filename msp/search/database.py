@@ -24,6 +24,7 @@ from msp.errors import MspError
 from msp.files import save_tensors
 from msp.ops import PackedWeight
 from msp.patterns import NMPattern
+from msp.reading import read_json, table
 
 FORMAT = 1
 
@@ -152,8 +153,6 @@ class LevelDatabase:
 
 def _read_manifest(file: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        content["levels"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise MspError(f"{file} is in the way: it is not that of a level database: {error!r}") from error
-    return content
+        return dict(table(read_json(file), "the file", ("levels",)))
+    except MspError as error:
+        raise MspError(f"{file} is in the way: it is not that of a level database: {error}") from error
