@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from msp.finite import check_figures
 from msp.model import device_of
 from msp.progress import NoProgress, Progress
 
@@ -101,6 +102,9 @@ class DenseReference(Reference):
         batch_size: sequences per forward.
         logits: ``[B, T, V]`` of the dense model for every batch, where they come from somewhere else.
 
+    Raises:
+        MspError: its perplexity is not finite; names the block whose output is not.
+
     Attributes:
         quality: the dense model's own perplexity (its KL is 0).
         windows: as given.
@@ -134,6 +138,8 @@ class DenseReference(Reference):
                 self._kept.append((probs.cpu(), self._expected(probs, log_probs)))
                 advance(index + 1)
         self.quality = Quality(_perplexity(loss, predicted), 0.0, predicted)
+        dense = {"perplexity of the dense model": self.quality.perplexity}
+        check_figures(dense, model, windows[:batch_size], streamed=logits is not None)
 
     def compare(self, batch: int, logits: torch.Tensor) -> Sums:
         """Summed loss and KL divergence of a model that has ``logits [B, T, V]`` for a batch."""
@@ -159,14 +165,20 @@ class DenseReference(Reference):
 
 
 def perplexity(model: Any, windows: torch.Tensor, *, batch_size: int = 8, progress: Progress | None = None) -> Quality:
-    """Perplexity alone, keeping nothing; ``kl`` is NaN."""
+    """Perplexity alone, keeping nothing; ``kl`` is NaN.
+
+    Raises:
+        MspError: it is not finite; names the block whose output is not.
+    """
     loss, predicted = 0.0, 0
     with (progress or NoProgress()).stage("Evaluating", len(torch.split(windows, batch_size))) as advance:
         for index, (tokens, log_probs) in enumerate(_predictions(model, windows, batch_size)):
             loss += _loss(log_probs, tokens)
             predicted += log_probs.shape[0] * log_probs.shape[1]
             advance(index + 1)
-    return Quality(_perplexity(loss, predicted), math.nan, predicted)
+    quality = Quality(_perplexity(loss, predicted), math.nan, predicted)
+    check_figures({"perplexity": quality.perplexity}, model, windows[:batch_size])
+    return quality
 
 
 def _predictions(

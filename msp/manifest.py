@@ -9,6 +9,7 @@ from typing import Any
 
 from msp import __version__
 from msp.errors import MspError
+from msp.hashes import read_hashes
 from msp.patterns import NMPattern
 from msp.reading import plain, shown, table, text
 
@@ -17,7 +18,7 @@ QUANT_METHOD = "msp"
 # The dtypes that weights are stored in, as safetensors spells them; packed values are in one of the first three.
 WEIGHT_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
 VALUE_DTYPES = ("F32", "F16", "BF16")
-TABLES = ("allocation", "shapes", "shared", "recipe", "versions")
+TABLES = ("allocation", "shapes", "shared", "recipe", "versions", "hashes")
 LARGEST_SIZE = 1 << 31
 
 
@@ -26,7 +27,8 @@ class Manifest:
     """What ``config.json`` says about a packed model: patterns, ``[out, in]`` shapes, recipe, versions.
 
     A weight that stands at several places is stored once, under the name of the first one. ``shared`` names the others,
-    and for each the first one.
+    and for each the first one. ``hashes`` are those of all stored tensors by name, see ``msp.hashes``; older models
+    have none.
     """
 
     patterns: Mapping[str, NMPattern]
@@ -34,6 +36,7 @@ class Manifest:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -44,6 +47,7 @@ class Manifest:
             **({"shared": dict(self.shared)} if self.shared else {}),
             "recipe": _json_safe(self.recipe),
             "versions": dict(self.versions),
+            **({"hashes": dict(self.hashes)} if self.hashes else {}),
         }
 
     @classmethod
@@ -78,7 +82,8 @@ class Manifest:
             name: text(version, f"quantization_config: versions: {name}") for name, version in read["versions"].items()
         }
         recipe = plain(read["recipe"], "quantization_config: recipe")
-        return cls(patterns, parsed, recipe, versions, dict(shared))
+        hashes = read_hashes(read["hashes"], "quantization_config: hashes")
+        return cls(patterns, parsed, recipe, versions, dict(shared), hashes)
 
     def renamed(self, names: Mapping[str, str]) -> Manifest:
         """The same manifest with every linear ``name`` called ``names[name]``."""

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from msp.errors import MspError
+from msp.hashes import Hashing, note_without
 from msp.manifest import QUANT_METHOD, WEIGHT_BYTES, Manifest
 from msp.ops import PackedWeight
 from msp.ops.layouts import has_tiles
@@ -286,13 +287,22 @@ def header_bytes(file: Path) -> int:
 
 
 def validate_packed(path: str | Path) -> PackedInfo:
-    """Check a whole packed checkpoint: what ``read_info`` checks, and the kept positions of every group.
+    """Check a whole packed checkpoint: what ``read_info`` checks, the hash of every tensor, the kept positions of every
+    group, and that no value is NaN or infinite.
 
     Raises:
         MspError: names the tensor at fault.
     """
     info = read_info(path)
     headers = read_headers(tensor_files(path))
+    if info.manifest.hashes:
+        Hashing(headers).compare(info.manifest.hashes)
+    else:
+        note_without(str(path))
+    from msp.finite import check_finite  # knows models, which know this module
+
+    for name in headers:
+        check_finite([(name, read_tensor(headers, name))])
     for linear in info.linears:
         if not linear.pattern.is_dense:
             values, bitmask = (read_tensor(headers, f"{linear.name}.{kind}") for kind in ("values", "bitmask"))

@@ -20,6 +20,7 @@ from msp.checkpoint import as_stored, check_output, packed_shards, replace_linea
 from msp.data import DEFAULT_EVALUATION, TokenSource, read_windows
 from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference, Quality, Reference, Sums, perplexity
+from msp.finite import check_figures
 from msp.loading import find_device, load_model
 from msp.opened import Opened, open_model, vocabulary_size, window_of
 from msp.ops import PackedWeight
@@ -106,6 +107,7 @@ def prune(
             shards = stack.enter_context(packed_shards(output, stored, size, force=force, origin=origin))
             with clock("prune"):
                 packed, sums, on_fitness = bench.prune_to(shards, allocation, pruner, reference, fitness)
+            _check_quality(reference.quality_of(sums), opened.model, reference, streamed=True)
         else:
             packed, sums, on_fitness = _pruned(bench, allocation, pruner, reference, fitness, clock)
         quality, searched = reference.quality_of(sums), _search_fitness(found, on_fitness, settings)
@@ -244,11 +246,18 @@ def _pruned(
             model = stack.enter_context(bench.pruned(allocation, pruner))
         with clock("evaluate"):
             sums, on_fitness = test.total(model, progress=bench.progress), None
+            _check_quality(test.quality_of(sums), model, test)
             if fitness is not None:
                 on_fitness = fitness.total(model, progress=bench.progress, label="Evaluating on fitness tokens")
         sparse = {linear.name: model.get_submodule(linear.name) for linear in bench.linears}
         packed = {name: module.packed for name, module in sparse.items() if isinstance(module, SparseLinear)}
     return packed, sums, on_fitness
+
+
+def _check_quality(quality: Quality, model: Any, test: Reference, *, streamed: bool = False) -> None:
+    """Raise ``MspError`` unless the figures of a pruned model are finite: it is of no use, and is not saved."""
+    figures = {"perplexity of the pruned model": quality.perplexity, "KL": quality.kl}
+    check_figures(figures, model, test.tokens(0), streamed=streamed)
 
 
 def _search_fitness(found: Allocated, total: Sums | None, settings: PruneOptions) -> dict[str, float] | None:
@@ -393,9 +402,9 @@ def evaluate(
         dense = load_model(reference, **options).model
         if vocabulary_size(dense) != vocabulary_size(loaded.model):
             raise MspError(f"{reference} has another vocabulary than {model}: their predictions do not compare")
-        quality = DenseReference(dense, windows, batch_size=size, progress=listener).measure(
-            loaded.model, progress=listener
-        )
+        test = DenseReference(dense, windows, batch_size=size, progress=listener)
+        quality = test.measure(loaded.model, progress=listener)
+        check_figures({"perplexity": quality.perplexity, "KL": quality.kl}, loaded.model, test.tokens(0))
     figures: dict[str, Any] = {"model": str(model), "perplexity": quality.perplexity}
     if reference is not None:
         figures |= {"kl": quality.kl, "reference": str(reference)}
