@@ -3,7 +3,7 @@
 One safetensors file a linear holds ``<pattern>.values`` and ``<pattern>.bitmask`` of each pattern between empty and
 dense, in the dtype that a packed model is stored in. A file is there as a whole or not at all, so a build that was
 killed goes on with the linear it was at. Files are memory-mapped when read. ``manifest.json`` says what the weights
-depend on.
+depend on. The metadata of a file are the hashes of its tensors, which are compared when they are read.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from msp.errors import MspError
 from msp.files import save_tensors
+from msp.hashes import hash_tensor
 from msp.ops import PackedWeight
 from msp.patterns import NMPattern
 from msp.reading import read_json, table
@@ -119,7 +120,8 @@ class LevelDatabase:
         file = self._file(name)
         temporary = file.with_suffix(".tmp")
         try:
-            save_tensors(tensors, temporary)
+            hashes = {name: hash_tensor(tensor) or "" for name, tensor in tensors.items()}
+            save_tensors(tensors, temporary, metadata=hashes)
             os.replace(temporary, file)
         except (OSError, SafetensorError) as error:
             raise MspError(f"{file} cannot be written: {error}") from error
@@ -136,8 +138,12 @@ class LevelDatabase:
         file, levels = self._file(name), PackedLevels()
         try:
             with safe_open(file, framework="pt") as reader:
+                hashes = reader.metadata() or {}
                 for pattern in self.patterns[name]:
                     values, bitmask = (reader.get_tensor(f"{pattern}.{part}") for part in ("values", "bitmask"))
+                    for part, tensor in (("values", values), ("bitmask", bitmask)):
+                        if hashes.get(f"{pattern}.{part}") != hash_tensor(tensor):
+                            raise MspError(f"{file}: damaged, to be removed: {pattern}.{part} has another hash")
                     levels[pattern] = PackedWeight(values, bitmask, pattern, self._shapes[name])
         except (OSError, SafetensorError) as error:
             raise MspError(f"{file}: missing or damaged, to be removed: {error}") from error
