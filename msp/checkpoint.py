@@ -25,6 +25,7 @@ from msp import __version__
 from msp.as_loaded import StoredDtypes, most_common
 from msp.errors import MspError
 from msp.files import save_tensors
+from msp.hashes import Hashing
 from msp.integrations.auto_map import add_loader
 from msp.manifest import Manifest
 from msp.model import weight_identity
@@ -32,6 +33,7 @@ from msp.model_card import model_card
 from msp.ops import PackedWeight
 from msp.outputs import check_room, new_folder
 from msp.packed_files import PackedInfo, header_bytes, read_headers, read_info, tensor_files
+from msp.reading import read_object
 from msp.sparse_linear import (
     at_places,
     find_linear,
@@ -136,9 +138,24 @@ def _describe(folder: Path, tokenizer: Any, name: str, origin: Path | None) -> N
         keep_auto_map(origin, folder)
     add_loader(folder)
     info = read_info(folder)
+    record_hashes(folder)
     # transformers names the dtype of whichever parameter comes first, and loads all in what is named here.
     edit_config(folder, dtype=str(_common_dtype(folder, info)).removeprefix("torch."))
     (folder / "README.md").write_text(model_card(info, name), encoding="utf-8")
+
+
+def record_hashes(folder: Path) -> None:
+    """Put the hashes of all stored tensors into ``config.json``, or compare with those that are there.
+
+    Raises:
+        MspError: a tensor that was not written as it was in memory.
+    """
+    headers, entries = read_headers(tensor_files(folder)), read_object(folder / "config.json", foreign=True)
+    config = entries["quantization_config"]
+    found = Hashing(headers)
+    if config.get("hashes"):
+        found.compare(config["hashes"])  # before the tensors went to disk
+    edit_config(folder, quantization_config=config | {"hashes": found.result()})
 
 
 def _common_dtype(folder: Path, info: PackedInfo) -> torch.dtype:

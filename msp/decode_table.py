@@ -15,12 +15,15 @@ from typing import Any
 from msp.errors import MspError, UsageError
 from msp.files import write_text
 from msp.patterns import NMPattern
+from msp.reading import array, plain, read_json, real, table, text, whole
 
 Shape = tuple[int, int]
 DENSE = "dense"
 # Rounding every time to this part of the dense model's moves a prediction by less than measuring again does, and sums
 # of so few different ones are quickly brought to meet a budget.
 RESOLUTION = 1_000_000
+# An hour: whatever takes longer for a token was not measured, and sums of such times leave what integers are kept in.
+MOST_MICROSECONDS = 3.6e9
 
 
 @dataclass(frozen=True)
@@ -73,16 +76,20 @@ class DecodeTable:
     def load(cls, path: str | Path) -> DecodeTable:
         """Read what ``save`` wrote; ``MspError`` names the file when it is no decode table."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            times = {
-                (int(entry["shape"][0]), int(entry["shape"][1])): {
-                    str(name): float(time) for name, time in entry["microseconds"].items()
+            content = table(read_json(path), "the file", ("dtype", "machine", "linears"))
+            times: dict[Shape, dict[str, float]] = {}
+            for index, entry in enumerate(array(content["linears"], "linears")):
+                name = f"linears[{index}]"
+                shape, found = (table(entry, name, ("shape", "microseconds"))[key] for key in ("shape", "microseconds"))
+                rows, columns = (whole(size, f"{name}.shape", 1) for size in array(shape, f"{name}.shape", 2))
+                if (rows, columns) in times:
+                    raise MspError(f"{name}: {rows} x {columns} stands there twice")
+                times[rows, columns] = {
+                    pattern: real(time, f"{name}: {pattern}") for pattern, time in table(found, name).items()
                 }
-                for entry in content["linears"]
-            }
-            table = cls(str(content["dtype"]), dict(content["machine"]), times)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            read = cls(text(content["dtype"], "dtype"), plain(table(content["machine"], "machine"), "machine"), times)
+        except MspError as error:
             raise MspError(f"{path} is not a decode table of msp measure: {error}") from error
-        if not all(0 < time < float("inf") for patterns in times.values() for time in patterns.values()):
+        if not all(0 < time < MOST_MICROSECONDS for patterns in times.values() for time in patterns.values()):
             raise MspError(f"{path}: a time is not a positive number of microseconds")
-        return table
+        return read

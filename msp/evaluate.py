@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msp.finite import check_figures
 from msp.head import Output, Piece, outputs, outputs_of
 from msp.host_memory import give_back
 from msp.model import device_of
@@ -110,6 +111,9 @@ class DenseReference(Reference):
         logits: ``[B, T, V]`` of the dense model for every batch, if not from plain forwards of it: drawn one after
             the other, each from a run of the model at that moment.
 
+    Raises:
+        MspError: its perplexity is not finite; names the block whose output is not.
+
     Attributes:
         quality: the dense model's own perplexity (its KL is 0).
         windows: as given.
@@ -143,6 +147,8 @@ class DenseReference(Reference):
         self.quality = Quality(_perplexity(loss, predicted), 0.0, predicted)
         if any(isinstance(kept, _Hidden) for kept in self._kept):
             give_back()  # of large temporary logits
+        dense = {"perplexity of the dense model": self.quality.perplexity}
+        check_figures(dense, model, windows[:batch_size], streamed=logits is not None)
 
     def _each(self, model: Any, batches: Sequence[int]) -> Iterator[Sums]:
         found = outputs(model, [self.tokens(batch) for batch in batches])
@@ -213,7 +219,11 @@ class _Probabilities:
 
 @torch.inference_mode()
 def perplexity(model: Any, windows: Tensor, *, batch_size: int = 8, progress: Progress | None = None) -> Quality:
-    """Perplexity alone, keeping nothing; ``kl`` is NaN."""
+    """Perplexity alone, keeping nothing; ``kl`` is NaN.
+
+    Raises:
+        MspError: it is not finite; names the block whose output is not.
+    """
     batches = torch.split(windows, batch_size)
     loss = 0.0
     with (progress or NoProgress()).stage("Evaluating", len(batches)) as advance:
@@ -222,7 +232,9 @@ def perplexity(model: Any, windows: Tensor, *, batch_size: int = 8, progress: Pr
                 loss += _loss(output.log_probabilities(piece), tokens, piece)
             advance(done)
     predicted = windows[:, 1:].numel()
-    return Quality(_perplexity(loss, predicted), math.nan, predicted)
+    quality = Quality(_perplexity(loss, predicted), math.nan, predicted)
+    check_figures({"perplexity": quality.perplexity}, model, windows[:batch_size])
+    return quality
 
 
 def _loss(log_probs: Tensor, tokens: Tensor, piece: Piece) -> float:

@@ -56,10 +56,10 @@ def write_text(path: str | Path, text: str) -> None:
         new.write_text(text, encoding="utf-8")
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, *, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file in one step; errors as of ``replacing``."""
     with replacing(path) as new:
-        save_tensors(tensors, new)
+        save_tensors(tensors, new, metadata=metadata)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: str | Path, *, metadata: dict[str, str] | None = None) -> None:

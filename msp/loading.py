@@ -15,9 +15,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from msp.as_loaded import StoredDtypes, check_all_taken, most_common, names_as_loaded
 from msp.errors import MspError, UsageError, first_line
+from msp.finite import check_finite, named_tensors
 from msp.manifest import QUANT_METHOD
 from msp.ops import check_environment
-from msp.packed_files import INDEX, TensorHeader, lfs_pointer, read_headers, split_guards, tensor_files
+from msp.packed_files import INDEX, TensorHeader, lfs_pointer, read_headers, read_tensor, split_guards, tensor_files
 from msp.quantised import (
     check_dense,
     check_float_weights,
@@ -26,6 +27,7 @@ from msp.quantised import (
     dequantising,
     method_of,
 )
+from msp.reading import read_object
 from msp.travelling import TRAVELLING, has_vocabulary, tokenizer_files
 
 
@@ -81,7 +83,9 @@ def load_model(
     is_packed = method_of(config) == QUANT_METHOD
     folder = local_folder(path)
     tokenizer = read_tokenizer(path, folder, trust_remote_code=trust_remote_code)
-    headers = {} if is_packed else stored_headers(path, folder)
+    # also of a packed model: an index may lead out of its folder, and transformers follows it
+    stored = stored_headers(path, folder)
+    headers = {} if is_packed else stored
     if quantised is None:
         check_float_weights(path, headers)
     common = config_dtype(config) if is_packed else most_common(headers)
@@ -93,12 +97,30 @@ def load_model(
         model, report = _load_dequantised(path, config, quantised, **options)
     _check_report(path, model, report, headers)
     if is_packed:
-        tensors, _ = split_guards(stored_headers(path, folder))
-        stored = replace(StoredDtypes.of_files(model, tensors), common=common)
+        tensors, _ = split_guards(stored)
+        dtypes = replace(StoredDtypes.of_files(model, tensors), common=common)
     else:
         dequantised = None if quantised is None else dequantised_dtype(config)
-        stored = StoredDtypes.of_files(model, headers, dequantised=dequantised)
-    return LoadedModel(model.to(device).eval(), tokenizer, path, stored, folder)
+        dtypes = StoredDtypes.of_files(model, headers, dequantised=dequantised)
+        check_loaded(path, model, headers)
+    return LoadedModel(model.to(device).eval(), tokenizer, path, dtypes, folder)
+
+
+def check_loaded(path: str, model: Any, headers: Mapping[str, TensorHeader]) -> None:
+    """Check that every tensor of a dense ``model``, whose files have ``headers``, is finite.
+
+    Raises:
+        MspError: names the first that is not, or the dtypes that would hold it.
+    """
+
+    def stored(name: str) -> torch.Tensor | None:
+        own = {name: own for own, (name, *_), renamed in names_as_loaded(model, headers) if renamed}
+        return read_tensor(headers, own[name]) if name in own else None
+
+    try:
+        check_finite(named_tensors(model), stored)
+    except MspError as error:
+        raise MspError(f"{path}: {error}") from error
 
 
 def _load(path: str, **options: Any) -> tuple[Any, dict[str, Any]]:
@@ -221,7 +243,9 @@ def read_tokenizer(source: str, folder: Path, *, trust_remote_code: bool = False
             raise MspError(f"{source}: the tokenizer cannot be read: {file.name} is {reason}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of transformers, tokenizers, sentencepiece, tiktoken, or the model's own code
+    except BaseException as error:  # of transformers, tokenizers, sentencepiece, tiktoken, or the model's own code
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # a panic of Rust is none
+            raise
         if _wants_trust(error):
             raise MspError(_needs_code(source, "tokenizer")) from error
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -246,6 +270,8 @@ def read_config(source: str | Path, *, trust_remote_code: bool = False) -> Any:
         if (Path(source) / "adapter_config.json").is_file():
             raise MspError(f"{source} is an adapter, not a model: merge it into its model, with merge_and_unload()")
         raise MspError(f"{source} is not a model: it has no config.json")
+    if Path(source).is_dir():
+        read_object(Path(source) / "config.json", foreign=True)  # transformers reads it with less care
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # with code of the model's own, of any kind
@@ -291,12 +317,14 @@ def _needs_code(source: str | Path, what: str) -> str:
 def config_entries(source: str | Path) -> dict[str, Any]:
     """What ``config.json`` of a model holds, whatever its architecture; empty where it cannot be read."""
     try:
+        if Path(source).is_dir():
+            return read_object(Path(source) / "config.json", foreign=True)
         return PreTrainedConfig.get_config_dict(source)[0]
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
-def _wants_trust(error: Exception) -> bool:
+def _wants_trust(error: BaseException) -> bool:
     """Whether transformers refuses code that it would run if it were told to: it names its argument for that."""
     return isinstance(error, ValueError) and "trust_remote_code=True" in str(error)
 

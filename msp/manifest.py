@@ -9,13 +9,17 @@ from typing import Any
 
 from msp import __version__
 from msp.errors import MspError
+from msp.hashes import read_hashes
 from msp.patterns import NMPattern
+from msp.reading import plain, shown, table, text
 
 FORMAT = 1
 QUANT_METHOD = "msp"
 # The dtypes that weights are stored in, as safetensors spells them; packed values are in one of the first three.
 WEIGHT_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
 VALUE_DTYPES = ("F32", "F16", "BF16")
+TABLES = ("allocation", "shapes", "shared", "recipe", "versions", "hashes")
+LARGEST_SIZE = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class Manifest:
     """What ``config.json`` says about a packed model: patterns, ``[out, in]`` shapes, recipe, versions.
 
     A weight that stands at several places is stored once, under the name of the first one. ``shared`` names the others,
-    and for each the first one.
+    and for each the first one. ``hashes`` are those of all stored tensors by name, see ``msp.hashes``; older models
+    have none.
     """
 
     patterns: Mapping[str, NMPattern]
@@ -31,6 +36,7 @@ class Manifest:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -41,6 +47,7 @@ class Manifest:
             **({"shared": dict(self.shared)} if self.shared else {}),
             "recipe": _json_safe(self.recipe),
             "versions": dict(self.versions),
+            **({"hashes": dict(self.hashes)} if self.hashes else {}),
         }
 
     @classmethod
@@ -51,31 +58,32 @@ class Manifest:
             MspError: another format, or an entry that is wrong; the message names the entry.
         """
         if config.get("quant_method") != QUANT_METHOD:
-            raise MspError(f"quantization_config: quant_method is {config.get('quant_method')!r}, not {QUANT_METHOD!r}")
-        if config.get("format") != FORMAT:
-            found = config.get("format")
-            raise MspError(
-                f"quantization_config: format {found!r} is not {FORMAT}, the one this msp {__version__} reads"
-            )
-        allocation, shapes = config.get("allocation"), config.get("shapes")
-        for key, table in (("allocation", allocation), ("shapes", shapes)):
-            if not isinstance(table, Mapping):
-                raise MspError(f"quantization_config: {key} is missing or not an object")
-        assert isinstance(allocation, Mapping) and isinstance(shapes, Mapping)
+            found = shown(config.get("quant_method"))
+            raise MspError(f"quantization_config: quant_method is {found}, not {QUANT_METHOD!r}")
+        if type(config.get("format")) is not int or config["format"] != FORMAT:
+            found = shown(config.get("format"))
+            raise MspError(f"quantization_config: format {found} is not {FORMAT}, the one this msp {__version__} reads")
+        missing = next((key for key in ("allocation", "shapes") if config.get(key) is None), None)
+        if missing is not None:
+            raise MspError(f"quantization_config: {missing} is missing or not an object")
+        read = {key: table(config.get(key) or {}, f"quantization_config: {key}") for key in TABLES}
+        allocation, shapes, shared = read["allocation"], read["shapes"], read["shared"]
         if allocation.keys() != shapes.keys():
             names = ", ".join(sorted(allocation.keys() ^ shapes.keys())[:3])
             raise MspError(f"quantization_config: allocation and shapes do not name the same linears: {names}")
         patterns = {name: _parse_pattern(name, text) for name, text in allocation.items()}
         parsed = {name: _parse_shape(name, shape, patterns[name]) for name, shape in shapes.items()}
-        shared = config.get("shared") or {}
-        if not isinstance(shared, Mapping):
-            raise MspError("quantization_config: shared is not an object")
         for name, first in shared.items():
-            if first not in patterns or name in patterns:
+            if text(first, f"quantization_config: shared: {name}") not in patterns or name in patterns:
                 raise MspError(
                     f"quantization_config: shared: {name} has the weight of {first!r}, which is not allocated"
                 )
-        return cls(patterns, parsed, config.get("recipe") or {}, config.get("versions") or {}, dict(shared))
+        versions = {
+            name: text(version, f"quantization_config: versions: {name}") for name, version in read["versions"].items()
+        }
+        recipe = plain(read["recipe"], "quantization_config: recipe")
+        hashes = read_hashes(read["hashes"], "quantization_config: hashes")
+        return cls(patterns, parsed, recipe, versions, dict(shared), hashes)
 
     def renamed(self, names: Mapping[str, str]) -> Manifest:
         """The same manifest with every linear ``name`` called ``names[name]``."""
@@ -108,11 +116,11 @@ class Manifest:
         }
 
 
-def _parse_pattern(name: str, text: object) -> NMPattern:
+def _parse_pattern(name: str, pattern: object) -> NMPattern:
     try:
-        if not isinstance(text, str):
-            raise MspError(f"{text!r} is not a pattern; N:M is one, like 2:8")
-        return NMPattern.parse(text)
+        if not isinstance(pattern, str):
+            raise MspError(f"{shown(pattern)} is not a pattern; N:M is one, like 2:8")
+        return NMPattern.parse(pattern)
     except MspError as error:
         # A checkpoint with a wrong entry is not a wrong request, so a UsageError does not escape.
         raise MspError(f"quantization_config: allocation of {name}: {error}") from error
@@ -120,8 +128,8 @@ def _parse_pattern(name: str, text: object) -> NMPattern:
 
 def _parse_shape(name: str, shape: object, pattern: NMPattern) -> tuple[int, int]:
     sizes = list(shape) if isinstance(shape, (list, tuple)) else []
-    if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
-        raise MspError(f"quantization_config: shapes of {name}: {shape!r} is not [out, in]")
+    if len(sizes) != 2 or not all(type(size) is int and 0 < size <= LARGEST_SIZE for size in sizes):
+        raise MspError(f"quantization_config: shapes of {name}: {shown(shape)} is not [out, in]")
     if sizes[1] % pattern.m:
         raise MspError(f"quantization_config: {name}: {sizes[1]} columns are not a multiple of the group of {pattern}")
     return sizes[0], sizes[1]

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from msp.errors import MspError
+from msp.finite import check_finite as check_tensors_finite
 from msp.text_forward import Changes, TextForward, run_text
 
 
@@ -290,8 +291,4 @@ def device_of(model: nn.Module) -> torch.device:
 
 def check_finite(linears: tuple[Linear, ...]) -> None:
     """Raise ``MspError`` naming the first linear with NaN or infinite weights, and how many."""
-    for linear in linears:
-        finite = torch.isfinite(linear.weight)
-        if not finite.all():
-            count = int(finite.numel() - finite.sum())
-            raise MspError(f"{linear.name}: {count} of its {finite.numel()} weights are NaN or infinite")
+    check_tensors_finite((linear.name, linear.weight) for linear in linears)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from msp.integrations.auto_map import FILE as LOADER_FILE
 from msp.integrations.auto_map import is_loader
+from msp.reading import read_object
 
 if TYPE_CHECKING:
     from msp.packed_files import PackedInfo
@@ -91,7 +92,7 @@ print(pipeline("text-generation", "PATH_OR_HUB_ID", trust_remote_code=True)("Onc
 
 
 def _loading(info: PackedInfo) -> str:
-    config = json.loads((info.path / "config.json").read_text(encoding="utf-8"))
+    config = read_object(info.path / "config.json", foreign=True)
     if all(map(is_loader, (config.get("auto_map") or {}).values())):
         return LOADING
     trusting = LOADING.replace('"PATH_OR_HUB_ID"', '"PATH_OR_HUB_ID", trust_remote_code=True')

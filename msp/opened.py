@@ -14,9 +14,10 @@ from msp.data import DEFAULT_CALIBRATION, TokenSets, make_token_sets
 from msp.decode_table import DecodeTable
 from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference
+from msp.finite import check_finite, named_tensors
 from msp.loading import LoadedModel, find_device, load_model
 from msp.measure import measure_decode
-from msp.model import Structure, check_finite, device_of, find_structure
+from msp.model import Structure, device_of, find_structure
 from msp.patterns import Allocation, parse_sparsity
 from msp.plan import Goal, Plan, make_plan, parse_bytes, parse_time
 from msp.progress import Progress
@@ -175,7 +176,8 @@ def open_model(
             "from the values that they were loaded with",
             stacklevel=2,
         )
-    check_finite(structure.linears)
+    if not isinstance(model, (str, Path)):  # what is loaded was checked
+        check_finite(named_tensors(loaded.model))
     return Opened(loaded, structure, device)
 
 

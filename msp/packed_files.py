@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -18,11 +17,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from msp.errors import MspError
+from msp.hashes import Hashing, note_without
 from msp.manifest import QUANT_METHOD, WEIGHT_BYTES, Manifest
 from msp.ops import PackedWeight
 from msp.ops.layouts import has_tiles
 from msp.ops.nm_linear_plan import kept_bytes, slower_from_tokens, stays_dense
 from msp.patterns import Allocation, NMPattern
+from msp.reading import file_inside, read_object, table, text
 
 INDEX = "model.safetensors.index.json"
 LFS_HEADER = b"version https://git-lfs.github.com/spec/"
@@ -50,10 +51,11 @@ def tensor_files(path: str | Path) -> tuple[Path, ...]:
         return (single,)
     if not index.is_file():
         raise MspError(f"{path} has no model.safetensors")
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise MspError(f"{index}: no weight_map")
-    return tuple(path / name for name in sorted(set(weight_map.values())))
+    weight_map = table(read_object(index, foreign=True).get("weight_map"), f"{index}: weight_map")
+    if not weight_map:
+        raise MspError(f"{index}: weight_map names no file")
+    names = {text(name, f"{index}: weight_map") for name in weight_map.values()}
+    return tuple(file_inside(path, name, str(index)) for name in sorted(names))
 
 
 def read_headers(files: Iterable[str | Path]) -> dict[str, TensorHeader]:
@@ -142,23 +144,13 @@ def read_manifest(path: str | Path) -> Manifest:
     config = Path(path) / "config.json"
     if not config.is_file():
         raise MspError(f"{path} is not a model: it has no config.json")
-    manifest = _read_json(config).get("quantization_config")
+    manifest = read_object(config, foreign=True).get("quantization_config")
     if not isinstance(manifest, dict) or manifest.get("quant_method") != QUANT_METHOD:
         raise MspError(f"{path} is not a packed model: its config.json has no quantization_config of msp's")
     try:
         return Manifest.from_dict(manifest)
     except MspError as error:
         raise MspError(f"{config}: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise MspError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise MspError(f"{path}: not a JSON object")
-    return content
 
 
 @dataclass(frozen=True)
@@ -295,13 +287,22 @@ def header_bytes(file: Path) -> int:
 
 
 def validate_packed(path: str | Path) -> PackedInfo:
-    """Check a whole packed checkpoint: what ``read_info`` checks, and the kept positions of every group.
+    """Check a whole packed checkpoint: what ``read_info`` checks, the hash of every tensor, the kept positions of every
+    group, and that no value is NaN or infinite.
 
     Raises:
         MspError: names the tensor at fault.
     """
     info = read_info(path)
     headers = read_headers(tensor_files(path))
+    if info.manifest.hashes:
+        Hashing(headers).compare(info.manifest.hashes)
+    else:
+        note_without(str(path))
+    from msp.finite import check_finite  # knows models, which know this module
+
+    for name in headers:
+        check_finite([(name, read_tensor(headers, name))])
     for linear in info.linears:
         if not linear.pattern.is_dense:
             values, bitmask = (read_tensor(headers, f"{linear.name}.{kind}") for kind in ("values", "bitmask"))

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from msp.errors import MspError, UsageError
+from msp.reading import read_json, shown
 
 GROUP_SIZES = (4, 8, 16, 32)
 
@@ -47,9 +48,9 @@ class NMPattern:
     @classmethod
     def parse(cls, text: str) -> NMPattern:
         """Read ``"2:8"``."""
-        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+        match = re.fullmatch(r"\s*([0-9]{1,6})\s*:\s*([0-9]{1,6})\s*", text)
         if match is None:
-            raise UsageError(f"{text!r} is not a pattern; write N:M with N the number kept, like 2:8")
+            raise UsageError(f"{shown(text)} is not a pattern; write N:M with N the number kept, like 2:8")
         return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
@@ -122,13 +123,13 @@ class Allocation(Mapping[str, NMPattern]):
     @classmethod
     def load(cls, path: str | Path) -> Allocation:
         """Read what ``save`` wrote; ``MspError`` names the file when it is not an allocation."""
-        try:
-            patterns = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise MspError(f"{path}: cannot read an allocation: {error}") from error
+        patterns = read_json(path)
         if not isinstance(patterns, dict) or not all(isinstance(p, str) for p in patterns.values()):
             raise MspError(f'{path}: an allocation is a JSON object of "name": "N:M"')
-        return cls.from_strings(patterns)
+        try:
+            return cls.from_strings(patterns)
+        except UsageError as error:  # a file with a wrong entry is not a wrong request
+            raise MspError(f"{path}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from msp.checkpoint import as_stored, packed_shards, replace_linears, save_packe
 from msp.data import DEFAULT_EVALUATION, TokenSource, read_windows
 from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference, Quality, Reference, Sums, perplexity
+from msp.finite import check_figures
 from msp.host_memory import give_back
 from msp.loading import (
     check_dtype,
@@ -140,6 +141,7 @@ def _prune(
             shards = stack.enter_context(packed_shards(output, stored, size, force=force, origin=origin))
             with clock("prune"):
                 packed, sums, on_fitness = bench.prune_to(shards, allocation, pruner, reference, fitness)
+            _check_quality(reference.quality_of(sums), opened.model, reference, streamed=True)
         else:
             packed, sums, on_fitness = _pruned(bench, allocation, pruner, reference, fitness, clock)
         quality, searched = reference.quality_of(sums), _search_fitness(found, on_fitness, settings)
@@ -292,12 +294,19 @@ def _pruned(
             model = stack.enter_context(bench.pruned(allocation, pruner))
         with clock("evaluate"):
             sums, on_fitness = test.total(model, progress=bench.progress), None
+            _check_quality(test.quality_of(sums), model, test)
             if fitness is not None:
                 on_fitness = fitness.total(model, progress=bench.progress, label="Evaluating on fitness tokens")
         sparse = {linear.name: model.get_submodule(linear.name) for linear in bench.linears}
         packed = {name: module.packed for name, module in sparse.items() if isinstance(module, SparseLinear)}
     give_back()  # saving takes memory too
     return packed, sums, on_fitness
+
+
+def _check_quality(quality: Quality, model: Any, test: Reference, *, streamed: bool = False) -> None:
+    """Raise ``MspError`` unless the figures of a pruned model are finite: it is of no use, and is not saved."""
+    figures = {"perplexity of the pruned model": quality.perplexity, "KL": quality.kl}
+    check_figures(figures, model, test.tokens(0), streamed=streamed)
 
 
 def _search_fitness(found: Allocated, total: Sums | None, settings: PruneOptions) -> dict[str, float] | None:
@@ -481,6 +490,7 @@ def evaluate(
             quality = perplexity(measured, windows, batch_size=size, progress=listener)
         else:
             quality = dense.measure(measured, progress=listener)
+            check_figures({"perplexity": quality.perplexity, "KL": quality.kl}, measured, dense.tokens(0))
     figures: dict[str, Any] = {"model": str(model), "perplexity": quality.perplexity}
     if reference is not None:
         figures |= {"kl": quality.kl, "reference": str(reference)}

@@ -26,6 +26,7 @@ from msp.errors import MspError, UsageError
 from msp.outputs import write_results
 from msp.patterns import Allocation, NMPattern
 from msp.plan import PatternRules, Rule
+from msp.reading import read_yaml, shown
 
 MODIFIER = "NMPruningModifier"
 ALLOCATION_FILES = ("allocation.json", "recipe.yaml")
@@ -39,16 +40,10 @@ def read_rules(path: str | Path) -> PatternRules:
     """
     path = Path(path)
     if path.suffix.lower() == ".json":
-        try:
-            exact: dict[str, NMPattern | None] = dict(Allocation.load(path))
-        except UsageError as error:
-            raise MspError(f"{path}: {error}") from error
+        exact: dict[str, NMPattern | None] = dict(Allocation.load(path))
         return PatternRules((), (), exact)
-    try:
-        # Every scalar stays the text it is: YAML 1.1 reads an unquoted 4:8 as the number 248, in base 60.
-        content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MspError(f"{path}: cannot read a recipe: {error}") from error
+    # Every scalar stays the text it is: YAML 1.1 reads an unquoted 4:8 as the number 248, in base 60.
+    content = read_yaml(path, plain=True)
     found = list(_modifiers(content))
     if not found:
         raise MspError(f"{path} is no recipe: it has no {MODIFIER} with patterns")
@@ -58,8 +53,8 @@ def read_rules(path: str | Path) -> PatternRules:
             try:
                 regex = target.removeprefix("re:") if target.startswith("re:") else re.escape(target)
                 keep.append((re.compile(regex), None if text == "dense" else NMPattern.parse(text)))
-            except (UsageError, re.error, TypeError) as error:
-                raise MspError(f"{path}: {target}: {error}") from error
+            except (UsageError, re.error, TypeError, AttributeError, OverflowError, RecursionError) as error:
+                raise MspError(f"{path}: {shown(target)}: {error}") from error
     return PatternRules((), tuple(keep))
 
 

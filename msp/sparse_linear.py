@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from msp.errors import MspError
 from msp.model import weight_identity
 from msp.ops import PackedWeight, nm_linear_tiles
+from msp.ops._positions import check_positions, count_positions
 from msp.ops.layouts import from_tiles, to_tiles
 from msp.ops.nm_linear import product
 from msp.ops.nm_linear_group import MOST, MOST_TOKENS, nm_linear_group
@@ -124,6 +125,9 @@ class SparseLinear(nn.Module):
             self._set_layout("tiles")
         else:
             self._set_layout("rows")
+        if cuda and self.layout != "dense" and not self.bitmask.is_meta:
+            # now, and not in the first product: counting waits for the device, and a CUDA graph may not
+            check_positions(self.bitmask, self.pattern.n, self.pattern.m, self.in_features)
         self.kept = self._for_many_tokens() if self.keeps and self.layout == "tiles" else None
 
     def _for_many_tokens(self) -> Tensor:
@@ -213,12 +217,11 @@ class SparseLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # A wrong bitmask would make a kernel read past the values, so it is refused here, before the copy.
-        values, bitmask = (state_dict.get(f"{prefix}{name}") for name in ("values", "bitmask"))
-        if isinstance(values, Tensor) and isinstance(bitmask, Tensor) and not bitmask.is_meta:
+        # What does not fit is refused here, before the copy: also one part alone, which the module has the other of.
+        given = {name: state_dict.get(f"{prefix}{name}") for name in ("values", "bitmask")}
+        if any(isinstance(part, Tensor) and not part.is_meta for part in given.values()):
             try:
-                shape = (self.out_features, self.in_features)
-                PackedWeight(values, bitmask, self.pattern, shape).check(prefix.removesuffix("."))
+                self._check_loaded(given["values"], given["bitmask"], prefix.removesuffix("."))
             except MspError as error:
                 error_msgs.append(str(error))
                 return
@@ -228,6 +231,17 @@ class SparseLinear(nn.Module):
             del state[f"{prefix}weight"]
         super()._load_from_state_dict(state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self.settle()
+
+    def _check_loaded(self, values: object, bitmask: object, name: str) -> None:
+        """Raise ``MspError`` unless what is loaded fits together; what is not given stays as it is here."""
+        if not (isinstance(values, Tensor) and isinstance(bitmask, Tensor)):
+            own_values, own_bitmask = (part.detach() for part in self._canonical())
+            values = values if isinstance(values, Tensor) else own_values
+            bitmask = bitmask if isinstance(bitmask, Tensor) else own_bitmask
+        shape = self.out_features, self.in_features
+        PackedWeight(values.to("meta"), bitmask.to("meta"), self.pattern, shape).check_parts(name)
+        if not bitmask.is_meta:
+            count_positions(bitmask, self.pattern.n, self.pattern.m, self.in_features, name)
 
 
 class SharedInput:

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from msp.as_loaded import StoredDtypes, check_all_taken, most_common, names_as_loaded
 from msp.errors import MspError
+from msp.finite import check_finite
 from msp.loading import (
     LoadedModel,
     check_dtype,
@@ -43,6 +44,8 @@ class StoredWeights:
 
     def __init__(self, source: str, model: Any, headers: Mapping[str, TensorHeader]) -> None:
         self._headers = headers
+        self._source = source
+        self._checked: set[str] = set()
         expected = model.state_dict()
         names = list(names_as_loaded(model, headers))
         self._stored = {name: own for own, (name, *_), renamed in names if renamed and name in expected}
@@ -82,11 +85,22 @@ class StoredWeights:
                 by_file[self._headers[self._stored[prefix + name]].file][name] = tensor.dtype
         for file, dtypes in by_file.items():
             with safe_open(file, framework="pt") as reader:
-                tensors = {
-                    name: reader.get_tensor(self._stored[prefix + name]).to(device, dtype, copy=copy)
-                    for name, dtype in dtypes.items()
-                }
+                tensors = {}
+                for name, dtype in dtypes.items():
+                    stored = reader.get_tensor(self._stored[prefix + name])
+                    tensors[name] = stored.to(device, dtype, copy=copy)
+                    self._check(prefix + name, tensors[name], stored)
             module.load_state_dict(tensors, strict=False, assign=True)
+
+    def _check(self, name: str, tensor: Tensor, stored: Tensor) -> None:
+        """Raise ``MspError`` for a tensor that is not finite when it comes for the first time."""
+        if name in self._checked:
+            return
+        try:
+            check_finite([(name, tensor)], lambda _: stored)
+        except MspError as error:
+            raise MspError(f"{self._source}: {error}") from error
+        self._checked.add(name)
 
 
 @dataclass(frozen=True)

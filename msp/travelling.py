@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from msp.reading import read_object
+
 # Files that a tokenizer is read from; those of the second row alone are no tokenizer yet.
 VOCABULARIES = ("tokenizer*.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "tekken.json")
 BESIDE_VOCABULARIES = ("special_tokens_map.json", "added_tokens.json", "normalizer.json", "chat_template.json")
@@ -55,7 +57,7 @@ def travel(source: Path, target: Path, tokenizer: Any = None) -> None:
 
 def keep_auto_map(source: Path, target: Path) -> None:
     """Have ``config.json`` in ``target`` name the code files beside it, as that in ``source`` does."""
-    entries = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    entries = read_object(source / "config.json", foreign=True)
     if entries.get("auto_map"):
         edit_config(target, auto_map=entries["auto_map"])
 
@@ -63,7 +65,7 @@ def keep_auto_map(source: Path, target: Path) -> None:
 def edit_config(folder: Path, **entries: Any) -> None:
     """Replace ``entries`` of ``config.json`` in ``folder``."""
     file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_object(file, foreign=True)
     if any(config.get(key) != value for key, value in entries.items()):
         file.write_text(json.dumps(config | entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -77,7 +77,7 @@ def test_a_real_language_model_is_pruned_saved_loaded_and_asked(dense: Path, tmp
 
 def in_a_fresh_process(*arguments: Any) -> dict[str, Any]:
     command = [sys.executable, "-c", FRESH, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

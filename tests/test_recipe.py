@@ -77,7 +77,7 @@ def test_linears_without_a_rule_stay_dense(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", "{", "cannot read"),
+        ("a.json", "{", "cannot be read"),
         ("a.json", '{"x": 3}', "JSON object"),
         ("a.json", '{"x": "9:8"}', "a.json.*9:8"),
         ("a.yaml", "", "no recipe"),
@@ -86,14 +86,14 @@ def test_linears_without_a_rule_stay_dense(tmp_path: Path) -> None:
         ("a.yaml", "s: {m: {NMPruningModifier: {patterns: {re:(: 2:8}}}}", "a.yaml: re:"),
         ("a.yaml", "s: {m: {NMPruningModifier: {patterns: {x: half}}}}", "x: 'half' is not a pattern"),
         ("a.yaml", "s: {m: {NMPruningModifier: {patterns: {x: [1]}}}}", "a.yaml: x"),
-        ("a.yaml", "s: !!python/object/apply:os.system [ls]\n  {", "cannot read"),
+        ("a.yaml", "s: !!python/object/apply:os.system [ls]\n  {", "cannot be read"),
     ],
 )
 def test_what_is_no_recipe_is_named(name: str, content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(MspError, match=message):
         read_rules(tmp_path / name)
-    with pytest.raises(MspError, match="cannot read"):
+    with pytest.raises(MspError, match="cannot be read"):
         read_rules(tmp_path / f"gone-{name}")
 
 

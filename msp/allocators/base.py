@@ -27,7 +27,8 @@ from msp.errors import UsageError
 from msp.levels import Levels, cost, kept_weights, levels_from_densities, uniform_density
 from msp.patterns import Allocation, Budget, Unit
 from msp.progress import NoProgress, Progress
-from msp.search.evolution import EvolutionOptions, Fitness, Step
+from msp.search.evolution import EvolutionOptions, Fitness
+from msp.search.state import Step
 
 if TYPE_CHECKING:
     from msp.search.distributed import Workers

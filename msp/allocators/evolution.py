@@ -11,7 +11,8 @@ from msp.allocators.fisher_rank import FisherRank, FisherRankLinear
 from msp.allocators.ramp import Ramp
 from msp.allocators.uniform import Uniform
 from msp.levels import Levels
-from msp.search.evolution import UNLIMITED, Evolution, EvolutionOptions, Step
+from msp.search.evolution import UNLIMITED, Evolution, EvolutionOptions
+from msp.search.state import Step
 
 
 def search(problem: Problem, seeds: Sequence[Levels], options: EvolutionOptions) -> Allocated:

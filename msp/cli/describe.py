@@ -6,27 +6,46 @@ from collections import defaultdict
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.text import Text
 
-from msp.errors import MspError
+from msp.errors import MspError, UsageError
 from msp.loading import config_entries, is_causal, local_folder, make_skeleton, read_config, stored_bytes, stored_dtype
 from msp.manifest import QUANT_METHOD
 from msp.model import find_structure
-from msp.packed_files import read_info
+from msp.packed_files import read_info, validate_packed
 from msp.patterns import GROUP_SIZES
 from msp.quantised import dequantised_dtype, method_of
 from msp.report import figures_report, kinds_report, merge_experts, packed_report, skipped_report
 
 
-def describe(model: str, *, trust_remote_code: bool = False) -> tuple[dict[str, Any], RenderableType]:
+def describe(
+    model: str, *, trust_remote_code: bool = False, verify: bool = False
+) -> tuple[dict[str, Any], RenderableType]:
     """``(data, report)`` of a dense or packed model.
+
+    Args:
+        verify: read all weights of a packed model too, and compare their hashes.
 
     Raises:
         MspError: not a model, not causal, in need of its own code, or a packed model whose files do not fit together.
     """
-    quantization = config_entries(model).get("quantization_config") or {}
-    if quantization.get("quant_method") == QUANT_METHOD:
-        packed = read_info(local_folder(model))
-        return {"packed": True, **packed.to_dict()}, packed_report(packed)
+    quantization = config_entries(model).get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
+        folder = local_folder(model)
+        packed = validate_packed(folder) if verify else read_info(folder)
+        data = {"packed": True, **({"verified": True} if verify else {}), **packed.to_dict()}
+        if not verify:
+            return data, packed_report(packed)
+        return data, Group(
+            packed_report(packed),
+            Text(
+                "Every tensor is as it was saved."
+                if packed.manifest.hashes
+                else "Every tensor fits the format; there are no hashes to compare."
+            ),
+        )
+    if verify:
+        raise UsageError(f"{model} is not a packed model: only packed ones have hashes to verify")
     return _describe_dense(model, read_config(model, trust_remote_code=trust_remote_code), trust_remote_code)
 
 

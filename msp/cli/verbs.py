@@ -397,6 +397,13 @@ def info(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A packed model, or a dense one: a directory or a hub id.")
     ],
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Read all weights of a packed model and compare them with the hashes stored with it.",
+        ),
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -412,4 +419,4 @@ def info(
         from msp.cli.describe import describe
 
         calm_libraries()
-        session.result(*describe(model, trust_remote_code=trust_remote_code))
+        session.result(*describe(model, trust_remote_code=trust_remote_code, verify=verify))

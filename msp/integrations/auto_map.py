@@ -43,10 +43,14 @@ def add_loader(folder: Path) -> None:
     """Put the file beside ``config.json`` and name it there, unless the model brings a configuration of its own."""
     from transformers import CONFIG_MAPPING
 
+    from msp.reading import read_object
+
     path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_object(path, foreign=True)
     auto_map, kind = config.get("auto_map") or {}, config.get("model_type")
-    known = kind in CONFIG_MAPPING and CONFIG_MAPPING[kind].__module__.startswith("transformers.")
+    known = (
+        isinstance(kind, str) and kind in CONFIG_MAPPING and CONFIG_MAPPING[kind].__module__.startswith("transformers.")
+    )
     if not known or "AutoConfig" in auto_map:
         return
     config["auto_map"] = {**auto_map, "AutoConfig": f"{NAME}.{PackedConfig.__name__}"}

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.auto import (
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from msp.hashes import Hashing
     from msp.packed_files import TensorHeader
 
 
@@ -49,6 +52,8 @@ class MspQuantizer(HfQuantizer):
 
     quantization_config: MspConfig
     _headers: Mapping[str, TensorHeader]
+    _hashing: Hashing | None = None
+    _hashes: Mapping[str, str]
     _places: dict[str, Any]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -61,6 +66,7 @@ class MspQuantizer(HfQuantizer):
         from torch import nn
 
         from msp.as_loaded import names_as_loaded
+        from msp.hashes import Hashing, note_without, wanted
         from msp.packed_files import check_headers, read_headers, split_guards
         from msp.sparse_linear import SparseLinear, find_linear, note_pattern, put_in_place
 
@@ -71,7 +77,8 @@ class MspQuantizer(HfQuantizer):
         linears = {
             name: find_linear(model, name, manifest.shapes[manifest.shared.get(name, name)]) for name in manifest.names
         }
-        stored, guards = split_guards(read_headers(checkpoint_files))
+        files = read_headers(checkpoint_files)
+        stored, guards = split_guards(files)
         self._places = {name: linears[name] for name in manifest.shared}
         for name, linear in linears.items():
             first = manifest.shared.get(name, name)
@@ -94,13 +101,37 @@ class MspQuantizer(HfQuantizer):
         # transformers would list them as unexpected
         ignored = {f"^{re.escape(name)}$" for _, names, _ in names_as_loaded(model, guards, self) for name in names}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
-        self.quantization_config = MspConfig(**manifest.to_dict())
+        # hashes are those of the files: what is saved again has others, see ``get_state_dict_and_metadata``
+        self.quantization_config = MspConfig(**replace(manifest, hashes={}).to_dict())
+        self._hashes = manifest.hashes
+        if not manifest.hashes:
+            note_without(str(Path(checkpoint_files[0]).parent))
+        elif wanted():
+            self._hashing = Hashing(files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        from msp.finite import check_finite, named_tensors
+        from msp.hashes import NAMES
         from msp.ops import PackedWeight
         from msp.packed_files import read_tensor
         from msp.sparse_linear import SparseLinear, at_places, note_pattern
 
+        if self._hashing is not None:
+            self._hashing.compare(self._hashes)
+        verified, self._hashing = self._hashing is not None, None
+
+        def stored(name: str) -> torch.Tensor | None:
+            return read_tensor(self._headers, name) if name in self._headers else None
+
+        # What has the right hash is as finite as it was when it was saved, unless it was cast.
+        check_finite(
+            (
+                (name, tensor)
+                for name, tensor in named_tensors(model)
+                if not verified or name not in self._headers or NAMES.get(tensor.dtype) != self._headers[name].dtype
+            ),
+            stored,
+        )
         for name, module in model.named_modules():
             if not isinstance(module, SparseLinear):
                 continue
@@ -134,9 +165,15 @@ class MspQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """What ``save_pretrained`` writes; of a model with adapters it writes only these."""
+        from msp.hashes import hash_tensors
         from msp.sparse_linear import guarded_state_dict
 
-        return (None if getattr(model, "_hf_peft_config_loaded", False) else guarded_state_dict(model)), {}
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        state = guarded_state_dict(model)
+        manifest = replace(self.quantization_config.manifest, hashes=hash_tensors(_stored(model, state)))
+        self.quantization_config = model.config.quantization_config = MspConfig(**manifest.to_dict())
+        return state, {}
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """The masked dense model, in place; without ``dtype`` every weight keeps its own."""
@@ -173,6 +210,14 @@ class MspQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _stored(model: PreTrainedModel, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``state`` that ``save_pretrained`` stores: of tensors that are one, the first."""
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    kept = dict(remove_tied_weights_from_state_dict(dict(state), model))
+    return {name: tensor for name, tensor in kept.items() if name not in (model._keys_to_ignore_on_save or ())}
 
 
 def attach(model: Any, manifest: Manifest) -> None:

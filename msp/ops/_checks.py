@@ -10,6 +10,13 @@ from msp.ops.packed import VALUE_DTYPES
 
 def check_gradients(op: str, x: Tensor, g: Tensor) -> None:
     """Raise unless x ``[S, T, K]`` and g ``[S, T, R]`` agree in dtype, device, S and T and are finite."""
+    check_gradient_shapes(op, x, g)
+    for name, tensor in (("x", x), ("g", g)):
+        require_finite(op, name, tensor)
+
+
+def check_gradient_shapes(op: str, x: Tensor, g: Tensor) -> None:
+    """The same without a look at a value."""
     for name, tensor in (("x", x), ("g", g)):
         if tensor.dtype not in VALUE_DTYPES:
             raise TypeError(f"{op}: {name} is {tensor.dtype}, needed is float32, float16 or bfloat16")
@@ -19,8 +26,6 @@ def check_gradients(op: str, x: Tensor, g: Tensor) -> None:
         raise ValueError(f"{op}: x has shape {list(x.shape)} and g {list(g.shape)}, needed are [S, T, K] and [S, T, R]")
     if x.device != g.device:
         raise ValueError(f"{op}: x is on {x.device}, g on {g.device}")
-    for name, tensor in (("x", x), ("g", g)):
-        require_finite(op, name, tensor)
 
 
 def require_finite(op: str, name: str, tensor: Tensor) -> None:

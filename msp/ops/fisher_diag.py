@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msp.ops._checks import check_gradients
+from msp.ops._checks import check_gradient_shapes, check_gradients
 from msp.ops._dispatch import Op
 from msp.ops._gradients import gradient_tiles
 
@@ -34,6 +34,7 @@ def cpu(acc: Tensor, x: Tensor, g: Tensor) -> None:
 
 @torch.library.custom_op("msp::fisher_diag_", mutates_args={"acc"})
 def fisher_diag_op(acc: Tensor, x: Tensor, g: Tensor) -> None:
+    _check(acc, x, g)
     op(acc, x, g)
 
 
@@ -61,6 +62,14 @@ def fisher_diag_(acc: Tensor, x: Tensor, g: Tensor) -> Tensor:
         ValueError: shapes or devices do not match, or x or g hold NaN or infinity (says how many).
     """
     check_gradients("fisher_diag_", x, g)
+    _check(acc, x, g)
+    if x.numel() and g.numel():
+        fisher_diag_op(acc, x, g)
+    return acc
+
+
+def _check(acc: Tensor, x: Tensor, g: Tensor) -> None:
+    check_gradient_shapes("fisher_diag_", x, g)
     rows, columns = g.shape[2], x.shape[2]
     if acc.dtype != torch.float32:
         raise TypeError(f"fisher_diag_: acc is {acc.dtype}, needed is torch.float32")
@@ -68,6 +77,3 @@ def fisher_diag_(acc: Tensor, x: Tensor, g: Tensor) -> Tensor:
         raise ValueError(f"fisher_diag_: acc has shape {list(acc.shape)}, needed is [R, K] = {[rows, columns]}")
     if acc.device != x.device:
         raise ValueError(f"fisher_diag_: acc is on {acc.device}, x on {x.device}")
-    if x.numel() and g.numel():
-        fisher_diag_op(acc, x, g)
-    return acc

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from msp.ops._checks import check_gradients
+from msp.ops._checks import check_gradient_shapes, check_gradients
 from msp.ops._dispatch import Op
 from msp.ops._gradients import gradient_tiles
 
@@ -59,6 +59,7 @@ def cpu(x: Tensor, g: Tensor, gram: bool) -> Tensor:
 
 @torch.library.custom_op("msp::fisher_trace", mutates_args=())
 def fisher_trace_op(x: Tensor, g: Tensor, gram: bool) -> Tensor:
+    check_gradient_shapes("fisher_trace", x, g)
     return op(x, g, gram)
 
 

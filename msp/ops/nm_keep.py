@@ -46,6 +46,7 @@ def cpu(weight: Tensor, rank: Tensor, n: int, out: Tensor) -> None:
 
 @torch.library.custom_op("msp::nm_keep", mutates_args=())
 def nm_keep_op(weight: Tensor, rank: Tensor, n: int) -> Tensor:
+    _check(weight, rank, n, None)
     out = weight.new_empty(weight.shape)
     op(weight, rank, n, out)
     return out
@@ -58,6 +59,7 @@ def _(weight: Tensor, rank: Tensor, n: int) -> Tensor:
 
 @torch.library.custom_op("msp::nm_keep_", mutates_args=("out",))
 def nm_keep_into_op(weight: Tensor, rank: Tensor, n: int, out: Tensor) -> None:
+    _check(weight, rank, n, out)
     op(weight, rank, n, out)
 
 
@@ -83,6 +85,15 @@ def nm_keep(weight: Tensor, rank: Tensor, n: int, *, out: Tensor | None = None) 
         TypeError: a rank that is not uint8, an ``out`` of another dtype.
         ValueError: shapes or devices that differ, a negative n.
     """
+    _check(weight, rank, n, out)
+    if out is None:
+        kept: Tensor = nm_keep_op(weight.detach(), rank, n)
+        return kept
+    nm_keep_into_op(weight.detach(), rank, n, out.detach())
+    return out
+
+
+def _check(weight: Tensor, rank: Tensor, n: int, out: Tensor | None) -> None:
     if rank.dtype != torch.uint8:
         raise TypeError(f"rank is {rank.dtype}, but must be uint8")
     if weight.ndim != 2:
@@ -96,8 +107,3 @@ def nm_keep(weight: Tensor, rank: Tensor, n: int, *, out: Tensor | None = None) 
             raise ValueError(f"{name} has shape {list(tensor.shape)}, but weight has {list(weight.shape)}")
         if tensor is not None and tensor.device != weight.device:
             raise ValueError(f"{name} is on {tensor.device}, but weight is on {weight.device}")
-    if out is None:
-        kept: Tensor = nm_keep_op(weight.detach(), rank, n)
-        return kept
-    nm_keep_into_op(weight.detach(), rank, n, out.detach())
-    return out

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msp.ops._dispatch import Op, compiled_module, define
+from msp.ops._positions import check_parts, check_positions
 from msp.ops.packed import VALUE_DTYPES, PackedWeight, unpack, unpack_bits
 
 # On a CPU, few tokens are multiplied by the packed weight as it lies in memory; with more, the time goes into
@@ -46,6 +47,8 @@ def triton(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: i
     if n == m:
         return F.linear(x, values, bias)
     flat = x.reshape(-1, x.shape[-1])
+    values, bitmask = values.contiguous(), bitmask.contiguous()
+    bias = None if bias is None else bias.contiguous()
     y = kernels.nm_linear(flat, values, bitmask, bias, n=n, group_size=m)
     result: Tensor = y.view(*x.shape[:-1], values.shape[0])
     return result
@@ -104,10 +107,13 @@ def cpu(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int,
 
 
 def check(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, columns: int) -> None:
-    """Raise unless the arguments fit together: a kernel sees only pointers. What the bitmask says is not read."""
+    """Raise unless the arguments fit together: a kernel sees only pointers. ``check_positions`` reads the bitmask."""
     if x.ndim == 0 or x.shape[-1] != columns:
         raise ValueError(f"x has shape {list(x.shape)}, but its last dimension must be {columns}")
+    check_parts(values, bitmask, n, m, columns)
     rows, dtype, device = values.shape[0], values.dtype, values.device
+    if dtype not in VALUE_DTYPES:
+        raise TypeError(f"the packed values are {dtype}, but must be float32, float16 or bfloat16")
     parts = [("x", x)]
     if bias is not None:
         parts.append(("bias", bias))
@@ -118,18 +124,13 @@ def check(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: in
             raise TypeError(f"{name} is {tensor.dtype}, but the packed values are {dtype}")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, but the packed values are on {device}")
-    wanted = (rows, columns // m * n), (rows, -(-columns // 8))
-    if (values.shape, bitmask.shape) != wanted:
-        raise ValueError(
-            f"values have shape {list(values.shape)} and bitmask has {list(bitmask.shape)}, but {n}:{m} needs "
-            f"{list(wanted[0])} and {list(wanted[1])}"
-        )
 
 
 def _implementation(
     x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, columns: int
 ) -> Tensor:
     check(x, values, bitmask, bias, n, m, columns)
+    check_positions(bitmask, n, m, columns)
     if n == 0 or x.numel() == 0:
         y = x.new_zeros(*x.shape[:-1], values.shape[0])
         return y if bias is None else y + bias
@@ -149,7 +150,7 @@ inference_op = define("nm_linear_inference" + _ARGUMENTS, _implementation, _fake
 
 
 def product(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, columns: int) -> Tensor:
-    """``nm_linear`` of the parts of a packed weight, whose bitmask is the caller's word."""
+    """``nm_linear`` of the parts of a packed weight."""
     trained = torch.is_grad_enabled() and (
         x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
     )
@@ -184,8 +185,8 @@ def nm_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Te
 
     Args:
         x: ``[..., K]``, in the dtype and on the device of ``packed``; any strides.
-        packed: a ``[R, K]`` weight. An empty one (N = 0) costs no product. Its bitmask is checked in the first call
-            outside a compiled function; one that only compiled functions use needs ``packed.check()`` before.
+        packed: a ``[R, K]`` weight. An empty one (N = 0) costs no product. The bits of its bitmask are counted in the
+            first call and in the first one after a write to it.
         bias: ``[R]``, same dtype and device.
 
     Returns:
@@ -196,7 +197,5 @@ def nm_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Te
         ValueError: a shape or device that does not fit.
         MspError: the parts of ``packed`` do not fit together, or its bitmask keeps another number than N.
     """
-    if not torch.compiler.is_compiling() and not packed.values.is_meta:
-        packed.check_once()
     pattern = packed.pattern
     return product(x, packed.values, packed.bitmask, bias, pattern.n, pattern.m, packed.shape[1])

@@ -6,7 +6,7 @@ may differ in rows and pattern. Every ``y_i`` is, to the last bit, what ``nm_lin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -91,6 +91,7 @@ def cuda(
 
 
 def _check(
+    check_one: Callable[..., None],
     x: Tensor,
     values: Sequence[Tensor],
     bitmasks: Sequence[Tensor],
@@ -99,10 +100,12 @@ def _check(
     m: Sequence[int],
     columns: int,
 ) -> None:
+    if not len(values) == len(bitmasks) == len(biases) == len(n) == len(m):
+        raise ValueError("a group has as many bitmasks, biases and patterns as values")
     if not 1 <= len(values) <= MOST:
         raise ValueError(f"{len(values)} weights in a group: 1 to {MOST} are served")
     for own in zip(values, bitmasks, biases, n, m, strict=True):
-        check(x, *own, columns)
+        check_one(x, *own, columns)
     if not 1 <= x.numel() // columns <= MOST_TOKENS:
         raise ValueError(f"x of shape {list(x.shape)} has not 1 to {MOST_TOKENS} tokens of {columns}")
 
@@ -116,7 +119,7 @@ def _implementation(
     m: Sequence[int],
     columns: int,
 ) -> list[Tensor]:
-    _check(x, values, bitmasks, biases, n, m, columns)
+    _check(single.check_tiles, x, values, bitmasks, biases, n, m, columns)
     return op(x, values, bitmasks, biases, n, m)
 
 
@@ -129,7 +132,7 @@ def _fake(
     m: Sequence[int],
     columns: int,
 ) -> list[Tensor]:
-    _check(x, values, bitmasks, biases, n, m, columns)
+    _check(check, x, values, bitmasks, biases, n, m, columns)
     return [x.new_empty(*x.shape[:-1], part.shape[0]) for part in values]
 
 

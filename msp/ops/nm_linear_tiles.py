@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msp.ops._dispatch import Op, compiled_module, cuda_serves, define
+from msp.ops._positions import check_compliant, check_positions
 from msp.ops.layouts import from_tiles, has_tiles, to_tiles
 from msp.ops.nm_linear import check
 from msp.ops.nm_linear import triton as triton_of_rows
@@ -151,6 +152,17 @@ def _unpacked(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n
     return F.linear(x, kernels.unpack(values, bitmask, dense, n=n, group_size=m), bias)
 
 
+def check_tiles(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, columns: int) -> None:
+    """Raise unless the parts of a weight in tiles fit together, are counted, and lie as the kernels read them."""
+    check(x, values, bitmask, bias, n, m, columns)
+    if not has_tiles(NMPattern(n, m), values.shape[0], columns, torch.float16):
+        raise ValueError(f"a weight {n}:{m} of {values.shape[0]} x {columns} does not lie in tiles")
+    for name, tensor in (("values", values), ("bitmask", bitmask)):
+        if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+            raise ValueError(f"{name} in tiles must be contiguous and begin at a multiple of 16 bytes")
+    check_positions(bitmask, n, m, columns)
+
+
 def _implementation(
     x: Tensor,
     values: Tensor,
@@ -162,7 +174,11 @@ def _implementation(
     compliant: bool,
     kept: Tensor | None = None,
 ) -> Tensor:
-    check(x, values, bitmask, bias, n, m, columns)
+    check_tiles(x, values, bitmask, bias, n, m, columns)
+    if kept is not None and not kept.is_contiguous():
+        raise ValueError("what is kept for many tokens must be contiguous")
+    if compliant:
+        check_compliant(bitmask, n, m)
     if x.numel() == 0:
         return x.new_zeros(*x.shape[:-1], values.shape[0])
     return op(x, values, bitmask, bias, n, m, compliant, kept)

@@ -58,7 +58,9 @@ def nm_rank_op(
     scores: Tensor | None,
     group_size: int,
 ) -> Tensor:
-    return op(weight, Terms(column_scale, row_term, column_term, importance, scores), group_size)
+    check_group_size(group_size)
+    terms = check_scoring(weight, group_size, column_scale, row_term, column_term, importance, scores)
+    return op(weight, terms, group_size)
 
 
 @nm_rank_op.register_fake

@@ -103,7 +103,9 @@ def nm_select_op(
     m: int,
     compliant: bool,
 ) -> tuple[Tensor, Tensor]:
-    return op(weight, Terms(column_scale, row_term, column_term, importance, scores), n, m, compliant)
+    NMPattern(n, m)  # refuses what is none
+    terms = check_scoring(weight, m, column_scale, row_term, column_term, importance, scores)
+    return op(weight, terms, n, m, compliant)
 
 
 @nm_select_op.register_fake

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msp.ops._dispatch import Op, compiled_module
+from msp.ops._positions import check_compliant, check_parts, check_positions
 from msp.ops.packed import VALUE_DTYPES, count_bits, unpack
 from msp.patterns import NMPattern
 
@@ -69,6 +70,7 @@ def pack(values: Tensor, bitmask: Tensor, columns: int, n: int, m: int, out: Ten
     size = fragment_bytes(rows, columns)
     if values.dtype not in SPARSE_DTYPES:
         raise TypeError(f"values are {values.dtype}, but sparse tensor cores need float16 or bfloat16")
+    _check_compliant(values, bitmask, columns, n, m)
     if out is None:
         out = values.new_empty(size, dtype=torch.uint8)
     if out.dtype != torch.uint8 or not out.is_contiguous() or out.numel() < size or out.device != values.device:
@@ -79,6 +81,12 @@ def pack(values: Tensor, bitmask: Tensor, columns: int, n: int, m: int, out: Ten
         pointers = values.data_ptr(), bitmask.data_ptr(), out.data_ptr()
         _compiled().nm_spmm_pack(*pointers, rows, columns, m, n, stream)
     return out
+
+
+def _check_compliant(values: Tensor, bitmask: Tensor, columns: int, n: int, m: int) -> None:
+    check_parts(values, bitmask, n, m, columns)
+    check_positions(bitmask, n, m, columns)
+    check_compliant(bitmask, n, m)
 
 
 def nm_spmm_packed(x: Tensor, fragments: Tensor, bias: Tensor | None, rows: int) -> Tensor:
@@ -95,8 +103,11 @@ def nm_spmm_packed(x: Tensor, fragments: Tensor, bias: Tensor | None, rows: int)
     columns = x.shape[-1]
     if x.dtype not in SPARSE_DTYPES:
         raise TypeError(f"x is {x.dtype}, but sparse tensor cores need float16 or bfloat16")
-    if fragments.numel() < fragment_bytes(rows, columns) or fragments.device != x.device:
+    fits = fragments.dtype == torch.uint8 and fragments.is_contiguous()
+    if not fits or fragments.numel() < fragment_bytes(rows, columns) or fragments.device != x.device:
         raise ValueError(f"fragments are not those of a [{rows}, {columns}] weight on {x.device}")
+    if bias is not None and (bias.shape != (rows,) or bias.dtype != x.dtype or bias.device != x.device):
+        raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}, but must be {x.dtype} [{rows}] on {x.device}")
     flat = x.reshape(-1, columns)
     # the kernels copy 16 bytes of a row at a time
     if columns % 8:
@@ -131,7 +142,7 @@ def cuda(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int
 
 
 def nm_spmm(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
-    """``x W^T + b`` with a packed W for which ``serves`` holds; the bitmask is taken at its word.
+    """``x W^T + b`` with a packed W for which ``serves`` holds.
 
     Args:
         x: ``[..., K]``, any strides.
@@ -140,5 +151,10 @@ def nm_spmm(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: 
 
     Returns:
         ``[..., R]`` in the dtype of ``x``; products are summed in fp32.
+
+    Raises:
+        TypeError, ValueError: parts that do not fit together.
+        MspError: the bitmask keeps another number than ``n``, or more than 2 of some 4.
     """
+    _check_compliant(values, bitmask, x.shape[-1], n, m)
     return op(x, values, bitmask, bias, n, m)

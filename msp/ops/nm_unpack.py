@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from msp.ops._dispatch import Op, compiled_module
+from msp.ops._positions import check_parts, check_positions
 from msp.ops.packed import VALUE_DTYPES, PackedWeight, unpack
 
 
@@ -39,6 +40,15 @@ def cpu(values: Tensor, bitmask: Tensor, n: int, m: int, out: Tensor) -> None:
 
 @torch.library.custom_op("msp::nm_unpack_", mutates_args=("out",))
 def nm_unpack_op(values: Tensor, bitmask: Tensor, n: int, m: int, out: Tensor) -> None:
+    if out.ndim != 2 or out.dtype not in VALUE_DTYPES:
+        raise ValueError(f"out is {out.dtype} {list(out.shape)}, but must be a matrix of float32, float16 or bfloat16")
+    check_parts(values, bitmask, n, m, out.shape[1])
+    if len(out) != len(values) or out.dtype != values.dtype or out.device != values.device:
+        raise ValueError(
+            f"out is {out.dtype} {list(out.shape)} on {out.device}, but the values are {values.dtype} of {len(values)} "
+            f"rows on {values.device}"
+        )
+    check_positions(bitmask, n, m, out.shape[1])
     op(values, bitmask, n, m, out)
 
 
@@ -51,7 +61,7 @@ def nm_unpack(packed: PackedWeight, *, out: Tensor | None = None) -> Tensor:
     """The dense ``[R, K]`` weight, zeros where nothing is kept.
 
     Args:
-        packed: its bitmask is checked once, with the first call.
+        packed: its bitmask is counted in the first call, and in the first one after a write to it.
         out: where to write, ``[R, K]`` with memory of its own (any strides). What is packed in another dtype or on
             another device is brought to its; it may be a parameter, whose data is then overwritten.
 

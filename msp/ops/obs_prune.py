@@ -14,7 +14,7 @@ from msp.ops._checks import require_finite
 from msp.ops._dispatch import Op, compiled_module, cuda_serves
 from msp.ops.nm_select import nm_select
 from msp.ops.packed import PackedWeight, check_matrix
-from msp.patterns import NMPattern
+from msp.patterns import NMPattern, check_group_size
 
 
 def reference(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> tuple[Tensor, Tensor]:
@@ -110,6 +110,7 @@ def float32_products() -> Iterator[None]:
 
 @torch.library.custom_op("msp::obs_prune", mutates_args=())
 def obs_prune_op(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> tuple[Tensor, Tensor]:
+    _check(weight, hinv_chol, m, block_size)
     with float32_products():
         updated, kept = op(weight, hinv_chol, n, m, block_size)
     return updated.to(weight.dtype).contiguous(), kept.contiguous()
@@ -141,17 +142,9 @@ def obs_prune(weight: Tensor, hinv_chol: Tensor, pattern: NMPattern, *, block_si
         ValueError: shapes, devices, pattern or block size do not match; an input holds NaN or infinity
             (says how many); U's diagonal is not positive; an updated weight overflows the dtype.
     """
-    check_matrix("obs_prune: weight", weight, pattern.m)
-    if hinv_chol.dtype != torch.float32:
-        raise TypeError(f"obs_prune: hinv_chol is {hinv_chol.dtype}, needed is torch.float32")
-    columns = weight.shape[1]
-    if hinv_chol.shape != (columns, columns):
-        raise ValueError(f"obs_prune: hinv_chol has shape {list(hinv_chol.shape)}, needed is {[columns, columns]}")
-    if hinv_chol.device != weight.device:
-        raise ValueError(f"obs_prune: hinv_chol is on {hinv_chol.device}, weight on {weight.device}")
-    if block_size < 1 or block_size % pattern.m:
-        raise ValueError(f"obs_prune: block_size is {block_size}, needed is a positive multiple of {pattern.m}")
+    _check(weight, hinv_chol, pattern.m, block_size)
     require_finite("obs_prune", "weight", weight)
+    columns = weight.shape[1]
     if not torch.isfinite(hinv_chol.sum()):
         require_finite("obs_prune", "hinv_chol", hinv_chol.triu())
     bad = int((hinv_chol.diagonal() <= 0).sum())
@@ -165,6 +158,19 @@ def obs_prune(weight: Tensor, hinv_chol: Tensor, pattern: NMPattern, *, block_si
     updated, kept = obs_prune_op(weight, hinv_chol, pattern.n, pattern.m, block_size)
     require_finite("obs_prune", f"weight, once updated and cast to {weight.dtype},", updated)
     return _pack(updated, kept, pattern)
+
+
+def _check(weight: Tensor, hinv_chol: Tensor, m: int, block_size: int) -> None:
+    check_matrix("obs_prune: weight", weight, check_group_size(m))
+    columns = weight.shape[1]
+    if hinv_chol.dtype != torch.float32:
+        raise TypeError(f"obs_prune: hinv_chol is {hinv_chol.dtype}, needed is torch.float32")
+    if hinv_chol.shape != (columns, columns):
+        raise ValueError(f"obs_prune: hinv_chol has shape {list(hinv_chol.shape)}, needed is {[columns, columns]}")
+    if hinv_chol.device != weight.device:
+        raise ValueError(f"obs_prune: hinv_chol is on {hinv_chol.device}, weight on {weight.device}")
+    if block_size < 1 or block_size % m:
+        raise ValueError(f"obs_prune: block_size is {block_size}, needed is a positive multiple of {m}")
 
 
 def _pack(updated: Tensor, kept: Tensor, pattern: NMPattern) -> PackedWeight:

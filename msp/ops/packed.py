@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msp.errors import MspError
+from msp.ops._positions import check_positions, count_bits, count_positions
 from msp.patterns import NMPattern
+
+__all__ = ["VALUE_DTYPES", "PackedWeight", "check_matrix", "count_bits", "pack_bits", "unpack", "unpack_bits"]
 
 VALUE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -32,20 +35,6 @@ def unpack(values: Tensor, bitmask: Tensor, columns: int) -> Tensor:
     """Dense ``[R, columns]``: the values in order where a bit is set, zero elsewhere."""
     dense = values.new_zeros(values.shape[0], columns)
     return dense.masked_scatter(unpack_bits(bitmask, columns), values)
-
-
-def count_bits(bitmask: Tensor, group_size: int) -> Tensor:
-    """Bits set in each group, uint8 ``[R, groups]``; for groups of 4 every half byte counts as one.
-
-    Sums neighbouring bits, then pairs, then half bytes, so nothing larger than the bitmask is made.
-    """
-    counts = bitmask - ((bitmask >> 1) & 0x55)
-    counts = (counts & 0x33) + ((counts >> 2) & 0x33)
-    if group_size == 4:
-        return torch.stack((counts & 15, counts >> 4), dim=-1).flatten(1)
-    counts = (counts + (counts >> 4)) & 15
-    groups = counts.shape[1] * 8 // group_size
-    return counts.view(len(counts), groups, group_size // 8).sum(-1, dtype=torch.uint8)
 
 
 def check_matrix(name: str, weight: Tensor, group_size: int) -> None:
@@ -126,17 +115,25 @@ class PackedWeight:
         return unpack_bits(self.bitmask, self.shape[1])
 
     def check_once(self) -> None:
-        """``check``, unless this object has passed it already."""
-        if "checked" not in self.__dict__:
-            self.check()
-            self.__dict__["checked"] = True
+        """``check``, without counting the bits of a bitmask that was counted and is the same still.
+
+        Raises:
+            MspError: as ``check``.
+        """
+        self.check_parts()
+        check_positions(self.bitmask, self.pattern.n, self.pattern.m, self.shape[1])
 
     def check(self, name: str = "") -> None:
-        """Raise ``MspError`` unless the parts fit together; no kernel checks them again.
+        """Raise ``MspError`` unless the parts fit together; kernels do not count a bitmask again that stays as it is.
 
         Args:
             name: the tensor's name, which starts the message.
         """
+        self.check_parts(name)
+        count_positions(self.bitmask, self.pattern.n, self.pattern.m, self.shape[1], name)
+
+    def check_parts(self, name: str = "") -> None:
+        """What ``check`` does without a look at a bit of the bitmask, so on tensors without data too."""
         prefix = f"{name}." if name else ""
         rows, columns = self.shape
         n, m = self.pattern.n, self.pattern.m
@@ -153,15 +150,3 @@ class PackedWeight:
                 raise MspError(f"{prefix}{part} has shape {list(found)}, but {self.pattern} needs {list(size)}")
         if self.values.device != self.bitmask.device:
             raise MspError(f"{prefix}values are on {self.values.device}, but bitmask is on {self.bitmask.device}")
-        counts = count_bits(self.bitmask, m)
-        groups = columns // m
-        past = int(counts[:, groups:].sum())
-        if past:
-            raise MspError(f"{prefix}bitmask sets {past} bits past its {columns} columns")
-        wrong = counts[:, :groups] != n
-        if wrong.any():
-            row, group = (int(index) for index in wrong.nonzero()[0])
-            raise MspError(
-                f"{prefix}bitmask does not keep {n} of every {m} in {int(wrong.sum())} of {wrong.numel()} groups, "
-                f"the first in row {row}, group {group}, which keeps {int(counts[row, group])}"
-            )

@@ -7,9 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from msp.errors import UsageError
+from msp.reading import parse_yaml, read_yaml
 from msp.search.evolution import UNLIMITED, EvolutionOptions
 
 # The limit on the tokens has an option of its own.
@@ -35,14 +34,16 @@ def read_constants(given: str | Path | Mapping[str, Any] | None) -> dict[str, An
 def _read(given: str | Path) -> dict[str, Any]:
     recipe = Path(given).suffix.lower() in (".yaml", ".yml")
     try:
-        found = yaml.safe_load(Path(given).read_text(encoding="utf-8") if recipe else f"{{{given}}}")
+        found = read_yaml(given) if recipe else parse_yaml(f"{{{given}}}")
         if recipe:
             found = {name: value for name, value in found["made_by"]["search"].items() if name in DEFAULTS}
-            if found["generations"] >= UNLIMITED:  # a limit on its tokens ended that search
+            generations = found.get("generations")
+            if isinstance(generations, int) and generations >= UNLIMITED:  # a limit on its tokens ended that search
                 del found["generations"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        found = dict(found)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"search options: {given} is no recipe of a search, nor NAME: VALUE, ...: {error}") from error
-    return dict(found)
+    return found
 
 
 def _checked(name: str, value: Any) -> Any:

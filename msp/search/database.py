@@ -3,7 +3,7 @@
 One safetensors file a linear holds ``<pattern>.values`` and ``<pattern>.bitmask`` of each pattern between empty and
 dense, in the dtype that a packed model is stored in. A file is there as a whole or not at all, so a build that was
 killed goes on with the linear it was at. Files are memory-mapped when read. ``manifest.json`` says what the weights
-depend on.
+depend on. The metadata of a file are the hashes of its tensors, which are compared when they are read.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from torch import Tensor
 
 from msp.errors import MspError
 from msp.files import write_tensors, write_text
+from msp.hashes import hash_tensor
 from msp.ops import PackedWeight
 from msp.patterns import NMPattern
+from msp.reading import read_json, table
 from msp.staging import clean_folder
 
 FORMAT = 1
@@ -122,7 +124,8 @@ class LevelDatabase:
         for pattern, packed in zip(self.patterns[name], levels, strict=True):
             stored = packed.to("cpu", self._dtypes[name])
             tensors |= {f"{pattern}.values": stored.values, f"{pattern}.bitmask": stored.bitmask}
-        write_tensors(tensors, self._file(name))
+        hashes = {name: hash_tensor(tensor) or "" for name, tensor in tensors.items()}
+        write_tensors(tensors, self._file(name), metadata=hashes)
 
     def read(self) -> dict[str, PackedLevels]:
         """Every linear at every level: checked, and mapped from the files.
@@ -136,8 +139,12 @@ class LevelDatabase:
         file, levels = self._file(name), PackedLevels()
         try:
             with safe_open(file, framework="pt") as reader:
+                hashes = reader.metadata() or {}
                 for pattern in self.patterns[name]:
                     values, bitmask = (reader.get_tensor(f"{pattern}.{part}") for part in ("values", "bitmask"))
+                    for part, tensor in (("values", values), ("bitmask", bitmask)):
+                        if hashes.get(f"{pattern}.{part}") != hash_tensor(tensor):
+                            raise MspError(f"{file}: damaged, to be removed: {pattern}.{part} has another hash")
                     levels[pattern] = PackedWeight(values, bitmask, pattern, self._shapes[name])
         except (OSError, SafetensorError) as error:
             raise MspError(f"{file}: missing or damaged, to be removed: {error}") from error
@@ -153,8 +160,6 @@ class LevelDatabase:
 
 def _read_manifest(file: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        content["levels"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise MspError(f"{file} is in the way: it is not that of a level database: {error!r}") from error
-    return content
+        return dict(table(read_json(file), "the file", ("levels",)))
+    except MspError as error:
+        raise MspError(f"{file} is in the way: it is not that of a level database: {error}") from error

@@ -13,19 +13,19 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from msp.errors import MspError, UsageError
-from msp.files import write_text
 from msp.levels import Levels, levels_from_densities, repair
 from msp.patterns import Budget, Unit
 from msp.search.fitness import FIRST_SHARE, Key, key_of
 from msp.search.operators import crossover, swap
-from msp.search.sensitivities import Effects, Sensitivities, averaged, least_known, single_moves
+from msp.search.sensitivities import Sensitivities, averaged, least_known, single_moves
+from msp.search.state import State, Step, load_state, save_state
 
 # A density so low that the common shift to the budget does not bring it back.
 EMPTY = 1e6
@@ -113,30 +113,6 @@ class EvolutionOptions:
         return replace(self, generations=generations, tokens=tokens)
 
 
-@dataclass
-class Step:
-    """One generation, for the record: candidates measured and tokens forwarded so far, and losses."""
-
-    generation: int
-    evaluations: int
-    tokens: int
-    best: float
-    mean: float
-
-
-@dataclass
-class _State:
-    generation: int = 0
-    population: list[tuple[float, Key]] = field(default_factory=list)
-    measured: dict[tuple[int, Key], float] = field(default_factory=dict)
-    tokens: int = 0
-    history: list[Step] = field(default_factory=list)
-    # Tokens that a candidate takes at the first stage.
-    first_stage: float = 0.0
-    # What each measurement of sensitivities was around, and found.
-    effects: list[tuple[Key, Effects]] = field(default_factory=list)
-
-
 class Evolution:
     """The search. ``run`` returns the best levels found and the history of the generations.
 
@@ -181,9 +157,9 @@ class Evolution:
         # More than a level where levels are fine: M = 16 and 32.
         self._step = max(1, max(unit.top for unit in units) // 8)
         self._tokens_before = 0
-        self._state = _State()
+        self._state = State()
         if resume and checkpoint is not None and checkpoint.exists():
-            self._state = self._load(checkpoint)
+            self._state = load_state(checkpoint, self._identity, units, budget, fitness.stages)
             self._tokens_before = self._state.tokens
 
     def run(self) -> tuple[Levels, list[Step]]:
@@ -246,6 +222,8 @@ class Evolution:
             return []
         # On other tokens each time: what is averaged says more, and the race is on tokens that played no part in it.
         own, *losses = self._fitness([base, *moves.values()], 0, state.generation + 1)
+        if own == math.inf:
+            return []
         state.effects.append((base, {move: loss - own for move, loss in zip(moves, losses, strict=True)}))
         effects = averaged(state.effects, base)
         found = Sensitivities(self._units, self._budget, base, effects, self._step)
@@ -310,6 +288,11 @@ class Evolution:
         state.generation += int(count)
         state.tokens = self._tokens_before + self._fitness.tokens
         losses = [loss for loss, _ in state.population]
+        if not math.isfinite(losses[0]):
+            raise MspError(
+                f"no candidate of the search has a finite loss, not one of the {len(losses)} that it kept: the outputs "
+                "of the pruned model overflow, or the budget leaves too little of it"
+            )
         measured = {key for _, key in state.measured}
         for base, effects in state.effects:
             moves = single_moves(base, self._units, self._step)
@@ -318,7 +301,7 @@ class Evolution:
         step = Step(state.generation, evaluations, state.tokens, losses[0], sum(losses) / len(losses))
         state.history.append(step)
         if self._checkpoint is not None:
-            self._save(self._checkpoint)
+            save_state(self._checkpoint, state, self._identity)
         if self._on_step is not None:
             self._on_step(step)
 
@@ -329,42 +312,6 @@ class Evolution:
         content += [[unit.name, list(map(str, unit.patterns)), unit.costs] for unit in self._units]
         content += [list(key_of(levels)) for levels in self._seeds]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-    def _save(self, path: Path) -> None:
-        state = self._state
-        content = {
-            "identity": self._identity,
-            "generation": state.generation,
-            "tokens": state.tokens,
-            "population": state.population,
-            "measured": [[stage, key, loss] for (stage, key), loss in state.measured.items()],
-            "history": [asdict(step) for step in state.history],
-            "first_stage": state.first_stage,
-            "effects": [[base, [[*move, effect] for move, effect in found.items()]] for base, found in state.effects],
-        }
-        write_text(path, json.dumps(content))
-
-    def _load(self, path: Path) -> _State:
-        try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if content["identity"] != self._identity:
-                raise MspError(f"{path} belongs to another search (model, tokens, budget or options differ)")
-            return _State(
-                content["generation"],
-                [(loss, tuple(key)) for loss, key in content["population"]],
-                {(stage, tuple(key)): loss for stage, key, loss in content["measured"]},
-                content["tokens"],
-                [Step(**step) for step in content["history"]],
-                content["first_stage"],
-                [
-                    (tuple(base), {(unit, direction): effect for unit, direction, effect in found})
-                    for base, found in content["effects"]
-                ],
-            )
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, MspError):
-                raise
-            raise MspError(f"{path} is not a search checkpoint: {error}") from error
 
 
 def _run_lengths(longest: int) -> list[int]:

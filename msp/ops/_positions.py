@@ -1,0 +1,145 @@
+"""Proof that a bitmask keeps exactly N of every M, once for each bitmask and not once for each call.
+
+A kernel walks along the values by the bits of the bitmask, so bits too many make it read past the end of them. Counting
+the bits takes longer than many a product. A bitmask that was counted is therefore remembered by its memory, and by the
+version that torch raises with every write. Whatever comes in anew (loaded, assigned, copied, moved, written to, its
+``.data`` exchanged) has another mark, and is counted before a kernel sees it. torch does not see writes that go through
+``.data``, through numpy, or into tensors of its inference mode; nor does this.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msp.errors import MspError
+from msp.patterns import GROUP_SIZES
+
+_known: dict[tuple[int, str], tuple[weakref.ref[Tensor], tuple[Any, ...]]] = {}
+
+
+def count_bits(bitmask: Tensor, group_size: int) -> Tensor:
+    """Bits set in each group, uint8 ``[R, groups]``; for groups of 4 every half byte counts as one.
+
+    Sums neighbouring bits, then pairs, then half bytes, so nothing larger than the bitmask is made.
+    """
+    counts = bitmask - ((bitmask >> 1) & 0x55)
+    counts = (counts & 0x33) + ((counts >> 2) & 0x33)
+    if group_size == 4:
+        return torch.stack((counts & 15, counts >> 4), dim=-1).flatten(1)
+    counts = (counts + (counts >> 4)) & 15
+    groups = counts.shape[1] * 8 // group_size
+    return counts.view(len(counts), groups, group_size // 8).sum(-1, dtype=torch.uint8)
+
+
+def check_parts(values: Tensor, bitmask: Tensor, n: int, m: int, columns: int) -> None:
+    """Check shapes, dtypes and devices of a packed ``[R, columns]`` weight; reads no bit of it.
+
+    Raises:
+        TypeError: a bitmask that is not uint8.
+        ValueError: sizes that do not fit together, or two devices.
+    """
+    if m not in GROUP_SIZES or not 0 <= n <= m or columns % m:
+        raise ValueError(f"{n}:{m} is no pattern for {columns} columns")
+    if bitmask.dtype != torch.uint8:
+        raise TypeError(f"the bitmask is {bitmask.dtype}, but must be torch.uint8")
+    rows = values.shape[0] if values.ndim else 0
+    wanted = (rows, columns // m * n), (rows, -(-columns // 8))
+    if (values.shape, bitmask.shape) != wanted:
+        raise ValueError(
+            f"values have shape {list(values.shape)} and bitmask has {list(bitmask.shape)}, but {n}:{m} needs "
+            f"{list(wanted[0])} and {list(wanted[1])}"
+        )
+    if bitmask.device != values.device:
+        raise ValueError(f"the bitmask is on {bitmask.device}, but the packed values are on {values.device}")
+
+
+def check_positions(bitmask: Tensor, n: int, m: int, columns: int, name: str = "") -> None:
+    """Check that ``bitmask`` keeps ``n`` of every ``m`` and has no bit past ``columns``, unless it was found to.
+
+    Args:
+        bitmask: uint8 ``[R, ceil(columns / 8)]``, in rows or in tiles: both have the same groups in other places.
+        name: of the linear, which starts the message.
+
+    Raises:
+        MspError: says how many groups are wrong, and which is the first.
+    """
+    _once("positions", bitmask, (n, m, columns), lambda: count_positions(bitmask, n, m, columns, name))
+
+
+def check_compliant(bitmask: Tensor, n: int, m: int) -> None:
+    """Check that no aligned group of 4 keeps more than 2, unless it was found to.
+
+    Raises:
+        MspError: some does.
+    """
+    if n > 2:
+        _once("compliant", bitmask, (m,), lambda: _count_compliant(bitmask))
+
+
+def count_positions(bitmask: Tensor, n: int, m: int, columns: int, name: str = "") -> None:
+    """``check_positions``, counting in any case, and remembering.
+
+    Raises:
+        MspError: as ``check_positions``.
+    """
+    prefix = f"{name}." if name else ""
+    counts, groups = count_bits(bitmask, m), columns // m
+    past = counts[:, groups:]
+    if past.numel() and (bits := int(past.sum())):
+        raise MspError(f"{prefix}bitmask sets {bits} bits past its {columns} columns")
+    wrong = counts[:, :groups] != n
+    if wrong.any():
+        row, group = (int(index) for index in wrong.nonzero()[0])
+        raise MspError(
+            f"{prefix}bitmask does not keep {n} of every {m} in {int(wrong.sum())} of {wrong.numel()} groups, "
+            f"the first in row {row}, group {group}, which keeps {int(counts[row, group])}"
+        )
+    _remember("positions", bitmask, (n, m, columns))
+
+
+def _count_compliant(bitmask: Tensor) -> None:
+    if (count_bits(bitmask, 4) > 2).any():
+        raise MspError("bitmask keeps more than 2 of some 4, which 2:4 sparse tensor cores cannot multiply with")
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _mark(bitmask: Tensor, of: tuple[int, ...]) -> tuple[Any, ...]:
+    return _version(bitmask), bitmask.shape, bitmask.stride(), of
+
+
+def _once(kind: str, bitmask: Tensor, of: tuple[int, ...], count: Callable[[], None]) -> None:
+    address = bitmask.data_ptr()
+    found = _known.get((address, kind))
+    if found is not None and found[1] == _mark(bitmask, of):
+        # another tensor may have come to the address when the one that was counted had gone
+        counted = found[0]()
+        if counted is bitmask:
+            return
+        if counted is not None and counted.data_ptr() == address and _version(counted) == found[1][0]:
+            return
+    if bitmask.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise MspError("a bitmask that is new cannot be counted while a CUDA graph is captured: call once before")
+    count()
+    _remember(kind, bitmask, of)
+
+
+def _remember(kind: str, bitmask: Tensor, of: tuple[int, ...]) -> None:
+    """Take note of what was counted; it is forgotten when the tensor goes."""
+    key = bitmask.data_ptr(), kind
+    if bitmask.is_meta or not key[0]:
+        return
+
+    def forget(reference: weakref.ref[Tensor]) -> None:
+        known = _known.get(key)
+        if known is not None and known[0] is reference:
+            _known.pop(key, None)
+
+    _known[key] = weakref.ref(bitmask, forget), _mark(bitmask, of)

@@ -1,0 +1,168 @@
+"""What a search remembers between its generations, as ``search.json``: written, and read with every value checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from msp.errors import MspError
+from msp.files import write_text
+from msp.patterns import Budget, Unit
+from msp.reading import array, read_json, real, table, text, whole
+from msp.search.fitness import Key
+from msp.search.sensitivities import Effects
+
+KEYS = ("checksum", "identity", "generation", "tokens", "population", "measured", "history", "first_stage", "effects")
+
+
+@dataclass
+class Step:
+    """One generation, for the record: candidates measured and tokens forwarded so far, and losses."""
+
+    generation: int
+    evaluations: int
+    tokens: int
+    best: float
+    mean: float
+
+
+@dataclass
+class State:
+    """Everything but the constants, so that a resumed search goes on as if it had not stopped.
+
+    Attributes:
+        population: the individuals with their losses, the best first; infinite for one without a finite loss.
+        measured: the loss of every candidate at every stage.
+        tokens: forwarded so far.
+        first_stage: tokens that a candidate takes at the first stage.
+        effects: what each measurement of sensitivities was around, and found.
+    """
+
+    generation: int = 0
+    population: list[tuple[float, Key]] = field(default_factory=list)
+    measured: dict[tuple[int, Key], float] = field(default_factory=dict)
+    tokens: int = 0
+    history: list[Step] = field(default_factory=list)
+    first_stage: float = 0.0
+    effects: list[tuple[Key, Effects]] = field(default_factory=list)
+
+
+def save_state(path: Path, state: State, identity: str) -> None:
+    """Write ``path`` in one step, and its folder if need be. A loss that is infinite is ``null``: JSON has none."""
+    content = {
+        "identity": identity,
+        "generation": state.generation,
+        "tokens": state.tokens,
+        "population": [[_written(loss), key] for loss, key in state.population],
+        "measured": [[stage, key, _written(loss)] for (stage, key), loss in state.measured.items()],
+        "history": [
+            asdict(step) | {"best": _written(step.best), "mean": _written(step.mean)} for step in state.history
+        ],
+        "first_stage": state.first_stage,
+        "effects": [
+            [base, [[*move, _written(effect)] for move, effect in found.items()]] for base, found in state.effects
+        ],
+    }
+    content = {"checksum": _checksum(content), **content}
+    write_text(path, json.dumps(content, allow_nan=False))
+
+
+def load_state(path: Path, identity: str, units: Sequence[Unit], budget: Budget, stages: int) -> State:
+    """Read what ``save_state`` wrote.
+
+    Args:
+        identity: of the search that goes on.
+        units, budget, stages: of its problem: every individual must be one of its solutions.
+
+    Raises:
+        MspError: another search's; or an entry that no search writes, which the message names.
+    """
+    try:
+        content = table(read_json(path), "the file", KEYS)
+        if text(content["identity"], "identity") != identity:
+            raise _Other(f"{path} belongs to another search (model, tokens, budget or options differ)")
+        if content["checksum"] != _checksum({key: value for key, value in content.items() if key != "checksum"}):
+            raise MspError("its checksum is another: the file is damaged")
+        return _state(content, units, budget, stages)
+    except _Other:
+        raise
+    except MspError as error:
+        raise MspError(f"{path} is not a search checkpoint: {error}") from error
+
+
+class _Other(MspError):
+    """Not damaged, but another search's."""
+
+
+def _checksum(content: Any) -> str:
+    return hashlib.blake2b(json.dumps(content, allow_nan=False).encode(), digest_size=16).hexdigest()
+
+
+def _state(content: Any, units: Sequence[Unit], budget: Budget, stages: int) -> State:
+    population: list[tuple[float, Key]] = []
+    for index, entry in enumerate(array(content["population"], "population")):
+        name = f"population[{index}]"
+        loss, key = array(entry, name, 2)
+        levels = _key(key, name, units)
+        cost = sum(unit.costs[level] for unit, level in zip(units, levels, strict=True))
+        if cost > budget.limit:
+            raise MspError(f"{name} costs {cost:,} of a budget of {budget.limit:,}")
+        population.append((_loss(loss, name), levels))
+    measured: dict[tuple[int, Key], float] = {}
+    for index, entry in enumerate(array(content["measured"], "measured")):
+        name = f"measured[{index}]"
+        stage, key, loss = array(entry, name, 3)
+        measured[whole(stage, name, 0, stages - 1), _key(key, name, units)] = _loss(loss, name)
+    for index, (loss, levels) in enumerate(population):
+        if measured.get((stages - 1, levels)) != loss:
+            raise MspError(f"population[{index}] has another loss than was measured")
+    if sorted(population) != population or len(set(population)) < len(population):
+        raise MspError("population is not in the order of its losses")
+    generation = whole(content["generation"], "generation")
+    tokens = whole(content["tokens"], "tokens")
+    history = [_step(entry, f"history[{index}]") for index, entry in enumerate(array(content["history"], "history"))]
+    if not population or not history or history[-1].generation != generation or history[-1].tokens != tokens:
+        raise MspError("history does not end where the search stopped")
+    if history[-1].best != population[0][0]:
+        raise MspError("history ends with another loss than the best individual has")
+    first_stage = real(content["first_stage"], "first_stage", 0)
+    effects: list[tuple[Key, Effects]] = []
+    for index, entry in enumerate(array(content["effects"], "effects")):
+        name = f"effects[{index}]"
+        base, found = array(entry, name, 2)
+        effects.append((_key(base, name, units), dict(_effect(move, name, units) for move in array(found, name))))
+    return State(generation, population, measured, tokens, history, first_stage, effects)
+
+
+def _key(value: object, name: str, units: Sequence[Unit]) -> Key:
+    levels = array(value, name, len(units))
+    return tuple(whole(level, f"{name}: {unit.name}", 0, unit.top) for level, unit in zip(levels, units, strict=True))
+
+
+def _effect(value: object, name: str, units: Sequence[Unit]) -> tuple[tuple[int, int], float]:
+    unit, direction, effect = array(value, name, 3)
+    move = whole(unit, name, 0, len(units) - 1), whole(direction, name, -1, 1)
+    if not move[1]:
+        raise MspError(f"{name}: a move of 0 levels")
+    return move, math.inf if effect is None else real(effect, name)
+
+
+def _step(value: object, name: str) -> Step:
+    entry = table(value, name, Step.__dataclass_fields__)
+    if len(entry) > len(Step.__dataclass_fields__):
+        raise MspError(f"{name} has entries that are not known")
+    counts = (whole(entry[key], f"{name}.{key}") for key in ("generation", "evaluations", "tokens"))
+    return Step(*counts, *(_loss(entry[key], f"{name}.{key}") for key in ("best", "mean")))
+
+
+def _loss(value: object, name: str) -> float:
+    return math.inf if value is None else real(value, name)
+
+
+def _written(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None
