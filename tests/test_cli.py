@@ -338,7 +338,7 @@ EARLY = [
     (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--evaluate", "GONE"], 1, "no such file"),
     (["prune", "M", "-o", "TAKEN", "--calibration", "TEXT"], 1, "exists"),
     (["prune", "M", "--calibration", "TEXT"], 2, "--output"),
-    (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--allocation", "GONE"], 1, "cannot read"),
+    (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--allocation", "GONE"], 1, "cannot be read"),
     (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--allocation", "EMPTY"], 1, "is no recipe"),
     (["prune", "M", "-o", "OUT", "--calibration", "TEXT", "--allocation", "GONE", "-s", "0.5"], 2, "one of them"),
     (["search", "M", "--calibration", "TEXT"], 2, "--output"),

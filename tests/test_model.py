@@ -139,7 +139,7 @@ def test_weights_that_are_not_finite_are_named_and_counted(value: float, count: 
     linears = find_structure(build("gpt2")).linears
     check_finite(linears)
     linears[5].weight[1, :count] = value
-    with pytest.raises(MspError, match=rf"{linears[5].name}: {count} of its {linears[5].weight.numel()} weights"):
+    with pytest.raises(MspError, match=rf"{linears[5].name}: {count} of its {linears[5].weight.numel()} values"):
         check_finite(linears)
 
 
@@ -173,7 +173,7 @@ def test_refuses_a_folder_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(MspError, match=r"no config\.json"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(MspError, match="not a model that transformers can read"):
+    with pytest.raises(MspError, match=r"config\.json: cannot be read"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
     with pytest.raises(MspError, match="no-such-type"):

@@ -277,7 +277,7 @@ def test_a_packed_model_is_not_pruned_again(llama: Path, text: str, tmp_path: Pa
 def test_weights_that_are_not_numbers_are_named_before_any_work(text: str) -> None:
     model = build("llama")
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
-    with pytest.raises(MspError, match=r"layers\.1\.mlp\.up_proj.*: 1 of"):
+    with pytest.raises(MspError, match=r"layers\.1\.mlp\.up_proj\.weight: 1 of"):
         msp.prune(model, sparsity=0.5, calibration=text, **SMALL)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -14,11 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from families import VOCABULARY, save_text, tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from msp.data import read_windows
 from msp.decode_table import DecodeTable
 from msp.errors import MspError
+from msp.loading import read_tokenizer
 from msp.manifest import Manifest
 from msp.packed_files import INDEX, read_manifest, tensor_files
 from msp.patterns import Allocation, Budget, NMPattern, Unit
@@ -427,6 +431,22 @@ def test_patterns_are_of_plain_digits() -> None:
     for wrong in ("２:8", "2:8\0", "1" * 5000 + ":8", "-1:8"):
         with pytest.raises(MspError, match="not a pattern"):
             NMPattern.parse(wrong)
+
+
+@settings(FUZZED, max_examples=25)
+@given(seed=st.integers(0, 2**32), raw=st.booleans())
+def test_a_mutated_tokenizer_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, seed: int, raw: bool) -> None:
+    folder, choose = tmp_path_factory.getbasetemp() / "tokenizer", random.Random(seed)
+    tokenizer().save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    save_text(folder / "text.txt", 0)
+    file = folder / choose.choice(["tokenizer.json", "tokenizer_config.json"])
+    before = file.read_bytes()
+    file.write_bytes(damaged(before, choose) if raw else json.dumps(mutated(json.loads(before), choose)).encode())
+    with contextlib.suppress(MspError):
+        read = read_tokenizer(str(folder), folder)
+        windows = read_windows(str(folder / "text.txt"), read, VOCABULARY, window=16, tokens=64)
+        assert int(windows.min()) >= 0 and int(windows.max()) < VOCABULARY
 
 
 def test_levels_of_a_search_are_those_of_its_units() -> None:
