@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -29,6 +30,8 @@ from msp.progress import NoProgress, Progress
 from msp.pruners import Pruner, get_pruner
 from msp.recipe import write_allocation
 from msp.results import CompareResult, CompareRow, PruneResult, SearchResult, SensitivityResult, mean_rows
+from msp.search.database import DATABASE
+from msp.search.evolution import read_checkpoint
 from msp.search.fitness import key_of
 from msp.sensitivity import fisher_traces
 from msp.settings import PruneOptions
@@ -87,6 +90,9 @@ def prune(
         tokens = opened.tokens(settings, settings.seed)
     pruner = get_pruner(settings.pruner)
     bench = opened.bench(plan, tokens, settings, listener)
+    problem = _problem(bench, pruner, settings, settings.seed)
+    if settings.allocation is None:
+        _check_resume(bench, [problem], pruner, settings)
     with ExitStack() as stack:
         stack.enter_context(opened.structure.changes.steady(opened.model))
         with clock("calibrate"):
@@ -94,7 +100,6 @@ def prune(
         with clock("evaluate"):
             reference = bench.predictions(tokens.test, "Dense test predictions")
         with clock("allocate"):
-            problem = _problem(bench, pruner, settings, settings.seed)
             found = _allocate(problem, settings)
             allocation = problem.allocation(found.levels)
         stored, origin = opened.loaded.stored, opened.loaded.folder
@@ -191,10 +196,14 @@ def search_all(
         plans = [opened.plan(each, listener) for each in settings]
         tokens = opened.tokens(first, first.seed)
     bench = opened.bench(plans[0], tokens, first, listener)
-    shared = _problem(bench, get_pruner(first.pruner), first, first.seed)
+    pruner = get_pruner(first.pruner)
+    shared = _problem(bench, pruner, first, first.seed)
+    problems = [
+        replace(shared, budget=plan.budget, search=each.search) for each, plan in zip(settings, plans, strict=True)
+    ]
+    _check_resume(bench, problems, pruner, first)
     relative: list[float] | None = None
-    for each, plan in zip(settings, plans, strict=True):
-        problem = replace(shared, budget=plan.budget, search=each.search)
+    for each, plan, problem in zip(settings, plans, problems, strict=True):
         if relative is not None:
             problem = replace(problem, hints=(problem.from_densities(relative).levels,))
         with clock("allocate"), opened.structure.changes.steady(opened.model):
@@ -228,6 +237,24 @@ def _problem(bench: Workbench, pruner: Pruner, settings: PruneOptions, seed: int
     return bench.problem(
         pruner, seed=seed, fitness=settings.measure, search=settings.search, database=settings.database(pruner)
     )
+
+
+def _check_resume(bench: Workbench, problems: Sequence[Problem], pruner: Pruner, settings: PruneOptions) -> None:
+    """Refuse what an earlier run of another search left, before any work; warn where it left nothing."""
+    checkpoints = [problem.search.checkpoint for problem in problems]
+    if not settings.resume:
+        return
+    left = False
+    for problem, checkpoint in zip(problems, checkpoints, strict=True):
+        assert checkpoint is not None, "PruneOptions refuses that"
+        if checkpoint.exists():
+            read_checkpoint(checkpoint, problem.identity, partial=True)
+            left = True
+        if settings.database(pruner):
+            database = bench.database(pruner, checkpoint.with_name(DATABASE))
+            left |= database.check()
+    if not left:
+        warnings.warn(f"nothing to resume in {settings.work_dir}: the search starts anew", stacklevel=3)
 
 
 def _pruned(

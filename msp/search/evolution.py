@@ -9,7 +9,6 @@ generations are bred from the sensitivities of all units, measured at the best i
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from msp.errors import MspError, UsageError
+from msp.identity import Identity, differences, hashed_data
 from msp.levels import Levels, levels_from_densities, repair
 from msp.patterns import Budget, Unit
 from msp.search.fitness import Key, key_of
@@ -32,6 +32,9 @@ EMPTY = 1e6
 
 # Moves whose effects a generation measures, at most: more linears than half as many take turns.
 MOVES = 256
+
+# How a message calls the levels that the first population comes from.
+FIRST = "first individuals"
 
 # Generations that no search reaches: something else ends it.
 UNLIMITED = 1_000_000
@@ -149,6 +152,8 @@ class Evolution:
         seed: of every random choice.
         checkpoint: a JSON file written atomically after every generation.
         resume: continue from ``checkpoint`` if it is there.
+        identity: what ``fitness`` depends on. A checkpoint is continued only if that, units, budget, options and
+            seeds are the same.
         on_step: called after every generation.
 
     Raises:
@@ -166,7 +171,7 @@ class Evolution:
         seed: int = 0,
         checkpoint: Path | None = None,
         resume: bool = False,
-        identity: str = "",
+        identity: Identity | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> None:
         self._units = units
@@ -177,7 +182,7 @@ class Evolution:
         self._seed = seed
         self._checkpoint = checkpoint
         self._on_step = on_step
-        self._identity = self._fingerprint(identity)
+        self._identity = {**asked(units, budget, seed), **(identity or {}), **self._starting()}
         # More than a level where levels are fine: M = 16 and 32.
         self._step = max(1, max(unit.top for unit in units) // 8)
         self._tokens_before = 0
@@ -322,13 +327,12 @@ class Evolution:
         if self._on_step is not None:
             self._on_step(step)
 
-    def _fingerprint(self, identity: str) -> str:
+    def _starting(self) -> Identity:
+        """The constants, and the first individuals."""
+        options = asdict(self._options)
         # How long to search is left out: asking for more is what resuming is for.
-        options = {**asdict(self._options), "generations": None, "tokens": None}
-        content = [identity, self._seed, self._budget.limit, options]
-        content += [[unit.name, list(map(str, unit.patterns)), unit.costs] for unit in self._units]
-        content += [list(key_of(levels)) for levels in self._seeds]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        found = {f"search option {name}": str(options[name]) for name in options.keys() - {"generations", "tokens"}}
+        return {**dict(sorted(found.items())), FIRST: hashed_data([list(key_of(levels)) for levels in self._seeds])}
 
     def _save(self, path: Path) -> None:
         state = self._state
@@ -348,10 +352,8 @@ class Evolution:
         os.replace(temporary, path)
 
     def _load(self, path: Path) -> _State:
+        content = read_checkpoint(path, self._identity)
         try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if content["identity"] != self._identity:
-                raise MspError(f"{path} belongs to another search (model, tokens, budget or options differ)")
             return _State(
                 content["generation"],
                 [(loss, tuple(key)) for loss, key in content["population"]],
@@ -364,10 +366,38 @@ class Evolution:
                     for base, found in content["effects"]
                 ],
             )
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, MspError):
-                raise
+        except (KeyError, TypeError, ValueError) as error:
             raise MspError(f"{path} is not a search checkpoint: {error}") from error
+
+
+def asked(units: Sequence[Unit], budget: Budget, seed: int) -> Identity:
+    """The part of a search's identity that is known before any work."""
+    return {
+        "seed": str(seed),
+        "budget": str(budget.limit),
+        "patterns": hashed_data([[unit.name, unit.linears, list(map(str, unit.patterns))] for unit in units]),
+        "costs of the patterns": hashed_data([unit.costs for unit in units]),
+    }
+
+
+def read_checkpoint(path: Path, identity: Identity, *, partial: bool = False) -> dict[str, Any]:
+    """The content of the checkpoint of a search that has ``identity``, or has it as a ``partial`` one.
+
+    Raises:
+        MspError: it is unreadable or of another search; the message names what differs.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = content["identity"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise MspError(f"{path} is not a search checkpoint: {error!r}") from error
+    if not isinstance(found, dict):
+        raise MspError(f"{path} is not a search checkpoint that this msp reads: start anew, without resume")
+    differs = differences(identity, found, partial=partial)
+    # The first individuals follow from all the rest: they tell something only if that is the same.
+    if differs := [difference for difference in differs if FIRST not in difference] or differs:
+        raise MspError(f"{path} belongs to another search: {'; '.join(differs)}; start anew without resume")
+    return content
 
 
 def _run_lengths(longest: int) -> list[int]:
