@@ -21,6 +21,7 @@ from msp.checkpoint import as_stored, check_output, packed_shards, replace_linea
 from msp.data import DEFAULT_EVALUATION, TokenSource, read_windows
 from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference, Quality, Reference, Sums, perplexity
+from msp.files import name_alone
 from msp.loading import find_device, load_model
 from msp.opened import Opened, open_model, vocabulary_size, window_of
 from msp.ops import PackedWeight
@@ -446,7 +447,7 @@ def _recipe(options: PruneOptions, opened: Opened, bench: Workbench, plan: Plan,
     names = ["pruner", "seed"] if options.allocation else ["allocator", "pruner", "unit", "seed"]
     versions = {"msp": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
     return {
-        "model": opened.loaded.source,
+        "model": name_alone(opened.loaded.source),
         **options.budget,
         **{name: getattr(options, name) for name in names},
         **({} if options.allocation else {"fitness": options.fitness_name}),
