@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from msp.model import device_of
+from msp.ops._sums import ordered_sum
 from msp.progress import NoProgress, Progress
 
 # Probabilities of the dense model are kept in fp32 up to this many bytes and in fp16 beyond, scaled so that
@@ -147,7 +148,7 @@ class DenseReference(Reference):
     def _expected(self, probs: torch.Tensor, log_probs: torch.Tensor) -> float:
         """Sum of p times ``log_probs``, which is overwritten."""
         weighted = log_probs.mul_(probs.to(log_probs.device, torch.float32))
-        return float(weighted.sum(-1).double().sum()) / self._scale
+        return float(ordered_sum(weighted.sum(-1).double())) / self._scale
 
     def measure(self, model: Any, *, progress: Progress | None = None, label: str = "Evaluating") -> Quality:
         """Perplexity of ``model`` on all windows, and its KL from the dense one."""
@@ -191,7 +192,7 @@ def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _loss(log_probs: torch.Tensor, tokens: torch.Tensor) -> float:
-    return -float(log_probs.gather(-1, tokens[:, 1:, None]).double().sum())
+    return -float(ordered_sum(log_probs.gather(-1, tokens[:, 1:, None]).double()))
 
 
 def _perplexity(loss: float, predicted: int) -> float:

@@ -26,6 +26,7 @@ from msp.gates import GatedModel
 from msp.identity import Identity, environment, hashed, hashed_code, hashed_config, hashed_data, hashed_tensors
 from msp.model import Block, Structure, check_finite, device_of
 from msp.ops import PackedWeight
+from msp.ops._sums import ordered_sum
 from msp.patterns import Allocation
 from msp.plan import Plan
 from msp.progress import Progress
@@ -159,7 +160,7 @@ class Workbench:
         if self._diagonals is None:
             with self.progress.stage("Fisher diagonals", len(self.tokens.calibration)) as advance:
                 diagonals = fisher_diagonals(self.model, self.linears, self.tokens.calibration, progress=advance)
-            sums = {name: float(diagonal.double().sum()) for name, diagonal in diagonals.items()}
+            sums = {name: float(ordered_sum(diagonal.double())) for name, diagonal in diagonals.items()}
             unknown = {name for name, total in sums.items() if not total}
             mean = _mean_of_weights(sums, {name: diagonal.numel() for name, diagonal in diagonals.items()}, unknown)
             for name in unknown:  # the same for each of its weights: what is left to tell them apart is magnitude
@@ -410,7 +411,7 @@ class WorkbenchEvidence:
                     if linear.name not in unreached
                 ]
             count = sum(score.numel() for score in scores)
-            mean = sum(float(score.double().sum()) for score in scores) / max(count, 1)
+            mean = sum(float(ordered_sum(score.double())) for score in scores) / max(count, 1)
             above = sum(int((score > threshold * mean).sum()) for score in scores)
             ratios.append(above / max(count, 1))
         return ratios
