@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from msp.ops import fisher_trace
-from msp.ops._sums import SERIAL, total
+from msp.ops._sums import SERIAL, ordered_sum
 
 THREADS = (1, 2, 3, 8)
 
