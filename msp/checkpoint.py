@@ -125,11 +125,11 @@ def save_packed(
         _attach_manifest(model, manifest)
         # Tensors keep the names of their modules, as the manifest does, also where published files differ.
         model.save_pretrained(partial, max_shard_size=max_shard_size, save_original_format=False)
-        _describe(partial, tokenizer, target.name, origin)
+        _describe(partial, tokenizer, origin)
     return target
 
 
-def _describe(folder: Path, tokenizer: Any, name: str, origin: Path | None) -> None:
+def _describe(folder: Path, tokenizer: Any, origin: Path | None) -> None:
     """Put what goes with the weights beside them, and the model card."""
     if tokenizer is not None and (origin is None or not tokenizer_files(origin)):
         tokenizer.save_pretrained(folder)
@@ -141,7 +141,7 @@ def _describe(folder: Path, tokenizer: Any, name: str, origin: Path | None) -> N
     record_hashes(folder)
     # transformers names the dtype of whichever parameter comes first, and loads all in what is named here.
     edit_config(folder, dtype=str(_common_dtype(folder, info)).removeprefix("torch."))
-    (folder / "README.md").write_text(model_card(info, name), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(info), encoding="utf-8")
 
 
 def record_hashes(folder: Path) -> None:
@@ -170,14 +170,12 @@ class PackedShards:
 
     Args:
         folder: to write to, which is there.
-        name: of the model.
         stored: the dtypes to store tensors in.
         origin: as ``save_packed`` takes it.
     """
 
-    def __init__(self, folder: Path, name: str, stored: StoredDtypes, origin: Path | None = None) -> None:
+    def __init__(self, folder: Path, stored: StoredDtypes, origin: Path | None = None) -> None:
         self._folder = folder
-        self._name = name
         self._stored = stored
         self._origin = origin
         self._blocks: list[Path] = []
@@ -208,7 +206,7 @@ class PackedShards:
         for file, shard in shards.items():
             file.rename(self._folder / shard)
         (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-        _describe(self._folder, tokenizer, self._name, self._origin)
+        _describe(self._folder, tokenizer, self._origin)
 
 
 @contextmanager
@@ -220,9 +218,9 @@ def packed_shards(
     Raises:
         MspError: see ``save_packed``; or there is no room for ``size`` bytes.
     """
-    with new_folder(out, force, model=origin) as (partial, target):
+    with new_folder(out, force, model=origin) as (partial, _):
         check_room(out, size, "the packed model")
-        yield PackedShards(partial, target.name, stored, origin)
+        yield PackedShards(partial, stored, origin)
 
 
 @contextmanager

@@ -128,8 +128,8 @@ def make_token_sets(
         fitness = noised(fitness, fitness_noise, seed)
     sets = TokenSets(windows[order[:calibration_windows]], fitness, test, window, {})
     sets.sources.update(
-        calibration=source,
-        evaluate=f"{source} (held out)" if held_out else str(evaluate),
+        calibration=parsed.shown,
+        evaluate=f"{parsed.shown} (held out)" if other is None or held_out else other.shown,
         window=window,
         seed=seed,
         calibration_tokens=sets.calibration.numel(),

@@ -108,7 +108,7 @@ def export_dense(
             if not _is_left(file, partial):
                 copy = shutil.copytree if file.is_dir() else shutil.copy2
                 copy(file, partial / file.name)
-        (partial / "README.md").write_text(dense_card(info, target.name), encoding="utf-8")
+        (partial / "README.md").write_text(dense_card(info), encoding="utf-8")
     return target
 
 

@@ -15,6 +15,7 @@ from msp.finite import check_figures
 from msp.head import Output, Piece, outputs, outputs_of
 from msp.host_memory import give_back
 from msp.model import device_of
+from msp.ops._sums import ordered_sum
 from msp.progress import NoProgress, Progress
 
 # Probabilities of the dense model are kept in fp32 up to this many bytes and in fp16 beyond, scaled so that
@@ -193,7 +194,7 @@ class _Hidden:
         """Sum of p (log p - log q); ``log_probs``, log q, is overwritten."""
         dense = self._output.log_probabilities(piece).to(log_probs.device)
         weighted = log_probs.neg_().add_(dense).mul_(dense.exp_())
-        return float(weighted.sum(-1).double().sum())
+        return float(ordered_sum(weighted.sum(-1).double()))
 
 
 class _Probabilities:
@@ -214,7 +215,7 @@ class _Probabilities:
     def divergence(self, piece: Piece, log_probs: Tensor) -> float:
         """Minus the sum of p log q; ``log_probs``, log q, is overwritten."""
         weighted = log_probs.mul_(self._probs[piece].to(log_probs.device, torch.float32))
-        return -float(weighted.sum(-1).double().sum()) / self._scale
+        return -float(ordered_sum(weighted.sum(-1).double())) / self._scale
 
 
 @torch.inference_mode()
@@ -241,7 +242,7 @@ def _loss(log_probs: Tensor, tokens: Tensor, piece: Piece) -> float:
     """Summed negative log-likelihood of the ``tokens`` [B, T] that follow the positions of ``piece``."""
     windows, positions = piece
     followers = tokens[windows, positions.start + 1 : positions.stop + 1].to(log_probs.device)
-    return -float(log_probs.gather(-1, followers[..., None]).double().sum())
+    return -float(ordered_sum(log_probs.gather(-1, followers[..., None]).double()))
 
 
 def _perplexity(loss: float, predicted: int) -> float:

@@ -72,6 +72,14 @@ def save_tensors(tensors: Mapping[str, Tensor], file: str | Path, *, metadata: d
     open_to_readers(Path(file))
 
 
+def name_alone(path: str | Path) -> str:
+    """The name of a file or folder without those it lies in; text that is no path to one is returned as it is.
+
+    What is written must not depend on where things lie.
+    """
+    return os.path.basename(os.path.abspath(path)) if os.path.exists(path) else str(path)
+
+
 def open_to_readers(path: Path) -> None:
     """Give a file, or all files below a folder, the permissions of a file that Python creates there.
 

@@ -74,7 +74,7 @@ def measure_decode(
     times: dict[Shape, dict[str, float]] = {shape: {} for shape, _ in cases}
     for (shape, pattern), found in samples.items():
         times[shape][DENSE if pattern is None else str(pattern)] = statistics.median(found) * 1e6
-    return DecodeTable(str(dtype).removeprefix("torch."), _machine(device), times)
+    return DecodeTable(str(dtype).removeprefix("torch."), machine(device), times)
 
 
 def measure(
@@ -170,8 +170,8 @@ def _graph_timer(calls: Callable[[], None]) -> Callable[[], float]:
     return timed
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
-    """What the times depend on."""
+def machine(device: torch.device) -> dict[str, Any]:
+    """What times measured now depend on, as plain data."""
     versions = {"msp": __version__, "torch": str(torch.__version__)}
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "versions": versions}

@@ -31,11 +31,11 @@ MADE_WITH = (
 TOLD_ELSEWHERE = {"perplexity", "kl", "bytes", "versions", "allocation", "format"}
 
 
-def model_card(info: PackedInfo, name: str) -> str:
+def model_card(info: PackedInfo) -> str:
     """Markdown with the YAML front matter that model hubs read; works from whatever the recipe has."""
     sections = [
         _front_matter(info.recipe.get("model")),
-        f"# {name}\n\n{_summary(info)}",
+        f"# {_title(info)}\n\n{_summary(info)}",
         _loading(info) + (f"\n\n{WITHOUT_IMPORT}" if (info.path / LOADER_FILE).is_file() else ""),
         f"## Size\n\n{_sizes(info)}",
         f"## Patterns\n\n{_patterns(info)}",
@@ -44,13 +44,13 @@ def model_card(info: PackedInfo, name: str) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def dense_card(info: PackedInfo, name: str) -> str:
+def dense_card(info: PackedInfo) -> str:
     """The same for a packed model that was written as a dense one: it loads without msp."""
     about = (
         "The zeros are stored here, in plain dense tensors: this is the packed model in the form that every program "
         "loads, and takes as many bytes as the dense model."
     )
-    sections = [_front_matter(info.recipe.get("model")), f"# {name}\n\n{_summary(info, 'are zero')}\n\n{about}"]
+    sections = [_front_matter(info.recipe.get("model")), f"# {_title(info)}\n\n{_summary(info, 'are zero')}\n\n{about}"]
     return "\n\n".join([*sections, f"## Patterns\n\n{_patterns(info, where=False)}", *_results(info)]) + "\n"
 
 
@@ -117,12 +117,21 @@ def _front_matter(model: object) -> str:
     return "\n".join([*lines, "---"])
 
 
+def _title(info: PackedInfo) -> str:
+    # Not the folder's name: the same model is the same file wherever it is written.
+    model = (_source(info.recipe.get("model")) or "A model").rpartition("/")[-1]
+    return f"{model}, {_sparsity(info):.1%} pruned"
+
+
+def _sparsity(info: PackedInfo) -> float:
+    return 1 - info.kept / info.weights if info.weights else 0.0
+
+
 def _summary(info: PackedInfo, fate: str = "are zero and are not stored") -> str:
     model = _source(info.recipe.get("model"))
     source = f" of `{model}`" if model else ""
-    share = 1 - info.kept / info.weights if info.weights else 0.0
     return (
-        f"An N:M sparse version{source}: {share:.1%} of the weights of its {len(info.linears)} linear layers "
+        f"An N:M sparse version{source}: {_sparsity(info):.1%} of the weights of its {len(info.linears)} linear layers "
         f"{fate}. A pattern `N:M` keeps N of every M consecutive weights of a row."
     )
 

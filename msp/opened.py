@@ -15,8 +15,9 @@ from msp.decode_table import DecodeTable
 from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference
 from msp.finite import check_finite, named_tensors
+from msp.identity import differences
 from msp.loading import LoadedModel, find_device, load_model
-from msp.measure import measure_decode
+from msp.measure import machine, measure_decode
 from msp.model import Structure, device_of, find_structure
 from msp.patterns import Allocation, parse_sparsity
 from msp.plan import Goal, Plan, make_plan, parse_bytes, parse_time
@@ -69,12 +70,18 @@ class Opened:
         return Goal(None, parse_bytes(options.budget_bytes), self._other_bytes(), self.loaded.stored)
 
     def _measured(self, options: PruneOptions, progress: Progress) -> DecodeTable:
-        """The table of ``options``, or one measured now; for a search that resumes, the one it began with."""
+        """The table of ``options``, or one measured now; for a search that resumes, the one it began with.
+
+        Raises:
+            MspError: that one was measured on another machine, or with other threads or versions.
+        """
         shapes, dtype = [linear.shape for linear in self.structure.linears], self.loaded.stored_dtype
         kept = None if options.work_dir is None else options.work_dir / "decode-table.json"
         file = options.decode_table or (kept if options.resume and kept is not None and kept.exists() else None)
         if file is not None:
             self.decode_table = DecodeTable.load(file)
+            if options.decode_table is None:
+                self._check_machine(self.decode_table, file)
         if self.decode_table is None:
             patterns = options.rules.patterns
             self.decode_table = measure_decode(shapes, patterns, dtype=dtype, device=self.device, progress=progress)
@@ -83,6 +90,15 @@ class Opened:
         if self.decode_table.dtype != str(dtype).removeprefix("torch."):
             raise UsageError(f"the decode table is of {self.decode_table.dtype}, but the model is stored in {dtype}")
         return self.decode_table.rounded(shapes)
+
+    def _check_machine(self, table: DecodeTable, file: str | Path) -> None:
+        now = {name: str(value) for name, value in machine(self.device).items()}
+        was = {name: str(value) for name, value in table.machine.items()}
+        if differs := differences({name: now[name] for name in now if name in was}, was):
+            raise MspError(
+                f"{file} was not measured here: {'; '.join(differs)}; to go on with its times give it as decode_table, "
+                "or start anew without resume"
+            )
 
     def _other_bytes(self) -> int:
         """Of the tensors that are no weight of a linear, as stored."""

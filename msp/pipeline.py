@@ -6,6 +6,7 @@ import gc
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -21,6 +22,7 @@ from msp.checkpoint import as_stored, packed_shards, replace_linears, save_packe
 from msp.data import DEFAULT_EVALUATION, TokenSource, read_windows
 from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference, Quality, Reference, Sums, perplexity
+from msp.files import name_alone
 from msp.finite import check_figures
 from msp.host_memory import give_back
 from msp.loading import (
@@ -41,7 +43,9 @@ from msp.progress import NoProgress, Progress
 from msp.pruners import Pruner, get_pruner
 from msp.recipe import ALLOCATION_FILES, write_allocation
 from msp.results import CompareResult, CompareRow, PruneResult, SearchResult, SensitivityResult, mean_rows
+from msp.search.database import DATABASE
 from msp.search.fitness import key_of
+from msp.search.state import read_checkpoint
 from msp.sensitivity import fisher_traces
 from msp.settings import PruneOptions
 from msp.sparse_linear import SparseLinear, note_pattern
@@ -120,6 +124,9 @@ def _prune(
         tokens = opened.tokens(settings, settings.seed)
     pruner = get_pruner(settings.pruner)
     bench = opened.bench(plan, tokens, settings, listener)
+    problem = _problem(bench, pruner, settings, settings.seed)
+    if settings.allocation is None:
+        _check_resume(bench, [problem], pruner, settings)
     with ExitStack() as stack:
         stack.enter_context(opened.structure.changes.steady(opened.model))
         with clock("calibrate"):
@@ -127,7 +134,6 @@ def _prune(
         with clock("evaluate"):
             reference = bench.predictions(tokens.test, "Dense test predictions")
         with clock("allocate"):
-            problem = _problem(bench, pruner, settings, settings.seed)
             found = _allocate(problem, settings)
             allocation = problem.allocation(found.levels)
         stored, origin = opened.loaded.stored, opened.loaded.folder
@@ -241,10 +247,14 @@ def _search_all(
         plans = [opened.plan(each, listener) for each in settings]
         tokens = opened.tokens(first, first.seed)
     bench = opened.bench(plans[0], tokens, first, listener)
-    shared = _problem(bench, get_pruner(first.pruner), first, first.seed)
+    pruner = get_pruner(first.pruner)
+    shared = _problem(bench, pruner, first, first.seed)
+    problems = [
+        replace(shared, budget=plan.budget, search=each.search) for each, plan in zip(settings, plans, strict=True)
+    ]
+    _check_resume(bench, problems, pruner, first)
     relative: list[float] | None = None
-    for each, plan in zip(settings, plans, strict=True):
-        problem = replace(shared, budget=plan.budget, search=each.search)
+    for each, plan, problem in zip(settings, plans, problems, strict=True):
         if relative is not None:
             problem = replace(problem, hints=(problem.from_densities(relative).levels,))
         with clock("allocate"), opened.structure.changes.steady(opened.model):
@@ -278,6 +288,24 @@ def _problem(bench: Workbench, pruner: Pruner, settings: PruneOptions, seed: int
     return bench.problem(
         pruner, seed=seed, fitness=settings.measure, search=settings.search, database=settings.database(pruner)
     )
+
+
+def _check_resume(bench: Workbench, problems: Sequence[Problem], pruner: Pruner, settings: PruneOptions) -> None:
+    """Refuse what an earlier run of another search left, before any work; warn where it left nothing."""
+    checkpoints = [problem.search.checkpoint for problem in problems]
+    if not settings.resume:
+        return
+    left = False
+    for problem, checkpoint in zip(problems, checkpoints, strict=True):
+        assert checkpoint is not None, "PruneOptions refuses that"
+        if checkpoint.exists():
+            read_checkpoint(checkpoint, problem.identity, partial=True)
+            left = True
+        if settings.database(pruner):
+            database = bench.database(pruner, checkpoint.with_name(DATABASE))
+            left |= database.check()
+    if not left:
+        warnings.warn(f"nothing to resume in {settings.work_dir}: the search starts anew", stacklevel=3)
 
 
 def _pruned(
@@ -515,7 +543,7 @@ def _recipe(options: PruneOptions, opened: Opened, bench: Workbench, plan: Plan,
     names = ["pruner", "seed"] if options.allocation else ["allocator", "pruner", "unit", "seed"]
     versions = {"msp": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
     return {
-        "model": opened.loaded.source,
+        "model": name_alone(opened.loaded.source),
         **options.budget,
         **{name: getattr(options, name) for name in names},
         **({} if options.allocation else {"fitness": options.fitness_name}),

@@ -10,6 +10,7 @@ from typing import Any
 from msp.allocators import SearchSettings, get_allocator
 from msp.decode_table import DecodeTable
 from msp.errors import UsageError
+from msp.files import name_alone
 from msp.patterns import parse_sparsity
 from msp.plan import PatternRules, parse_bytes, parse_time
 from msp.pruners import Pruner, get_pruner
@@ -195,11 +196,11 @@ class PruneOptions:
     def budget(self) -> dict[str, Any]:
         """What was asked of the levels, without what was not, as plain data."""
         if self.allocation is not None:
-            return {"allocation": str(self.allocation)}
+            return {"allocation": name_alone(self.allocation)}
         asked: dict[str, Any] = {"sparsity": None if self.sparsity is None else float(parse_sparsity(self.sparsity))}
         asked["budget_bytes"] = None if self.budget_bytes is None else parse_bytes(self.budget_bytes)
         asked["budget_decode"] = self.budget_decode
-        asked["decode_table"] = None if self.decode_table is None else str(self.decode_table)
+        asked["decode_table"] = None if self.decode_table is None else name_alone(self.decode_table)
         asked |= {"group_size": self.group_size} if self.patterns is None else {"patterns": self.patterns}
         asked |= {"compliant": self.compliant or None, "keep": self.keep}
         return {name: value for name, value in asked.items() if value is not None}

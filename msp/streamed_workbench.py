@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from msp.calibration import BlockStream, gather
@@ -15,6 +16,7 @@ from msp.checkpoint import PackedShards
 from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference, Reference, Sums, summed
 from msp.gates import GatedModel
+from msp.identity import hashed_tensors
 from msp.model import Linear, check_finite
 from msp.ops import PackedWeight
 from msp.patterns import Allocation, NMPattern
@@ -45,6 +47,16 @@ class StreamedWorkbench(Workbench):
     def whole(self) -> bool:
         """Never: gates refuse what cannot be run one block at a time."""
         return False
+
+    def _hashed_weights(self) -> dict[str, str]:
+        """As of the model in memory; every block is read once."""
+        found: dict[str, str] = {}
+        for block in self.structure.blocks:
+            with block.on(torch.device("cpu")):
+                state = block.module.state_dict(keep_vars=True)
+                found |= hashed_tensors({f"{block.name}.{name}": tensor for name, tensor in state.items()})
+        state = self.model.state_dict(keep_vars=True)
+        return found | hashed_tensors({name: tensor for name, tensor in state.items() if name not in found})
 
     def _measure_traces(self) -> dict[str, float]:
         return streamed_fisher_traces(

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from msp.documents import Document, documents, text_or_chat
 from msp.errors import MspError, UsageError, first_line
+from msp.files import name_alone
 from msp.text_files import (
     FIELD_OF,
     INSTALL_HUB,
@@ -155,6 +156,11 @@ class TokenSource:
             raise MspError(f"{self.spec} holds no text")
         _check_vocabulary(tokens, vocab_size, self.spec)
         return tokens
+
+    @property
+    def shown(self) -> str:
+        """``spec`` without the folders that a file or folder lies in."""
+        return self.spec.replace(self.location, name_alone(self.location), 1)
 
     def same_text(self, other: TokenSource) -> bool:
         """Whether both read a file in common, or the same split of a data set, in whatever form or field.

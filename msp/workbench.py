@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -21,14 +20,16 @@ from msp.data import TokenSets
 from msp.errors import UsageError
 from msp.evaluate import DenseReference, Reference
 from msp.gates import GatedModel
+from msp.identity import Identity, environment, hashed, hashed_code, hashed_config, hashed_data, hashed_tensors
 from msp.model import Block, Structure, check_finite, device_of
 from msp.ops import PackedWeight
+from msp.ops._sums import ordered_sum
 from msp.patterns import Allocation
 from msp.plan import Plan
 from msp.progress import Progress
 from msp.pruners import LinearStatistics, Pruner, get_pruner
 from msp.search.candidates import HIDDEN_BYTES, Candidates, Ranks, forward_in_bf16
-from msp.search.database import LevelDatabase, PackedLevels
+from msp.search.database import DATABASE, LevelDatabase, PackedLevels
 from msp.search.distributed import Workers
 from msp.search.evolution import Fitness
 from msp.search.fitness import Runner, TokenFitness, windows_per_batch
@@ -58,7 +59,7 @@ class Workbench:
         model: the dense causal LM; between calls it is always the dense model again.
         structure, plan: its blocks, and what of them is pruned.
         tokens: calibration and fitness windows.
-        name: names the model in checkpoints of the search.
+        name: what messages call the model.
         stored: dtypes that packed values are rounded to before anything is measured.
         device: where single blocks are calibrated.
         hidden_bytes: what the hidden states of candidates may take.
@@ -157,7 +158,7 @@ class Workbench:
         if self._diagonals is None:
             with self.progress.stage("Fisher diagonals", len(self.tokens.calibration)) as advance:
                 diagonals = fisher_diagonals(self.model, self.linears, self.tokens.calibration, progress=advance)
-            sums = {name: float(diagonal.double().sum()) for name, diagonal in diagonals.items()}
+            sums = {name: float(ordered_sum(diagonal.double())) for name, diagonal in diagonals.items()}
             unknown = {name for name, total in sums.items() if not total}
             mean = _mean_of_weights(sums, {name: diagonal.numel() for name, diagonal in diagonals.items()}, unknown)
             for name in unknown:  # the same for each of its weights: what is left to tell them apart is magnitude
@@ -206,14 +207,11 @@ class Workbench:
 
         What the database lacks is computed; see ``LevelDatabase.open`` for ``resume``.
         """
-        shapes = {linear.name: linear.shape for linear in self.linears}
-        patterns = {name: unit.patterns for name, unit in self.unit_of.items()}
         with self.progress.stage("Planning the level database") as tell:
-            dtypes = {name: self._stored.of_linear(name) for name in shapes}
-            database = LevelDatabase(folder, shapes, patterns, dtypes, self._origin(pruner))
+            database = self.database(pruner, folder)
             removed = database.open(resume=resume)
             missing = database.missing()
-            tell(1, bytes=database.nbytes, linears=len(shapes), to_compute=len(missing))
+            tell(1, bytes=database.nbytes, linears=len(self.linears), to_compute=len(missing))
         self.database_bytes = database.nbytes
         if removed:
             _warn(removed)
@@ -228,19 +226,38 @@ class Workbench:
                         database.write(linear.name, found)
         return database.read()
 
-    def _origin(self, pruner: Pruner) -> dict[str, str]:
-        """What a database depends on beside its levels."""
-        weights, calibration = hashlib.sha256(), self.tokens.calibration
-        for name, tensor in self.model.state_dict().items():
-            weights.update(name.encode())
-            weights.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-        digest = hashlib.sha256(calibration.numpy().tobytes()).hexdigest()
-        return {
-            "model": self.name,
-            "weights": weights.hexdigest(),
-            "calibration tokens": f"{list(calibration.shape)} {digest}",
-            "pruner": repr(pruner),
-        }
+    def database(self, pruner: Pruner, folder: Path) -> LevelDatabase:
+        """The level database in ``folder``, which is not opened yet."""
+        shapes = {linear.name: linear.shape for linear in self.linears}
+        patterns = {name: unit.patterns for name, unit in self.unit_of.items()}
+        dtypes = {name: self._stored.of_linear(name) for name in shapes}
+        return LevelDatabase(folder, shapes, patterns, dtypes, self.origin(pruner))
+
+    def origin(self, pruner: Pruner) -> Identity:
+        """What the levels depend on that ``pruner`` makes of each linear in the dense model."""
+        code = type(self.model).__module__
+        found = {"weights": self.weights, "model settings": hashed_config(self.model.config)}
+        if not code.startswith("transformers."):
+            found["sources of the model"] = hashed_code(type(self.model))
+        found |= {"calibration tokens": hashed(self.tokens.calibration), "pruner": repr(pruner)}
+        if not type(pruner).__module__.startswith("msp."):
+            found["sources of the pruner"] = hashed_code(pruner)
+        return {**found, **environment(self._device)}
+
+    @property
+    def stored_dtypes(self) -> str:
+        """The hash of the dtypes that packed values are rounded to."""
+        return hashed_data({linear.name: self._stored.of_linear(linear.name) for linear in self.linears})
+
+    @cached_property
+    def weights(self) -> str:
+        """The hash of all tensors of the model, as a checkpoint holds them but in the dtypes they are computed in."""
+        return hashed_data(self._hashed_weights())
+
+    def _hashed_weights(self) -> dict[str, str]:
+        state = self.model.state_dict(keep_vars=True)
+        before = self.structure.changes.before
+        return hashed_tensors({name: before.get(name, tensor) for name, tensor in state.items()})
 
     def reference(self, fitness: str | TaskLoss = "kl") -> Reference:
         """The dense model's predictions on the fitness tokens; or what measures by a loss of the user's there."""
@@ -368,14 +385,15 @@ class WorkbenchEvidence:
         self._ranks: Mapping[str, Ranks] | None = None
 
     @property
-    def identity(self) -> str:
-        digest = hashlib.sha256()
-        for windows in (self._bench.tokens.calibration, self._bench.tokens.fitness):
-            digest.update(windows.numpy().tobytes())
-        forward = "bf16" if forward_in_bf16(self._bench.model) else "own dtype"
-        fitness = fitness_name(self._fitness)
-        database = "|database" if self._database else ""
-        return f"{self._bench.name}|{self._pruner!r}|{fitness}|{forward}|{digest.hexdigest()}{database}"
+    def identity(self) -> Identity:
+        bench = self._bench
+        found = {**bench.origin(self._pruner), "dtypes that weights are stored in": bench.stored_dtypes}
+        found |= {"fitness tokens": hashed(bench.tokens.fitness), "fitness": fitness_name(self._fitness)}
+        if not isinstance(self._fitness, str):
+            found["sources of the fitness"] = hashed_code(self._fitness)
+        found["candidates"] = "database" if self._database else "ranks"
+        found["products of candidates"] = "bf16" if forward_in_bf16(bench.model) else "as the model's"
+        return found
 
     def fisher_traces(self) -> Mapping[str, float]:
         return self._bench.fisher_traces()
@@ -391,7 +409,7 @@ class WorkbenchEvidence:
                     if linear.name not in unreached
                 ]
             count = sum(score.numel() for score in scores)
-            mean = sum(float(score.double().sum()) for score in scores) / max(count, 1)
+            mean = sum(float(ordered_sum(score.double())) for score in scores) / max(count, 1)
             above = sum(int((score > threshold * mean).sum()) for score in scores)
             ratios.append(above / max(count, 1))
         return ratios
@@ -407,7 +425,7 @@ class WorkbenchEvidence:
             return self.ranks()
         if self._levels is None:
             if self._search.checkpoint is not None:
-                folder = self._search.checkpoint.with_name("database")
+                folder = self._search.checkpoint.with_name(DATABASE)
             else:
                 folder = scratch_folder(self, "database")
             self._levels = self._bench.levels(self._pruner, folder, resume=self._search.resume)

@@ -377,7 +377,7 @@ def test_model_card_has_front_matter_sizes_recipe_and_figures(model: PreTrainedM
     assert 'base_model: "someone/some-model"' in front
     info = read_info(tmp_path / "out")
     for needed in (
-        "# out",
+        f"# some-model, {1 - info.kept / info.weights:.1%} pruned",
         "import msp",
         f"{info.packed_bytes:,}",
         f"{info.dense_bytes:,}",

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 import numpy as np
 
 from msp.errors import UsageError
+from msp.identity import Identity
 from msp.levels import Levels, cost, kept_weights, levels_from_densities, uniform_density
 from msp.patterns import Allocation, Budget, Unit
 from msp.progress import NoProgress, Progress
-from msp.search.evolution import EvolutionOptions, Fitness
+from msp.search.evolution import EvolutionOptions, Fitness, asked
 from msp.search.state import Step
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ class Evidence(Protocol):
     """What can be found out about a model. Each answer is computed when first asked for, then kept."""
 
     @property
-    def identity(self) -> str:
-        """Names the model, tokens and pruner behind the answers; a search resumes only on the same."""
+    def identity(self) -> Identity:
+        """The weights, tokens, pruner and all else behind the answers; a search resumes only on the same."""
         ...
 
     def fisher_traces(self) -> Mapping[str, float]:
@@ -89,6 +90,11 @@ class Problem:
     search: SearchSettings = field(default_factory=SearchSettings)
     progress: Progress = field(default_factory=NoProgress)
     hints: tuple[Levels, ...] = ()
+
+    @property
+    def identity(self) -> Identity:
+        """What a search for it depends on, as far as that is known before any work."""
+        return {**asked(self.units, self.budget, self.seed), **self.evidence.identity}
 
     @property
     def blocks(self) -> int:

@@ -21,6 +21,8 @@ def search(problem: Problem, seeds: Sequence[Levels], options: EvolutionOptions)
     if options.generations:  # without, it only chooses among its seeds
         options = replace(options, **settings.constants)
     options = options.limited(evaluations=settings.evaluations, tokens=settings.tokens)
+    # Every weight is read for it, of the dense model: before candidates are put into it, and for a checkpoint only.
+    identity = problem.evidence.identity if settings.checkpoint is not None else None
     total = options.generations if options.generations < UNLIMITED else None
     with problem.evidence.fitness(options.token_shares) as fitness, problem.progress.stage("Search", total) as tell:
 
@@ -36,7 +38,7 @@ def search(problem: Problem, seeds: Sequence[Levels], options: EvolutionOptions)
             seed=problem.seed,
             checkpoint=settings.checkpoint,
             resume=settings.resume,
-            identity=problem.evidence.identity,
+            identity=identity,
             on_step=on_step,
         )
         levels, history = evolution.run()

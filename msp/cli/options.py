@@ -230,7 +230,12 @@ RayAddress = Annotated[
 ]
 Resume = Annotated[
     bool,
-    typer.Option("--resume", help="Go on with the search that an earlier, interrupted run left.", rich_help_panel=RUN),
+    typer.Option(
+        "--resume",
+        help="Go on with the search that an earlier, interrupted run left. A search with other weights, text or "
+        "options is refused, and the message names what differs.",
+        rich_help_panel=RUN,
+    ),
 ]
 WorkDir = Annotated[
     Path | None,

@@ -10,6 +10,7 @@ from torch import Tensor
 from msp.ops._checks import check_gradient_shapes, check_gradients
 from msp.ops._dispatch import Op
 from msp.ops._gradients import gradient_tiles
+from msp.ops._sums import ordered_sum
 
 TOKEN_TILE = 128
 
@@ -20,17 +21,17 @@ def gram_is_cheaper(tokens: int, rows: int, columns: int) -> bool:
 
 
 def reference(x: Tensor, g: Tensor, gram: bool) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    trace = torch.zeros((), dtype=torch.float64, device=x.device)
     for inputs, gradients in zip(x.float(), g.float(), strict=True):
         if not gram:
-            total += (gradients.t() @ inputs).square_().sum(dtype=torch.float64)
+            trace += ordered_sum((gradients.t() @ inputs).square_().double())
             continue
         for start in range(0, len(inputs), TOKEN_TILE):
             rows = slice(start, start + TOKEN_TILE)
             products = (inputs[rows] @ inputs[start:].t()).mul_(gradients[rows] @ gradients[start:].t())
             # Beyond the diagonal tile, what lies above the diagonal stands for its mirror image too.
-            total += 2 * products.sum(dtype=torch.float64) - products[:, : len(products)].sum(dtype=torch.float64)
-    return total.float()
+            trace += 2 * ordered_sum(products.double()) - ordered_sum(products[:, : len(products)].double())
+    return trace.float()
 
 
 op = Op("fisher_trace", reference)
@@ -51,10 +52,10 @@ def _direct(x: Tensor, g: Tensor, gram: bool) -> bool:
 
 @op.backend("cpu", available=lambda: True, supports=_direct)
 def cpu(x: Tensor, g: Tensor, gram: bool) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64)
+    trace = torch.zeros((), dtype=torch.float64)
     for _, _, gradient in gradient_tiles(x, g):
-        total += gradient.square_().sum()
-    return total.float()
+        trace += ordered_sum(gradient.square_())
+    return trace.float()
 
 
 @torch.library.custom_op("msp::fisher_trace", mutates_args=())
@@ -73,7 +74,7 @@ def fisher_trace(x: Tensor, g: Tensor, *, form: Literal["direct", "gram"] | None
 
     The direct form squares the gradient tile by tile. The Gram form ``sum_{t, t'} (g_t . g_t') (x_t . x_t')``
     never makes the gradient and multiplies less where T is small against R and K; it is symmetric in t and
-    t', so half of it is computed. Results are the same on every run.
+    t', so half of it is computed. Results are the same on every run, and on any number of threads.
 
     Args:
         x: ``[S, T, K]``, float32, float16 or bfloat16.

@@ -22,12 +22,16 @@ from torch import Tensor
 from msp.errors import MspError
 from msp.files import write_tensors, write_text
 from msp.hashes import hash_tensor
+from msp.identity import Identity, differences, hashed_data
 from msp.ops import PackedWeight
 from msp.patterns import NMPattern
 from msp.reading import read_json, table
 from msp.staging import clean_folder
 
 FORMAT = 1
+
+# Its folder, beside the checkpoint of a search.
+DATABASE = "database"
 
 
 class PackedLevels(dict[NMPattern, PackedWeight]):
@@ -42,7 +46,7 @@ class LevelDatabase:
         shapes: ``[out, in]`` of every linear.
         patterns: those that every linear may have; what is empty or dense needs no weight.
         dtypes: of the values of every linear as stored.
-        origin: what the weights depend on beside these, each under a name that a message can use.
+        origin: what the weights depend on beside these.
     """
 
     def __init__(
@@ -51,7 +55,7 @@ class LevelDatabase:
         shapes: Mapping[str, tuple[int, int]],
         patterns: Mapping[str, Sequence[NMPattern]],
         dtypes: Mapping[str, torch.dtype],
-        origin: Mapping[str, str],
+        origin: Identity,
     ) -> None:
         self.folder = folder
         self.patterns = {
@@ -61,7 +65,7 @@ class LevelDatabase:
         self._shapes = shapes
         self._dtypes = dtypes
         levels = {name: list(map(str, own)) for name, own in self.patterns.items()}
-        self._manifest = {"format": FORMAT, **origin, "dtype": {name: str(dtype) for name, dtype in dtypes.items()}}
+        self._manifest = {"format": FORMAT, **origin, "dtypes": {name: str(dtype) for name, dtype in dtypes.items()}}
         self._manifest |= {"levels": levels}
 
     @property
@@ -78,6 +82,23 @@ class LevelDatabase:
         """The linears that are still to be written."""
         return [name for name in self._shapes if not self._file(name).exists()]
 
+    def check(self) -> bool:
+        """Whether there is a database in the folder.
+
+        Raises:
+            MspError: what is in the folder is no database, or that of another run; the message names what differs.
+        """
+        if differs := self._differences():
+            raise MspError(f"{self.folder} is the level database of another run: {differs}; start anew without resume")
+        return (self.folder / "manifest.json").exists()
+
+    def _differences(self) -> str:
+        manifest = self.folder / "manifest.json"
+        if not manifest.exists():
+            return ""
+        found = _read_manifest(manifest)
+        return "; ".join(differences(_comparable(self._manifest), _comparable(found)))
+
     def open(self, *, resume: bool = False) -> str:
         """Prepare the folder; a database of the same origin is gone on with, one of another is removed.
 
@@ -92,14 +113,11 @@ class LevelDatabase:
         """
         manifest, removed = self.folder / "manifest.json", ""
         try:
-            if manifest.exists():
-                found = _read_manifest(manifest)
-                differs = " and ".join(key for key in self._manifest if found.get(key) != self._manifest[key])
-                if differs and resume:
-                    raise MspError(f"{self.folder} is the level database of another run: other {differs}")
-                if differs:
-                    removed = f"{self.folder} was the level database of another run, with other {differs}: built anew"
-                    self._remove(found)
+            if resume:
+                self.check()
+            elif differs := self._differences():
+                removed = f"{self.folder} was the level database of another run ({differs}): built anew"
+                self._remove(_read_manifest(manifest))
             self.folder.mkdir(parents=True, exist_ok=True)
             clean_folder(self.folder)
             needed, free = sum(map(self._nbytes, self.missing())), shutil.disk_usage(self.folder).free
@@ -156,6 +174,10 @@ class LevelDatabase:
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+
+def _comparable(manifest: Mapping[str, Any]) -> Identity:
+    return {name: value if isinstance(value, str) else hashed_data(value) for name, value in manifest.items()}
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:

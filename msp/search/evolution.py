@@ -9,8 +9,6 @@ generations are bred from the sensitivities of all units, measured at the best i
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,12 +18,13 @@ from typing import Protocol
 import numpy as np
 
 from msp.errors import MspError, UsageError
+from msp.identity import Identity, hashed_data
 from msp.levels import Levels, levels_from_densities, repair
 from msp.patterns import Budget, Unit
 from msp.search.fitness import FIRST_SHARE, Key, key_of
 from msp.search.operators import crossover, swap
 from msp.search.sensitivities import Sensitivities, averaged, least_known, single_moves
-from msp.search.state import State, Step, load_state, save_state
+from msp.search.state import FIRST, State, Step, load_state, save_state
 
 # A density so low that the common shift to the budget does not bring it back.
 EMPTY = 1e6
@@ -125,6 +124,8 @@ class Evolution:
         seed: of every random choice.
         checkpoint: a JSON file written atomically after every generation.
         resume: continue from ``checkpoint`` if it is there.
+        identity: what ``fitness`` depends on. A checkpoint is continued only if that, units, budget, options and
+            seeds are the same.
         on_step: called after every generation.
 
     Raises:
@@ -142,7 +143,7 @@ class Evolution:
         seed: int = 0,
         checkpoint: Path | None = None,
         resume: bool = False,
-        identity: str = "",
+        identity: Identity | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> None:
         self._units = units
@@ -153,7 +154,7 @@ class Evolution:
         self._seed = seed
         self._checkpoint = checkpoint
         self._on_step = on_step
-        self._identity = self._fingerprint(identity)
+        self._identity = {**asked(units, budget, seed), **(identity or {}), **self._starting()}
         # More than a level where levels are fine: M = 16 and 32.
         self._step = max(1, max(unit.top for unit in units) // 8)
         self._tokens_before = 0
@@ -305,13 +306,22 @@ class Evolution:
         if self._on_step is not None:
             self._on_step(step)
 
-    def _fingerprint(self, identity: str) -> str:
+    def _starting(self) -> Identity:
+        """The constants, and the first individuals."""
+        options = asdict(self._options)
         # How long to search is left out: asking for more is what resuming is for.
-        options = {**asdict(self._options), "generations": None, "tokens": None}
-        content = [identity, self._seed, self._budget.limit, options]
-        content += [[unit.name, list(map(str, unit.patterns)), unit.costs] for unit in self._units]
-        content += [list(key_of(levels)) for levels in self._seeds]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        found = {f"search option {name}": str(options[name]) for name in options.keys() - {"generations", "tokens"}}
+        return {**dict(sorted(found.items())), FIRST: hashed_data([list(key_of(levels)) for levels in self._seeds])}
+
+
+def asked(units: Sequence[Unit], budget: Budget, seed: int) -> Identity:
+    """The part of a search's identity that is known before any work."""
+    return {
+        "seed": str(seed),
+        "budget": str(budget.limit),
+        "patterns": hashed_data([[unit.name, unit.linears, list(map(str, unit.patterns))] for unit in units]),
+        "costs of the patterns": hashed_data([unit.costs for unit in units]),
+    }
 
 
 def _run_lengths(longest: int) -> list[int]:

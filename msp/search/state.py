@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from msp.errors import MspError
 from msp.files import write_text
+from msp.identity import Identity, differences
 from msp.patterns import Budget, Unit
 from msp.reading import array, read_json, real, table, text, whole
 from msp.search.fitness import Key
 from msp.search.sensitivities import Effects
 
+# How a message calls the levels that the first population comes from.
+FIRST = "first individuals"
 KEYS = ("checksum", "identity", "generation", "tokens", "population", "measured", "history", "first_stage", "effects")
 
 
@@ -52,10 +55,10 @@ class State:
     effects: list[tuple[Key, Effects]] = field(default_factory=list)
 
 
-def save_state(path: Path, state: State, identity: str) -> None:
+def save_state(path: Path, state: State, identity: Identity) -> None:
     """Write ``path`` in one step, and its folder if need be. A loss that is infinite is ``null``: JSON has none."""
     content = {
-        "identity": identity,
+        "identity": dict(identity),
         "generation": state.generation,
         "tokens": state.tokens,
         "population": [[_written(loss), key] for loss, key in state.population],
@@ -72,7 +75,7 @@ def save_state(path: Path, state: State, identity: str) -> None:
     write_text(path, json.dumps(content, allow_nan=False))
 
 
-def load_state(path: Path, identity: str, units: Sequence[Unit], budget: Budget, stages: int) -> State:
+def load_state(path: Path, identity: Identity, units: Sequence[Unit], budget: Budget, stages: int) -> State:
     """Read what ``save_state`` wrote.
 
     Args:
@@ -82,21 +85,34 @@ def load_state(path: Path, identity: str, units: Sequence[Unit], budget: Budget,
     Raises:
         MspError: another search's; or an entry that no search writes, which the message names.
     """
+    content = read_checkpoint(path, identity)
     try:
-        content = table(read_json(path), "the file", KEYS)
-        if text(content["identity"], "identity") != identity:
-            raise _Other(f"{path} belongs to another search (model, tokens, budget or options differ)")
-        if content["checksum"] != _checksum({key: value for key, value in content.items() if key != "checksum"}):
-            raise MspError("its checksum is another: the file is damaged")
         return _state(content, units, budget, stages)
-    except _Other:
-        raise
     except MspError as error:
         raise MspError(f"{path} is not a search checkpoint: {error}") from error
 
 
-class _Other(MspError):
-    """Not damaged, but another search's."""
+def read_checkpoint(path: Path, identity: Identity, *, partial: bool = False) -> Mapping[str, Any]:
+    """The content of the checkpoint of a search that has ``identity``, or has it as a ``partial`` one.
+
+    Raises:
+        MspError: it is damaged or of another search; the message names what differs.
+    """
+    try:
+        content = table(read_json(path), "the file", ("identity",))
+        if not isinstance(content["identity"], dict):
+            raise MspError("this msp does not read it: start anew, without resume")
+        found = {name: text(value, f"identity: {name}") for name, value in content["identity"].items()}
+        table(content, "the file", KEYS)
+        if content["checksum"] != _checksum({key: value for key, value in content.items() if key != "checksum"}):
+            raise MspError("its checksum is another: the file is damaged")
+    except MspError as error:
+        raise MspError(f"{path} is not a search checkpoint: {error}") from error
+    differs = differences(identity, found, partial=partial)
+    # The first individuals follow from all the rest: they tell something only if that is the same.
+    if differs := [difference for difference in differs if FIRST not in difference] or differs:
+        raise MspError(f"{path} belongs to another search: {'; '.join(differs)}; start anew without resume")
+    return content
 
 
 def _checksum(content: Any) -> str:

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ class Bowl:
 
 
 class Evidence:
-    identity = "a bowl"
+    identity: ClassVar[dict[str, str]] = {"fitness": "a bowl"}
 
     def __init__(self) -> None:
         self.bowl = Bowl(())

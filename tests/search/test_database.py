@@ -189,23 +189,24 @@ def test_what_is_there_is_not_computed_again(tmp_path: Path, monkeypatch):
     bench.levels(pruner, folder)
 
 
-@pytest.mark.parametrize("other", ["pruner", "calibration tokens", "weights", "dtype", "levels"])
+@pytest.mark.parametrize("other", ["pruner", "calibration tokens", "weights", "dtypes", "levels"])
 def test_another_database_is_refused_or_replaced(other: str, tmp_path: Path):
     folder = tmp_path / "database"
     make_bench().levels(get_pruner("sparsegpt"), folder)
     bench = make_bench(
         seed=int(other == "calibration tokens"),
-        stored=torch.bfloat16 if other == "dtype" else torch.float16,
+        stored=torch.bfloat16 if other == "dtypes" else torch.float16,
         patterns="0:8,1:8,2:8,8:8" if other == "levels" else "0:8,1:8,3:8,2:4,7:16,8:8",
     )
     if other == "weights":
         bench.model.lm_head.weight.data[3, 5] += 1
     pruner = get_pruner("sparsegpt", percdamp=0.1 if other == "pruner" else 0.01)
     before = sorted(path.stat().st_mtime_ns for path in folder.iterdir())
-    with pytest.raises(MspError, match=f"level database of another run: other {other}$"):
+    told = r"pruner .*percdamp=0\.1.*, was .*percdamp=0\.01[^;]*" if other == "pruner" else f"the {other} differ"
+    with pytest.raises(MspError, match=f"level database of another run: {told}; start anew without resume$"):
         bench.levels(pruner, folder, resume=True)
     assert sorted(path.stat().st_mtime_ns for path in folder.iterdir()) == before
-    with pytest.warns(UserWarning, match=f"with other {other}: built anew"):
+    with pytest.warns(UserWarning, match=rf"another run \({told}\): built anew"):
         found = bench.levels(pruner, folder)
     expected = bench.levels(pruner, tmp_path / "fresh")
     for name, levels in expected.items():

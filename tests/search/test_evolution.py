@@ -198,9 +198,29 @@ def test_a_killed_search_loses_at_most_a_generation(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_search_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "search.json"
     options = EvolutionOptions(generations=1)
-    Evolution(UNITS, BUDGET, start(), Quadratic(), options=options, checkpoint=path, identity="one").run()
-    with pytest.raises(MspError, match="another search"):
-        Evolution(UNITS, BUDGET, start(), Quadratic(), checkpoint=path, resume=True, identity="two")
+    Evolution(
+        UNITS, BUDGET, start(), Quadratic(), options=options, checkpoint=path, identity={"weights": "xxh3:1"}
+    ).run()
+    own = {"checkpoint": path, "resume": True, "options": options}
+    for changed, message in (
+        ({"identity": {"weights": "xxh3:2"}}, "another search: the weights differ; start anew"),
+        ({"seed": 1}, "another search: seed 1, was 0; the weights differ; start anew"),
+        ({"identity": {"weights": "xxh3:1"}, "seed": 1}, "another search: seed 1, was 0; start anew"),
+        (
+            {"identity": {"weights": "xxh3:1"}, "options": replace(options, emptied=3, tokens=9)},
+            "another search: search option emptied 3, was 2; start anew",
+        ),
+    ):
+        with pytest.raises(MspError, match=message):
+            Evolution(UNITS, BUDGET, start(), Quadratic(), **{**own, **changed})
+    identity = {"weights": "xxh3:1"}
+    with pytest.raises(MspError, match=r"another search: budget \d+, was \d+; start anew"):
+        Evolution(UNITS, Budget.for_units(UNITS, BUDGET.limit - 40), start(), Quadratic(), identity=identity, **own)
+    with pytest.raises(MspError, match="another search: the first individuals differ; start anew"):
+        Evolution(UNITS, BUDGET, [np.arange(len(UNITS)) % 4], Quadratic(), identity=identity, **own)
+    # to search longer is the same search
+    more = EvolutionOptions(generations=2)
+    Evolution(UNITS, BUDGET, start(), Quadratic(), **{**own, "options": more}, identity=identity).run()
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"identity": 3}'])
