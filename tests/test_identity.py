@@ -176,7 +176,7 @@ def test_nothing_to_resume_is_said(home: Path) -> None:
 def test_a_checkpoint_of_an_earlier_version_is_refused(home: Path) -> None:
     (home / "work").mkdir()
     (home / "work" / "search.json").write_text('{"identity": "0123abc", "generation": 3}')
-    with pytest.raises(MspError, match=r"search\.json is not a search checkpoint that this msp reads"):
+    with pytest.raises(MspError, match=r"search\.json is not a search checkpoint: this msp does not read it"):
         run(home, resume=True)
 
 

@@ -200,6 +200,9 @@ def test_a_mutated_manifest_of_transformers_is_read_or_refused(seed: int) -> Non
         assert rows > 0 and columns % pattern.m == 0
 
 
+ONE, TWO = {"seed": "1"}, {"seed": "2"}
+
+
 def state() -> State:
     keys = [(4, 4, 4, 4, 4, 4), (5, 3, 4, 4, 4, 4), (4, 3, 4, 5, 4, 4)]
     costs = [sum(unit.costs[level] for unit, level in zip(UNITS, key, strict=True)) for key in keys]
@@ -211,10 +214,10 @@ def state() -> State:
 
 
 def test_a_search_is_read_as_it_was_written(tmp_path: Path) -> None:
-    save_state(tmp_path / "search.json", state(), "one")
-    assert load_state(tmp_path / "search.json", "one", UNITS, BUDGET, STAGES) == state()
+    save_state(tmp_path / "search.json", state(), ONE)
+    assert load_state(tmp_path / "search.json", ONE, UNITS, BUDGET, STAGES) == state()
     with pytest.raises(MspError, match="another search"):
-        load_state(tmp_path / "search.json", "two", UNITS, BUDGET, STAGES)
+        load_state(tmp_path / "search.json", TWO, UNITS, BUDGET, STAGES)
 
 
 def check_state(found: State) -> None:
@@ -229,13 +232,13 @@ def check_state(found: State) -> None:
 @given(seed=st.integers(0, 2**32), raw=st.booleans())
 def test_a_damaged_search_never_goes_on(tmp_path_factory: pytest.TempPathFactory, seed: int, raw: bool) -> None:
     path = tmp_path_factory.getbasetemp() / "damaged-search.json"
-    save_state(path, state(), "one")
+    save_state(path, state(), ONE)
     choose, before = random.Random(seed), path.read_bytes()
     content = json.loads(before)
     data = damaged(before, choose) if raw else json.dumps(mutated(content, choose)).encode()
     path.write_bytes(data)
     try:
-        found = load_state(path, "one", UNITS, BUDGET, STAGES)
+        found = load_state(path, ONE, UNITS, BUDGET, STAGES)
     except MspError as error:
         assert "damaged-search.json" in str(error)
     else:
@@ -251,7 +254,7 @@ def test_a_search_that_somebody_changed_is_one_of_the_problem(
     from msp.search import state as module
 
     path = tmp_path_factory.getbasetemp() / "changed-search.json"
-    save_state(path, state(), "one")
+    save_state(path, state(), ONE)
     content = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"}
     changed = mutated(content, random.Random(seed))
     try:
@@ -260,7 +263,7 @@ def test_a_search_that_somebody_changed_is_one_of_the_problem(
         return
     path.write_text(json.dumps({"checksum": checksum, **changed}))
     try:
-        found = load_state(path, "one", UNITS, BUDGET, STAGES)
+        found = load_state(path, ONE, UNITS, BUDGET, STAGES)
     except MspError:
         return
     check_state(found)
@@ -286,12 +289,12 @@ def test_what_is_no_search_of_the_problem_is_named(change: Callable[[Any], Any],
     from msp.search import state as module
 
     path = tmp_path / "search.json"
-    save_state(path, state(), "one")
+    save_state(path, state(), ONE)
     content = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"}
     change(content)
     path.write_text(json.dumps({"checksum": module._checksum(content), **content}))
     with pytest.raises(MspError, match=message):
-        load_state(path, "one", UNITS, BUDGET, STAGES)
+        load_state(path, ONE, UNITS, BUDGET, STAGES)
 
 
 @pytest.mark.parametrize(
