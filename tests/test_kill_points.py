@@ -138,6 +138,7 @@ def test_all_reaches_the_disk_before_it_is_in_its_place(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_cleans_up_like_ctrl_c(tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture) -> None:
+    signal.signal(number, signal.SIG_DFL)  # Ray, started by a test before, leaves a handler of its own
     before = signal.getsignal(number)
     with (
         pytest.raises(typer.Exit) as ended,
