@@ -114,6 +114,9 @@ def check_replaceable(out: str | Path, *, model: Any = None) -> None:
         return
     if read_mark(target) is None and not _is_packed(target):
         raise MspError(f"{out} exists and is not a model that msp wrote, so it is not replaced; {WAY_OUT}")
+    for drawn in {target / Path(name).parent for name in PICTURES}:
+        if drawn.is_dir() and not drawn.is_symlink():
+            clean_folder(drawn)  # of a run that was killed while it drew
     strange = foreign(target)
     if strange is not None:
         raise MspError(f"{out} is not replaced, since msp did not write {strange} in it: move that away, or {WAY_OUT}")

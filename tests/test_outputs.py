@@ -146,6 +146,21 @@ def test_what_msp_wrote_is_replaced(tmp_path: Path) -> None:
     assert listing(out) == [MARK, "other"] and listing(tmp_path) == ["out"]
 
 
+def test_a_model_whose_pictures_were_cut_off_is_replaced(tmp_path: Path) -> None:
+    """By a kill while one was drawn: what that left is nobody's."""
+    out = make(tmp_path / "out")
+    (out / "pictures").mkdir()
+    code = "import os, sys; from msp.files import replacing\nwith replacing(sys.argv[1]) as file: os._exit(0)"
+    subprocess.run([sys.executable, "-c", code, str(out / "pictures" / "search.png")], check=True)
+    assert listing(out / "pictures") == [".search.png.msp-lock", ".search.png.msp-partial"]
+    outputs.check_replaceable(out)
+    assert not listing(out / "pictures")
+    with replacing(out / "pictures" / "search.png") as file:
+        file.write_text("drawn")
+        with pytest.raises(MspError, match="did not write pictures/.search.png"):
+            outputs.check_replaceable(out)  # one that is alive draws there
+
+
 def test_what_is_in_use_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (model := make(tmp_path / "out") / "deeper" / "model").mkdir()
     for kind, setting in {
