@@ -51,6 +51,8 @@ def read_rules(path: str | Path) -> PatternRules:
     for patterns in found:
         for target, text in patterns.items():
             try:
+                if not isinstance(text, str):
+                    raise UsageError(f"{shown(text)} is not a pattern; N:M is one, like 2:8")
                 regex = target.removeprefix("re:") if target.startswith("re:") else re.escape(target)
                 keep.append((re.compile(regex), None if text == "dense" else NMPattern.parse(text)))
             except (UsageError, re.error, TypeError, AttributeError, OverflowError, RecursionError) as error:

@@ -157,7 +157,7 @@ def test_a_model_whose_pictures_were_cut_off_is_replaced(tmp_path: Path) -> None
     assert not listing(out / "pictures")
     with replacing(out / "pictures" / "search.png") as file:
         file.write_text("drawn")
-        with pytest.raises(MspError, match="did not write pictures/.search.png"):
+        with pytest.raises(MspError, match=r"did not write pictures/\.search\.png"):
             outputs.check_replaceable(out)  # one that is alive draws there
 
 
