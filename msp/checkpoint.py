@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import __version__ as transformers_version
 from transformers.pytorch_utils import Conv1D
 
@@ -236,11 +236,17 @@ def as_stored(module: nn.Module, stored: StoredDtypes, prefix: str = "") -> Iter
         *module.named_parameters(),
         *((name, buffer) for name, buffer in module.named_buffers() if name in saved),
     ]
-    before = [(name, tensor, tensor.data) for name, tensor in tensors if tensor.is_floating_point()]
+    before: list[tuple[Tensor, torch.dtype, Tensor | None]] = []
     try:
-        for name, tensor, data in before:
-            tensor.data = data.to(stored.of(f"{prefix}{name}"))
+        for name, tensor in tensors:
+            if tensor.is_floating_point():
+                data, as_stored = tensor.data, tensor.data.to(stored.of(f"{prefix}{name}"))
+                # what comes back from its stored form bit for bit need not be in memory twice
+                exact = not data.is_meta and torch.equal(as_stored.to(data.dtype), data)
+                before.append((tensor, data.dtype, None if exact else data))
+                tensor.data = as_stored
+                del data, as_stored
         yield
     finally:
-        for _, tensor, data in before:
-            tensor.data = data
+        for tensor, dtype, kept in before:
+            tensor.data = tensor.data.to(dtype) if kept is None else kept
