@@ -146,8 +146,7 @@ class DenseReference(Reference):
                 predicted += self.tokens(batch)[:, 1:].numel()
                 advance(batch + 1)
         self.quality = Quality(_perplexity(loss, predicted), 0.0, predicted)
-        if any(isinstance(kept, _Hidden) for kept in self._kept):
-            give_back()  # of large temporary logits
+        give_back()  # activations, and logits before they became probabilities
         dense = {"perplexity of the dense model": self.quality.perplexity}
         check_figures(dense, model, windows[:batch_size], streamed=logits is not None)
 

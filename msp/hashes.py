@@ -99,11 +99,9 @@ class Hashing:
         for file, names in by_file.items():
             places = data_places(file)
             with file.open("rb") as stream:
-                mapped = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
             for name in names:
-                start, stop = places[name]
-                header = headers[name]
-                self._found[name] = self._pool.submit(hash_bytes, header.dtype, header.shape, mapped[start:stop])
+                self._found[name] = self._pool.submit(_hash_mapped, headers[name], mapped, *places[name])
         self._pool.shutdown(wait=False)
 
     def result(self) -> dict[str, str]:
@@ -125,6 +123,15 @@ class Hashing:
     def cancel(self) -> None:
         """Begin no more of them."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _hash_mapped(header: TensorHeader, mapped: mmap.mmap, start: int, stop: int) -> str:
+    with memoryview(mapped) as data:
+        found = hash_bytes(header.dtype, header.shape, data[start:stop])
+    if hasattr(mapped, "madvise"):  # what is hashed need not stay in memory
+        first = start - start % mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_DONTNEED, first, stop - first)
+    return found
 
 
 def data_places(file: Path) -> dict[str, tuple[int, int]]:

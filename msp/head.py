@@ -20,7 +20,7 @@ from msp.model import device_of
 LARGE_VOCABULARY = 16_384
 
 # Logits of so many bytes, in fp32, are made at a time.
-PIECE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+PIECE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 
 # Tokens of the forward that shows whether logits are the output of the head.
 PROBE_TOKENS = 8

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from msp.errors import MspError
 from msp.finite import check_finite as check_tensors_finite
+from msp.narrow import LINEARS
 from msp.text_forward import Changes, TextForward, run_text
 
 
@@ -265,7 +266,7 @@ def _is_linear(module: nn.Module) -> bool:
     A subclass of ``nn.Linear`` (a router that returns a tuple, a scaled projection) may compute
     something else under the same weight, so it is asked: one probe against the plain formula.
     """
-    if type(module) in (nn.Linear, Conv1D):
+    if type(module) in LINEARS:
         return True
     if not isinstance(module, nn.Linear):
         return False

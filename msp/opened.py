@@ -175,6 +175,7 @@ def open_model(
                 dtype=options.dtype,
                 device=device,
                 dequantise=options.dequantise,
+                narrow=True,
                 trust_remote_code=options.trust_remote_code,
             )
     else:

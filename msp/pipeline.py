@@ -34,6 +34,7 @@ from msp.loading import (
     read_causal_config,
     read_tokenizer,
 )
+from msp.narrow import computed_dtype
 from msp.opened import Opened, open_model, vocabulary_size, window_of
 from msp.ops import PackedWeight
 from msp.outputs import check_results, check_room, check_temporary, reserved, working_folder
@@ -137,6 +138,7 @@ def _prune(
             found = _allocate(problem, settings)
             allocation = problem.allocation(found.levels)
         stored, origin = opened.loaded.stored, opened.loaded.folder
+        problem.evidence.release()
         fitness = bench.reference(settings.measure) if found.history else None
         if output is not None:
             check_room(output, opened.bytes_of(allocation)["packed"], "the packed model")
@@ -505,14 +507,14 @@ def evaluate(
     size = batch_size(place, length)
     dense = None
     if reference is not None:
-        loaded = load_model(reference, dtype=dtype, device=place, dequantise=dequantise, **trust)
-        dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+        loaded = load_model(reference, dtype=dtype, device=place, dequantise=dequantise, narrow=True, **trust)
+        dtype = str(computed_dtype(loaded.model)).removeprefix("torch.")
         with run_text(loaded.model, ()).changes.steady(loaded.model):
             dense = DenseReference(loaded.model, windows, batch_size=size, progress=listener)
         del loaded
         gc.collect()  # modules refer to each other, so counting references does not free them
         give_back()
-    measured = load_model(model, dtype=dtype, device=place, dequantise=dequantise, **trust).model
+    measured = load_model(model, dtype=dtype, device=place, dequantise=dequantise, narrow=True, **trust).model
     with run_text(measured, ()).changes.steady(measured):
         if dense is None:
             quality = perplexity(measured, windows, batch_size=size, progress=listener)
@@ -522,7 +524,7 @@ def evaluate(
     figures: dict[str, Any] = {"model": str(model), "perplexity": quality.perplexity}
     if reference is not None:
         figures |= {"kl": quality.kl, "reference": str(reference)}
-    computed = str(next(measured.parameters()).dtype).removeprefix("torch.")
+    computed = str(computed_dtype(measured)).removeprefix("torch.")
     return figures | {"evaluate": evaluate, "window": length, "tokens": windows.numel(), "dtype": computed}
 
 

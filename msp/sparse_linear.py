@@ -193,7 +193,11 @@ class SparseLinear(nn.Module):
             return y
         if self.layout == "dense":
             return F.linear(x, self.values, self.bias)
-        return product(x, self.values, self.bitmask, self.bias, pattern.n, pattern.m, self.in_features)
+        values: Tensor = self.values
+        bias: Tensor | None = self.bias
+        if x.dtype == torch.float32 != values.dtype and not x.is_cuda:  # a model whose weights are narrow
+            values, bias = values.float(), None if bias is None else bias.float()
+        return product(x, values, self.bitmask, bias, pattern.n, pattern.m, self.in_features)
 
     def extra_repr(self) -> str:
         return (

@@ -22,12 +22,14 @@ from msp.loading import (
     computing_dtype,
     local_folder,
     make_skeleton,
+    narrow_dtype,
     read_causal_config,
     read_tokenizer,
     stored_headers,
 )
 from msp.manifest import QUANT_METHOD
 from msp.model import Block, Structure, find_structure
+from msp.narrow import compute_in_fp32, narrow_weights
 from msp.packed_files import TensorHeader
 from msp.quantised import check_dense, check_float_weights, method_of
 
@@ -139,7 +141,11 @@ def load_stored(
     headers = stored_headers(path, folder)
     check_float_weights(path, headers)
     computed = computing_dtype(config, most_common(headers), dtype, device)
-    model = make_skeleton(config, computed, trust_remote_code=trust_remote_code).eval()
+    kept = narrow_dtype(headers, computed, device)
+    with narrow_weights(kept):
+        model = make_skeleton(config, computed, trust_remote_code=trust_remote_code).eval()
+    if kept is not None:
+        compute_in_fp32(model)
     in_fp32 = model._keep_in_fp32_modules_strict | (model._keep_in_fp32_modules if computed == torch.float16 else set())
     if in_fp32 and computed != torch.float32:
         raise MspError(f"{path}: {sorted(in_fp32)[0]} is computed in float32 beside {computed}: load this model whole")

@@ -28,7 +28,7 @@ from msp.search.fitness import Runner
 from msp.search.streaming import StoredRanks, StreamingRunner
 from msp.sparse_linear import SparseLinear
 from msp.staging import scratch_folder
-from msp.streamed import streamed_fisher_traces, streamed_logits
+from msp.streamed import streamed_logits
 from msp.workbench import Workbench
 
 
@@ -59,14 +59,7 @@ class StreamedWorkbench(Workbench):
         return found | hashed_tensors({name: tensor for name, tensor in state.items() if name not in found})
 
     def _measure_traces(self) -> dict[str, float]:
-        return streamed_fisher_traces(
-            self.model,
-            self.structure,
-            self.tokens.calibration,
-            hidden_bytes=self._hidden_bytes,
-            device=self._device,
-            progress=self.progress,
-        )
+        return self._traces_by_blocks()
 
     def fisher_diagonals(self) -> Mapping[str, Tensor]:
         raise UsageError("Fisher diagonals are as large as the model in float32: one that is streamed has none")

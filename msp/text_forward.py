@@ -68,12 +68,17 @@ class Changes:
         tensors = {name: tensor for name, tensor in _tensors(model).items() if name in self.before}
         now = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         try:
-            for name, tensor in tensors.items():
-                tensor.data.copy_(self.before[name])
+            self.undo(model)
             yield
         finally:
             for name, tensor in tensors.items():
                 tensor.data.copy_(now[name])
+
+    def undo(self, model: nn.Module) -> None:
+        """Give ``model`` the values back that it had before the first forward."""
+        tensors = _tensors(model)
+        for name, value in self.before.items():
+            tensors[name].data.copy_(value)
 
     @contextmanager
     def steady(self, model: nn.Module) -> Iterator[None]:
@@ -126,7 +131,7 @@ def run_text(model: nn.Module, watched: Sequence[str]) -> TextForward:
     remembered = {name: _attributes(modules[name]) for name in watched}
     try:
         model.eval()
-        before = _changed_by(model)
+        before = changed_by(model)
     except Exception as error:  # whatever a model's own code raises
         return TextForward(failure=f"{type(error).__name__}: {first_line(error)}")
     finally:
@@ -138,7 +143,7 @@ def run_text(model: nn.Module, watched: Sequence[str]) -> TextForward:
     if before and not any(value.is_meta for value in before.values()):
         model.eval()
         after = {name: tensor.detach().clone() for name, tensor in _tensors(model).items() if name in before}
-        _changed_by(model)
+        changed_by(model)
         tensors = _tensors(model)
         again = frozenset(name for name, value in after.items() if not _same(tensors[name], value))
     return TextForward(
@@ -183,7 +188,7 @@ class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self.before[name] = held.detach().clone()
 
 
-def _changed_by(model: nn.Module) -> dict[str, Tensor]:
+def changed_by(model: nn.Module) -> dict[str, Tensor]:
     """Run a few tokens; the tensors that this changed, with the values before it."""
     held = {name: tensor.detach() for name, tensor in _tensors(model).items()}
     with torch.inference_mode(False), torch.no_grad(), _Writes(held) as writes:

@@ -20,6 +20,7 @@ from msp.data import TokenSets
 from msp.errors import UsageError
 from msp.evaluate import DenseReference, Reference
 from msp.gates import GatedModel
+from msp.host_memory import give_back
 from msp.identity import Identity, environment, hashed, hashed_code, hashed_config, hashed_data, hashed_tensors
 from msp.model import Block, Structure, check_finite, device_of
 from msp.ops import PackedWeight
@@ -37,6 +38,7 @@ from msp.search.runners import Setting, open_runner
 from msp.sensitivity import fisher_diagonals, fisher_traces
 from msp.sparse_linear import at_places
 from msp.staging import scratch_folder
+from msp.streamed import streamed_fisher_traces
 from msp.task_loss import TaskLoss, TaskReference, fitness_name
 
 # Tokens per forward: enough to fill a machine, few enough that activations stay small.
@@ -44,6 +46,9 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 # Of fitness tokens: shorter batches take longer a token.
 FITNESS_BATCH_TOKENS = 512
+
+# What a backward may hold on a CPU before it goes block by block, which costs one more forward.
+ACTIVATION_BYTES = 128 << 20
 
 # Tokens on which it is tried whether blocks run one by one.
 PROBED_TOKENS = 32
@@ -145,13 +150,38 @@ class Workbench:
         """Fisher trace of every linear; ``traces`` holds those that were measured once they were asked for."""
         if self.traces is None:
             self.traces = self._measure_traces()
+            give_back()
         sizes = {linear.name: linear.weight.numel() for linear in self.structure.linears}
         mean = _mean_of_weights(self.traces, sizes, self.unreached)
         return {name: mean * sizes[name] if name in self.unreached else trace for name, trace in self.traces.items()}
 
     def _measure_traces(self) -> dict[str, float]:
+        if self._activation_bytes > ACTIVATION_BYTES and self._device.type == "cpu" and self._runs_backward_by_blocks:
+            return self._traces_by_blocks()
         with self.progress.stage("Fisher traces", len(self.tokens.calibration)) as advance:
             return fisher_traces(self.model, self.structure.linears, self.tokens.calibration, progress=advance)
+
+    def _traces_by_blocks(self) -> dict[str, float]:
+        return streamed_fisher_traces(
+            self.model,
+            self.structure,
+            self.tokens.calibration,
+            hidden_bytes=self._hidden_bytes,
+            device=self._device,
+            progress=self.progress,
+        )
+
+    @property
+    def _activation_bytes(self) -> int:
+        """About what a backward of a window holds: of each linear its input and output, and as much between them."""
+        features = sum(sum(linear.shape) * len(linear.places) for linear in self.structure.linears)
+        return 2 * 4 * self.tokens.window * features
+
+    @property
+    def _runs_backward_by_blocks(self) -> bool:
+        structure = self.structure
+        alone = not any(linear.others for linear in structure.linears)
+        return alone and not structure.remembering and not structure.changes.before and not self.whole
 
     def fisher_diagonals(self) -> Mapping[str, Tensor]:
         """Fisher diagonal of every linear that is pruned: of one that is all zero, the others' mean for each weight."""
@@ -193,6 +223,7 @@ class Workbench:
                         for size in self.group_sizes(linear.name)
                     }
         self._norms = norms
+        give_back()
         return ranks
 
     def group_sizes(self, name: str) -> set[int]:
@@ -404,7 +435,7 @@ class WorkbenchEvidence:
         for block in self._bench.structure.blocks:
             with block.on(device_of(self._bench.model)):
                 scores = [
-                    linear.weight.float().abs() * norms[linear.name].sqrt().to(linear.weight)
+                    linear.weight.float().abs() * norms[linear.name].sqrt().to(linear.weight.device)
                     for linear in block.linears
                     if linear.name not in unreached
                 ]
@@ -430,6 +461,10 @@ class WorkbenchEvidence:
                 folder = scratch_folder(self, "database")
             self._levels = self._bench.levels(self._pruner, folder, resume=self._search.resume)
         return self._levels
+
+    def release(self) -> None:
+        self._ranks = self._levels = None
+        give_back()
 
     def predicted_losses(self) -> Mapping[str, Sequence[float]]:
         ranks, diagonals = self.ranks(), self._bench.fisher_diagonals()

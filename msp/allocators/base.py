@@ -59,6 +59,10 @@ class Evidence(Protocol):
         """Measures level vectors, in the order of the problem's units, on ``shares`` of the fitness tokens."""
         ...
 
+    def release(self) -> None:
+        """Let go of answers as large as the model; they are computed again if they are asked for again."""
+        ...
+
 
 @dataclass(frozen=True)
 class SearchSettings:

@@ -18,12 +18,15 @@ from msp.evaluate import Reference, Sums
 from msp.gates import GatedModel, State
 from msp.levels import Levels
 from msp.model import Linear, Structure, device_of
+from msp.narrow import computed_dtype, product_of_rows, scratch
 from msp.patterns import NMPattern, Unit
 from msp.search.database import PackedLevels
 from msp.search.fitness import Job, Key
 
 # What hidden states may take where nobody says it.
 HIDDEN_BYTES = 4_000_000_000
+# What copies of the weights that candidates keep may take on a CPU; without a copy, each product selects again.
+COPIED_BYTES = 32 << 20
 
 Point = tuple[int, int]
 """A batch, and behind how many blocks."""
@@ -33,30 +36,61 @@ Candidates = Mapping[str, Ranks] | Mapping[str, PackedLevels]
 """By linear, what candidates are made from: ranks, or its weights at every level."""
 
 
+class Room:
+    """Memory that several may take from until it is spent.
+
+    Args:
+        nbytes: how much there is; without limit if None.
+    """
+
+    def __init__(self, nbytes: int | None) -> None:
+        self._left = nbytes
+
+    def take(self, nbytes: int) -> bool:
+        """Whether there are ``nbytes``; they are taken if so."""
+        if self._left is None:
+            return True
+        if nbytes > self._left:
+            return False
+        self._left -= nbytes
+        return True
+
+
 class RankedWeight:
     """A weight of which a pattern keeps a part, by ranks or from a database; the pattern can change at any time.
 
     Args:
         linear: the dense linear, left untouched.
         ranks: for every M of the patterns it will have; or its packed weights at these patterns.
+        room: for a copy of what a pattern keeps. If there is none, each product selects it again, a few rows at a time.
     """
 
-    def __init__(self, linear: Linear, ranks: Ranks | PackedLevels) -> None:
+    def __init__(self, linear: Linear, ranks: Ranks | PackedLevels, room: Room) -> None:
         self.pattern: NMPattern | None = None
         self.dense = linear.weight.contiguous()
         self._ranks = ranks
-        self._kept: Tensor | None = None
+        self._room = room
+        self._copy: Tensor | None = None
+        self._copied: NMPattern | None = None
 
     def keep(self, pattern: NMPattern) -> None:
         """Keep N of every M weights from now on."""
-        if pattern != self.pattern and not pattern.is_dense and not pattern.is_empty:
-            if self._kept is None:
-                self._kept = torch.empty_like(self.dense)
-            if isinstance(self._ranks, PackedLevels):
-                ops.nm_unpack(self._ranks[pattern], out=self._kept)
-            else:
-                ops.nm_keep(self.dense, self._ranks[pattern.m], pattern.n, out=self._kept)
         self.pattern = pattern
+        if pattern.is_dense or pattern.is_empty or pattern == self._copied:
+            return
+        always = isinstance(self._ranks, PackedLevels)  # it is read from a file
+        if self._copy is None and (self._room.take(self.dense.nbytes) or always):
+            self._copy = torch.empty_like(self.dense)
+        if self._copy is not None:
+            self._select(self._copy)
+            self._copied = pattern
+
+    def _select(self, out: Tensor) -> None:
+        assert self.pattern is not None
+        if isinstance(self._ranks, PackedLevels):
+            ops.nm_unpack(self._ranks[self.pattern], out=out)
+        else:
+            ops.nm_keep(self.dense, self._ranks[self.pattern.m], self.pattern.n, out=out)
 
     @property
     def kept(self) -> Tensor:
@@ -65,8 +99,28 @@ class RankedWeight:
             return self.dense
         if self.pattern.is_empty:
             return torch.zeros_like(self.dense)
-        assert self._kept is not None
-        return self._kept
+        if self._copy is not None:
+            return self._copy
+        kept = torch.empty_like(self.dense)
+        self._select(kept)
+        return kept
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x W^T + b`` with what is kept; the same bits with and without a copy of it."""
+        if self.pattern is not None and self.pattern.is_empty:
+            empty = x.new_zeros(*x.shape[:-1], len(self.dense))
+            return empty if bias is None else empty + bias
+        if x.device.type != "cpu":
+            return functional.linear(x, self.kept, bias)
+        return product_of_rows(x, len(self.dense), self._rows, bias)
+
+    def _rows(self, rows: slice) -> Tensor:
+        if self._copy is not None or self.pattern is None or self.pattern.is_dense:
+            return self.kept[rows]
+        assert not isinstance(self._ranks, PackedLevels)
+        dense = self.dense[rows]
+        out = scratch("kept", dense, dense.dtype)
+        return ops.nm_keep(dense, self._ranks[self.pattern.m][rows], self.pattern.n, out=out)
 
     def modules(self, linear: Linear) -> list[RankedLinear]:
         """One for each place of the linear."""
@@ -88,17 +142,20 @@ class RankedLinear(nn.Module):
         return self._ranked.kept
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._ranked.pattern is not None and self._ranked.pattern.is_empty:
-            empty = x.new_zeros(*x.shape[:-1], self.out_features)
-            return empty if self.bias is None else empty + self.bias
-        return functional.linear(x, self._ranked.kept, self.bias)
+        return self._ranked.product(x, self.bias)
+
+
+def room_for_copies(device: torch.device) -> Room:
+    """For the copies of a model's weights, or of a block's if one block at a time is there."""
+    return Room(COPIED_BYTES if device.type == "cpu" else None)
 
 
 class CandidateModel(AbstractContextManager["CandidateModel"]):
     """Within the context the units' linears are ranked; ``apply`` sets the level of every unit.
 
-    Memory beyond the model: one byte a weight for the ranks of each M (what comes from a database stays on disk),
-    and a second copy of the weights of the linears that are at a level between empty and dense.
+    Memory beyond the model: one byte a weight for the ranks of each M (what comes from a database stays on disk), and
+    a second copy of the weights of the linears that are at a level between empty and dense: on a CPU of as many as
+    ``COPIED_BYTES`` hold, or of all that come from a database.
     """
 
     def __init__(
@@ -112,7 +169,8 @@ class CandidateModel(AbstractContextManager["CandidateModel"]):
         self._structure = structure
         self._linears = [linear for linear in structure.linears if linear.name in ranks]
         self._units = units
-        self._ranked = {linear.name: RankedWeight(linear, ranks[linear.name]) for linear in self._linears}
+        room = room_for_copies(device_of(model))
+        self._ranked = {linear.name: RankedWeight(linear, ranks[linear.name], room) for linear in self._linears}
 
     def __enter__(self) -> CandidateModel:
         for linear in self._linears:
@@ -144,8 +202,8 @@ def forward_in_bf16(model: nn.Module) -> bool:
     That makes a forward about twice as fast on wiki6m and moves its KL by less than 2e-4, where candidates differ
     by 1e-2. Only the search does so: what is reported is measured in the model's own dtype.
     """
-    own = next(model.parameters()).dtype
-    return own == torch.float32 and device_of(model).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    in_fp32 = computed_dtype(model) == torch.float32
+    return in_fp32 and device_of(model).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def precision(model: nn.Module) -> AbstractContextManager[Any]:

@@ -19,7 +19,7 @@ from msp.hidden import HiddenStates
 from msp.model import Block
 from msp.patterns import Unit
 from msp.progress import NoProgress, Progress
-from msp.search.candidates import RankedWeight, Ranks, precision
+from msp.search.candidates import RankedWeight, Ranks, precision, room_for_copies
 from msp.search.fitness import Job, Key
 
 Item = tuple[int, Key]
@@ -167,8 +167,10 @@ class StreamingRunner:
         linears = [linear for linear in block.linears if linear.name in self._ranks]
         with block.on(self._gates.device):
             self.loads += 1
+            room = room_for_copies(self._gates.device)
             ranked = {
-                linear.name: RankedWeight(linear, _on(self._ranks[linear.name], linear.weight)) for linear in linears
+                linear.name: RankedWeight(linear, _on(self._ranks[linear.name], linear.weight), room)
+                for linear in linears
             }
             try:
                 for linear in linears:
