@@ -1,19 +1,19 @@
 """Peak host memory of loading, pruning and measuring models, each run in a process of its own.
 
     python benchmarks/memory.py [--layers 16] [--hidden 1024]
+    python benchmarks/memory.py --real MODEL CALIBRATION EVALUATE
     python benchmarks/memory.py --vocabulary wikitext2-test.txt
 
-The first measures a random Llama and writes ``benchmarks/results/memory.json``. The second measures SmolLM2-135M, whose
-vocabulary is large, on 8,192 test tokens of a text and writes ``memory-vocabulary.json``. Peak memory is the largest
-resident set, the pages of mapped weight files included; ``base`` is that of a process that has imported everything and
-loaded nothing.
+The first measures a random Llama and writes ``benchmarks/results/memory.json``. The second adds a real model to that
+file. The third measures SmolLM2-135M, whose vocabulary is large, on 8,192 test tokens of a text and writes
+``memory-vocabulary.json``. Peak memory is the largest resident set, the pages of mapped weight files included; ``base``
+is what the process takes before it loads weights, as ``dry_run`` counts it (of the third: before any import).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,41 +22,57 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
-RUNS = (("load", "", 0), ("uniform", "wanda", 1024), ("uniform", "wanda", 4096), ("msp", "wanda", 1024))
+RUNS = (
+    ("uniform", "wanda", 1024),
+    ("uniform", "wanda", 4096),
+    ("msp", "wanda", 1024),
+    ("uniform", "sparsegpt", 1024),
+    ("msp", "sparsegpt", 1024),
+)
 
 # The packed model that the first of them writes is measured by the second.
 VOCABULARY_RUNS = ("prune", "evaluate packed", "evaluate dense")
 
 
 def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most that this process had in memory; ``ru_maxrss`` may be that of the process which began it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("no VmHWM in /proc/self/status")
+
+
+def measured(model: Path | str, **options: Any) -> dict[str, Any]:
+    """``prune`` with ``options`` beside what ``dry_run`` says of it; run in this process."""
+    import msp.pipeline
+
+    options |= {"device": "cpu"}
+    expected = msp.pipeline.dry_run(model, **options)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        result = msp.prune(model, output=Path(folder) / "packed", **options)
+    memory = expected.memory
+    assert memory is not None
+    record = {"bytes": result.bytes, "kl": result.kl, "perplexity": result.perplexity["pruned"]}
+    record |= {"base": memory.base, "predicted": memory.peak, "predicted_stage": memory.stage, "peak": peak()}
+    return record | {"seconds": round(time.perf_counter() - start, 1)}
 
 
 def run(what: str, pruner: str, tokens: int, folder: Path) -> dict[str, Any]:
-    """One run in this process."""
-    import msp.pipeline
+    """One run of the random model."""
+    record: dict[str, Any] = {"run": what, "pruner": pruner, "calibration_tokens": tokens}
+    tokens_file = str(folder / "tokens.safetensors")
+    sizes = {"window": 128, "calibration_tokens": tokens, "fitness_tokens": 256, "test_tokens": 256}
+    options = {"sparsity": 0.75, "allocator": what, "pruner": pruner, "evaluations": 16, **sizes}
+    return record | measured(folder / "model", calibration=tokens_file, **options)
 
-    record: dict[str, Any] = {"run": what, "pruner": pruner, "calibration_tokens": tokens, "base": peak()}
-    if what == "load":
-        msp.load_model(folder / "model")
-    else:
-        result = msp.prune(
-            folder / "model",
-            sparsity=0.75,
-            output=folder / "out",
-            force=True,
-            allocator=what,
-            pruner=pruner,
-            calibration=str(folder / "tokens.safetensors"),
-            window=128,
-            calibration_tokens=tokens,
-            fitness_tokens=256,
-            test_tokens=256,
-            evaluations=16,
-            device="cpu",
-        )
-        record |= {"bytes": result.bytes}
-    return record | {"peak": peak()}
+
+def run_real(what: str, model: str, calibration: str, evaluate: str) -> dict[str, Any]:
+    """One run of a real model with windows of 256, by what a user would leave as it is but for the sizes."""
+    record: dict[str, Any] = {"run": what, "model": Path(model).name, "test_tokens": 8192}
+    sizes = {"window": 256, "calibration_tokens": 4096, "fitness_tokens": 1024, "test_tokens": 8192}
+    options = {"sparsity": 0.5, "allocator": what, "evaluations": 16, **sizes}
+    return record | measured(model, calibration=calibration, evaluate=evaluate, **options)
 
 
 def run_vocabulary(what: str, model: str, text: str, folder: Path) -> dict[str, Any]:
@@ -81,8 +97,8 @@ def run_vocabulary(what: str, model: str, text: str, folder: Path) -> dict[str, 
         )
         figures = {"kl": result.kl, "perplexity": result.perplexity["pruned"]}
     else:
-        measured = folder / "packed" if what == "evaluate packed" else model
-        found = msp.pipeline.evaluate(measured, reference=model, **options)
+        packed_or_dense = folder / "packed" if what == "evaluate packed" else model
+        found = msp.pipeline.evaluate(packed_or_dense, reference=model, **options)
         figures = {name: found[name] for name in ("kl", "perplexity")}
     return record | figures | {"seconds": round(time.perf_counter() - start, 1), "peak": peak()}
 
@@ -118,13 +134,18 @@ def in_own_process(*arguments: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=14)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocabulary", metavar="TEXT", help="measure SmolLM2-135M on this text instead")
     parser.add_argument("--output", type=Path, help="the file to write, in place of the one in benchmarks/results")
     parser.add_argument("--run", nargs=4, metavar=("WHAT", "PRUNER", "TOKENS", "FOLDER"), help="one run, here")
     parser.add_argument("--run-vocabulary", nargs=4, metavar=("WHAT", "MODEL", "TEXT", "FOLDER"), help="one run, here")
+    parser.add_argument("--real", nargs=3, metavar=("MODEL", "CALIBRATION", "EVALUATE"), help="measure this model too")
+    parser.add_argument("--run-real", nargs=4, metavar=("WHAT", "MODEL", "TEXT", "TEXT"), help="one run, here")
     options = parser.parse_args()
+    if options.run_real:
+        print(json.dumps(run_real(*options.run_real)))
+        return
     if options.run:
         what, pruner, tokens, folder = options.run
         print(json.dumps(run(what, pruner, int(tokens), Path(folder))))
@@ -144,6 +165,11 @@ def main() -> None:
             records = [
                 in_own_process("--run-vocabulary", what, model, options.vocabulary, name) for what in VOCABULARY_RUNS
             ]
+        elif options.real:
+            file = "memory.json"
+            content = json.loads((options.output or RESULTS / file).read_text())
+            found = [in_own_process("--run-real", what, *options.real) for what in ("uniform", "msp")]
+            records = content.pop("runs") + [{"commit": commit.stdout.strip(), **record} for record in found]
         else:
             file = "memory.json"
             content |= {"parameters": make(Path(name), options.layers, options.hidden), "layers": options.layers}

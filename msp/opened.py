@@ -15,6 +15,7 @@ from msp.decode_table import DecodeTable
 from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference
 from msp.finite import check_finite, named_tensors
+from msp.footprint import held_bytes, hidden_bytes
 from msp.identity import differences
 from msp.loading import LoadedModel, find_device, load_model
 from msp.measure import machine, measure_decode
@@ -24,7 +25,7 @@ from msp.plan import Goal, Plan, make_plan, parse_bytes, parse_time
 from msp.progress import Progress
 from msp.prunable import check_prunable
 from msp.settings import PruneOptions
-from msp.stored import load_stored
+from msp.stored import load_stored, read_skeleton
 from msp.streamed_workbench import StreamedWorkbench
 from msp.workbench import Workbench, batch_size
 
@@ -129,7 +130,7 @@ class Opened:
             "stored": self.loaded.stored,
             "device": self.device,
             "progress": progress,
-            "hidden_bytes": parse_bytes(options.hidden_bytes),
+            "hidden_bytes": hidden_bytes(options, held_bytes(self.model)),
         }
         if self.streamed:
             return StreamedWorkbench(self.model, self.structure, plan, tokens, folder=options.work_dir, **about)
@@ -196,6 +197,21 @@ def open_model(
     if not isinstance(model, (str, Path)):  # what is loaded was checked
         check_finite(named_tensors(loaded.model))
     return Opened(loaded, structure, device)
+
+
+def open_skeleton(source: str | Path, options: PruneOptions) -> Opened:
+    """The model as ``open_model`` opens it, without its weights: enough to plan.
+
+    Raises:
+        UsageError: a model that has to be dequantised first.
+        MspError: as ``open_model``.
+    """
+    if options.dequantise:
+        raise UsageError("a quantised model has to be dequantised to be looked at: that goes with no dry run")
+    device = find_device(options.device)
+    loaded, _ = read_skeleton(source, dtype=options.dtype, device=device, trust_remote_code=options.trust_remote_code)
+    check_prunable(loaded)
+    return Opened(loaded, find_structure(loaded.model), device, streamed=options.stream)
 
 
 def vocabulary_size(model: Any) -> int:

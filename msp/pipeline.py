@@ -40,6 +40,7 @@ from msp.ops import PackedWeight
 from msp.outputs import check_results, check_room, check_temporary, reserved, working_folder
 from msp.patterns import Allocation
 from msp.plan import Plan
+from msp.preview import Preview, fitting, preview
 from msp.progress import NoProgress, Progress
 from msp.pruners import Pruner, get_pruner
 from msp.recipe import ALLOCATION_FILES, write_allocation
@@ -96,11 +97,23 @@ def prune(
     settings = _options(sparsity, options)
     if output is None and settings.stream:
         raise UsageError("a streamed model is packed on disk, block by block: stream needs an output")
+    settings = fitting(model, settings, may_stream=output is not None)
     with ExitStack() as stack:
         if output is not None:
             stack.enter_context(reserved(output, force, model=model, work_dir=settings.work_dir))
         stack.enter_context(_places(settings))
         return _prune(model, settings, output, force, tokenizer, progress or NoProgress())
+
+
+def dry_run(
+    model: str | Path, *, sparsity: float | None = None, progress: Progress | None = None, **options: Any
+) -> Preview:
+    """What ``prune`` with the same options would do, and the memory that it would take; reads no weights and no text.
+
+    Raises:
+        UsageError, MspError: as for ``prune``, for what can be known before that.
+    """
+    return preview(model, _options(sparsity, options), progress)
 
 
 @contextmanager
@@ -234,6 +247,7 @@ def search_all(
     settings = [_options(request.get("sparsity"), {**request}) for request in requests]
     if any(each.allocation is not None for each in settings):
         raise UsageError("a search finds an allocation; one that is given leaves nothing to search for")
+    settings = [fitting(model, each, may_stream=True) for each in settings]
     with ExitStack() as stack:
         for each in settings:
             stack.enter_context(_places(each))
@@ -386,6 +400,7 @@ def compare(
     methods = [(name, get_pruner(name)) for name in pruners]
     if not chosen or not methods or not seeds:
         raise UsageError("compare needs at least one allocator, one pruner and one seed")
+    settings = fitting(model, settings, may_stream=False)
     with _places(settings):
         return _compare(model, settings, chosen, methods, seeds, tokenizer, progress or NoProgress())
 

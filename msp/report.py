@@ -23,6 +23,7 @@ from msp.progress import Advance
 if TYPE_CHECKING:
     from msp.decode_table import DecodeTable
     from msp.packed_files import PackedInfo
+    from msp.preview import Preview
     from msp.results import CompareResult, CompareRow, ParetoResult, PruneResult, SearchResult, SensitivityResult
 
 BAR_WIDTH = 24
@@ -130,6 +131,30 @@ def prune_report(result: PruneResult, output: object = None) -> RenderableType:
     parts.append(Text(_costs(result.seconds, result.peak_memory), style="dim"))
     if output is not None:
         parts.append(Text.assemble("Saved to ", (str(output), "bold")))
+    return Group(*parts)
+
+
+def preview_report(planned: Preview) -> RenderableType:
+    """What a run would do, and the memory it would take stage by stage."""
+    packed, dense = planned.bytes["packed"], planned.bytes["dense"]
+    table = _table("", right=("",))
+    table.add_row("Blocks, units, linears", f"{planned.blocks}, {planned.units:,}, {planned.linears:,}")
+    table.add_row(f"Budget, {planned.objective}", f"{planned.budget:,} of {planned.dense_cost:,}")
+    table.add_row("Bytes, dense and packed", f"{size(dense)}, about {size(packed)}")
+    parts: list[RenderableType] = [table]
+    memory = planned.memory
+    if memory is None:
+        parts.append(Text("No memory is predicted for a GPU.", style="dim"))
+    else:
+        stages = _table("Memory", right=("Bytes",))
+        stages.add_row("the process before it loads the weights", size(memory.base))
+        stages.add_row("the weights", size(memory.weights))
+        for name, count in memory.stages.items():
+            stages.add_row(name, size(count))
+        stages.add_row("[bold]peak[/]", f"[bold]{size(memory.peak)}[/]")
+        parts += [stages, Text(f"{size(planned.available)} are free.", style="dim")]
+    if planned.skipped:
+        parts.append(skipped_report(planned.skipped))
     return Group(*parts)
 
 

@@ -65,7 +65,8 @@ class PruneOptions:
         work_dir: where a search keeps its checkpoint and its database; ``resume`` goes on from them.
         stream: the model does not fit in memory: hold one block at a time (``search`` and ``prune``, docs/search.md).
         hidden_bytes: memory for hidden states, a number, or a text like ``"4GB"``: with ``stream`` on the host, for
-            those that wait for the next block; else on the model's device, for those that candidates share.
+            those that wait for the next block; else on the model's device, for those that candidates share. ``auto``
+            is at most 4 GB and half of what is free; on a CPU, without ``stream``, also 256 MiB or half of the model.
     """
 
     sparsity: float | None
@@ -102,7 +103,7 @@ class PruneOptions:
     work_dir: Path | None = None
     resume: bool = False
     stream: bool = False
-    hidden_bytes: int | str = "4GB"
+    hidden_bytes: int | str = "auto"
 
     def check(self) -> None:
         """Look at all that can be known without the model.
@@ -132,7 +133,8 @@ class PruneOptions:
         pruner = get_pruner(self.pruner)
         if self.candidates not in CANDIDATES:
             raise UsageError(f"candidates {self.candidates!r} is not one of {', '.join(CANDIDATES)}")
-        parse_bytes(self.hidden_bytes)
+        if self.hidden_bytes != "auto":
+            parse_bytes(self.hidden_bytes)
         if self.stream:
             self._check_stream(pruner)
         _ = self.rules, self.measure, self.search

@@ -29,7 +29,7 @@ from msp.loading import (
 )
 from msp.manifest import QUANT_METHOD
 from msp.model import Block, Structure, find_structure
-from msp.narrow import compute_in_fp32, narrow_weights
+from msp.narrow import compute_in_fp32, computed_dtype, narrow_weights
 from msp.packed_files import TensorHeader
 from msp.quantised import check_dense, check_float_weights, method_of
 
@@ -121,14 +121,16 @@ class StoredBlock(Block):
             self.module.load_state_dict(empty, assign=True)
 
 
-def load_stored(
+def read_skeleton(
     source: str | Path, *, dtype: str = "auto", device: torch.device, trust_remote_code: bool = False
-) -> tuple[LoadedModel, Structure]:
-    """``load_model`` for one that does not fit: everything but the blocks is loaded, they are ``StoredBlock``s.
+) -> tuple[LoadedModel, dict[str, TensorHeader]]:
+    """The model at ``source`` as ``load_stored`` begins with it: on no device, none of its weights read.
+
+    Returns:
+        It, and the headers of its files.
 
     Raises:
-        MspError, UsageError: as ``load_model``; or a checkpoint that transformers converts while it loads it, a
-            packed one, or one kept in 16 bits with parts in 32.
+        MspError, UsageError: as ``load_model``; or a packed model.
     """
     path = str(source)
     check_dtype(dtype)
@@ -146,11 +148,25 @@ def load_stored(
         model = make_skeleton(config, computed, trust_remote_code=trust_remote_code).eval()
     if kept is not None:
         compute_in_fp32(model)
+    return LoadedModel(model, tokenizer, path, StoredDtypes.of_files(model, headers), folder), headers
+
+
+def load_stored(
+    source: str | Path, *, dtype: str = "auto", device: torch.device, trust_remote_code: bool = False
+) -> tuple[LoadedModel, Structure]:
+    """``load_model`` for one that does not fit: everything but the blocks is loaded, they are ``StoredBlock``s.
+
+    Raises:
+        MspError, UsageError: as ``load_model``; or a checkpoint that transformers converts while it loads it, a
+            packed one, or one kept in 16 bits with parts in 32.
+    """
+    loaded, headers = read_skeleton(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    path, model = loaded.source, loaded.model
+    computed = computed_dtype(model)
     in_fp32 = model._keep_in_fp32_modules_strict | (model._keep_in_fp32_modules if computed == torch.float16 else set())
     if in_fp32 and computed != torch.float32:
         raise MspError(f"{path}: {sorted(in_fp32)[0]} is computed in float32 beside {computed}: load this model whole")
     weights = StoredWeights(path, model, headers)
-    stored = StoredDtypes.of_files(model, headers)
     blocks = find_structure(model)
     for linear in blocks.linears:
         if linear.others:
@@ -170,7 +186,7 @@ def load_stored(
     _make_buffers(model, device)
     weights.fill(model, "", device, copy=True, without=tuple(f"{block.name}." for block in stored_blocks))
     model.tie_weights(missing_keys=set(model.state_dict()) - weights.names, recompute_mapping=False)
-    return LoadedModel(model, tokenizer, path, stored, folder), replace(blocks, blocks=tuple(stored_blocks))
+    return loaded, replace(blocks, blocks=tuple(stored_blocks))
 
 
 def _make_buffers(model: Any, device: torch.device) -> None:

@@ -59,7 +59,7 @@ class StreamedWorkbench(Workbench):
         return found | hashed_tensors({name: tensor for name, tensor in state.items() if name not in found})
 
     def _measure_traces(self) -> dict[str, float]:
-        return self._traces_by_blocks()
+        return self._traces_by_blocks(self._hidden_bytes)
 
     def fisher_diagonals(self) -> Mapping[str, Tensor]:
         raise UsageError("Fisher diagonals are as large as the model in float32: one that is streamed has none")

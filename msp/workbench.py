@@ -22,7 +22,7 @@ from msp.evaluate import DenseReference, Reference
 from msp.gates import GatedModel
 from msp.host_memory import give_back
 from msp.identity import Identity, environment, hashed, hashed_code, hashed_config, hashed_data, hashed_tensors
-from msp.model import Block, Structure, check_finite, device_of
+from msp.model import Block, Linear, Structure, check_finite, device_of
 from msp.ops import PackedWeight
 from msp.ops._sums import ordered_sum
 from msp.patterns import Allocation
@@ -156,26 +156,21 @@ class Workbench:
         return {name: mean * sizes[name] if name in self.unreached else trace for name, trace in self.traces.items()}
 
     def _measure_traces(self) -> dict[str, float]:
-        if self._activation_bytes > ACTIVATION_BYTES and self._device.type == "cpu" and self._runs_backward_by_blocks:
-            return self._traces_by_blocks()
+        too_large = backward_bytes(self.structure.linears, self.tokens.window) > ACTIVATION_BYTES
+        if too_large and self._device.type == "cpu" and self._runs_backward_by_blocks:
+            return self._traces_by_blocks(min(self._hidden_bytes, ACTIVATION_BYTES))
         with self.progress.stage("Fisher traces", len(self.tokens.calibration)) as advance:
             return fisher_traces(self.model, self.structure.linears, self.tokens.calibration, progress=advance)
 
-    def _traces_by_blocks(self) -> dict[str, float]:
+    def _traces_by_blocks(self, hidden_bytes: int) -> dict[str, float]:
         return streamed_fisher_traces(
             self.model,
             self.structure,
             self.tokens.calibration,
-            hidden_bytes=self._hidden_bytes,
+            hidden_bytes=hidden_bytes,
             device=self._device,
             progress=self.progress,
         )
-
-    @property
-    def _activation_bytes(self) -> int:
-        """About what a backward of a window holds: of each linear its input and output, and as much between them."""
-        features = sum(sum(linear.shape) * len(linear.places) for linear in self.structure.linears)
-        return 2 * 4 * self.tokens.window * features
 
     @property
     def _runs_backward_by_blocks(self) -> bool:
@@ -487,6 +482,11 @@ class WorkbenchEvidence:
         reference = self._bench.reference(self._fitness)
         with self._bench.runner(self.candidates(), reference, self._search.workers) as runner:
             yield TokenFitness(runner, measure=fitness_name(self._fitness), shares=shares)
+
+
+def backward_bytes(linears: Iterable[Linear], window: int) -> int:
+    """About what a backward of a window holds: of each linear its input and output, and as much between them."""
+    return 2 * 4 * window * sum(sum(linear.shape) * len(linear.places) for linear in linears)
 
 
 def batch_size(device: torch.device, window: int) -> int:

@@ -332,8 +332,9 @@ class Streaming:
         str | None,
         typer.Option(
             metavar="BYTES",
-            help="Memory for hidden states (4GB). With --stream, those that wait for the next block: more means that "
-            "the blocks are read less often. Else those that candidates with the same first layers share.",
+            help="Memory for hidden states, like 4GB; by default a share of what is free. With --stream, those that "
+            "wait for the next block: more means that the blocks are read less often. Else those that candidates with "
+            "the same first layers share.",
             rich_help_panel=RUN,
         ),
     ] = None

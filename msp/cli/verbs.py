@@ -120,6 +120,15 @@ def prune(
     pictures: Annotated[
         bool, typer.Option("--pictures/--no-pictures", help="Draw OUT/pictures/*.png.", rich_help_panel=RUN)
     ] = True,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only say what would be done, and how much memory it would take: nothing is read but the headers of "
+            "the files, nothing is written.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
     **options: Any,
@@ -136,13 +145,18 @@ def prune(
     with running(as_json, debug, on_interrupt=interrupted) as session:
         check_sources(options["calibration"], options["evaluate"])
         from msp import pipeline
-        from msp.outputs import reserved, working_folder
-        from msp.report import prune_report
+        from msp.outputs import check_output, reserved, working_folder
+        from msp.report import preview_report, prune_report
 
         calm_libraries()
         work_dir = options["work_dir"] or search_folder(output)
         chosen = with_budget(allocation=allocation, **{**options, "work_dir": work_dir})
         # held until all is done: another run may begin when this one lets go
+        if dry_run:
+            check_output(output, force, model=model, work_dir=work_dir)
+            planned = pipeline.dry_run(model, progress=session.progress, **chosen)
+            session.result(planned.to_json(), preview_report(planned))
+            return
         with reserved(output, force, model=model, work_dir=work_dir), working_folder(work_dir):
             result = pipeline.prune(model, output=output, force=force, progress=session.progress, **chosen)
             if options["work_dir"] is None:

@@ -1,0 +1,290 @@
+"""How much host memory a run takes, before it takes any; and how much there is.
+
+    msp prune ./my-model -o out --sparsity 0.75 --calibration notes.txt --dry-run
+
+The estimate counts bytes: weights as they are held, what each stage adds to them, and what the process takes already.
+docs/memory.md has it beside measured peaks.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from msp.data import DEFAULT_CALIBRATION, POOL_FACTOR
+from msp.head import LARGE_VOCABULARY, PIECE_BYTES
+from msp.loading import find_device
+from msp.model import Linear, Structure
+from msp.narrow import WIDENED_BYTES
+from msp.patterns import NMPattern
+from msp.plan import Plan, parse_bytes
+from msp.pruners import get_pruner
+from msp.search.candidates import COPIED_BYTES, HIDDEN_BYTES
+from msp.settings import PruneOptions
+from msp.text_sources import TokenSource
+from msp.workbench import ACTIVATION_BYTES, FITNESS_BATCH_TOKENS, backward_bytes, batch_size
+
+# What libraries take when the first products run, and the heap keeps between tensors.
+FIRST_PRODUCTS = 40 << 20
+# Of a token of one long text while a tokenizer works on it: ids, offsets, strings.
+TOKENISED_BYTES = 500
+# fp32 numbers of a token that a forward without gradients holds: hidden states and the widest layer, so often each.
+WIDTHS = 6, 4
+# Logits of a batch and what is computed from them at once.
+LOGITS = 3.5
+# Hidden states that candidates share: so much at least, for models of which half is less.
+LEAST_HIDDEN_BYTES = 256 << 20
+# Allocators that measure no Fisher traces, and those that search nothing.
+WITHOUT_TRACES = ("uniform", "ramp", "ramp-best", "owl", "evopress", "msp-random")
+WITHOUT_SEARCH = ("uniform", "ramp", "owl", "fisher-rank", "fisher-rank-linear", "fisher-knapsack")
+# Bytes of each entry: Hessian, its factor, in float64, and their copies in float32.
+FACTORS = 40
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of host memory.
+
+    Attributes:
+        base: what the process takes before it loads the weights.
+        weights: of the dense model as it is held.
+        stages: what each stage takes beyond both.
+    """
+
+    base: int
+    weights: int
+    stages: Mapping[str, int]
+
+    @property
+    def stage(self) -> str:
+        """The stage that takes most."""
+        return max(self.stages, key=lambda name: self.stages[name])
+
+    @property
+    def peak(self) -> int:
+        return self.base + self.weights + self.stages[self.stage]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"peak": self.peak, "stage": self.stage, "base": self.base, "weights": self.weights, **self.stages}
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """The sizes that memory grows with."""
+
+    structure: Structure
+    window: int
+    hidden: int
+    vocabulary: int
+
+    def forward(self, tokens: int) -> int:
+        """Of a forward of ``tokens`` without gradients, up to the output head."""
+        widest = max(max(linear.shape) for linear in self.structure.linears)
+        return 4 * tokens * (WIDTHS[0] * self.hidden + WIDTHS[1] * widest) + 2 * WIDENED_BYTES
+
+    def kept(self, tokens: int) -> int:
+        """Of what the dense model predicts on ``tokens``."""
+        if self.vocabulary >= LARGE_VOCABULARY:
+            return 4 * tokens * self.hidden
+        probabilities = 4 * tokens * self.vocabulary
+        return probabilities if probabilities <= 2 << 30 else probabilities // 2
+
+    def measured(self, tokens: int) -> int:
+        """Of measuring a model on batches of ``tokens``."""
+        if self.vocabulary >= LARGE_VOCABULARY:
+            return self.forward(tokens) + 4 * PIECE_BYTES["cpu"]
+        return self.forward(tokens) + self.logits(tokens)
+
+    def logits(self, tokens: int) -> int:
+        """Of the logits of ``tokens`` and what is computed from them."""
+        return int(LOGITS * 4 * tokens * self.vocabulary)
+
+
+def predict(
+    model: Any, structure: Structure, plan: Plan, options: PruneOptions, *, window: int, packed: int
+) -> Footprint:
+    """What ``prune`` with ``options`` takes on a CPU.
+
+    Args:
+        model, structure: whose weights may be on no device.
+        window: tokens per sequence.
+        packed: bytes of the packed model.
+    """
+    config = model.config.get_text_config()
+    sizes = _Sizes(structure, window, int(config.hidden_size), model.get_input_embeddings().num_embeddings)
+    weights, dense = held_bytes(model), 0
+    if options.stream:
+        blocks = [held_bytes(block.module) for block in structure.blocks]
+        weights, packed = weights - sum(blocks), packed * max(blocks) // max(1, sum(blocks))
+        dense = max(blocks)
+    linears = [linear for linear in structure.linears if any(linear.name in unit.linears for unit in plan.units)]
+    needs = get_pruner(options.pruner).needs
+    test, calibration = options.test_tokens, options.calibration_tokens
+    batch = batch_size(torch.device("cpu"), window) * window
+    reference = sizes.kept(test)
+    states = 4 * sizes.hidden * (calibration + (test if options.stream else 0))
+    stages = {
+        "reading the texts": sum(_tokenising(options)),
+        "predicting the test tokens": dense + reference + sizes.measured(min(batch, test)),
+        "pruning": dense + packed + reference + states + _statistics(needs, structure, linears) + sizes.forward(batch),
+        "measuring the pruned model": packed + reference + sizes.measured(min(batch, test)),
+    }
+    if options.allocation is None and options.allocator not in WITHOUT_TRACES:
+        stages["measuring sensitivities"] = dense + reference + _backward(sizes, calibration, options.stream)
+    if options.allocation is None and options.allocator not in WITHOUT_SEARCH:
+        stages["searching"] = dense + reference + _searching(sizes, plan, linears, options, model)
+    return Footprint(resident() + FIRST_PRODUCTS, weights, stages)
+
+
+def held_bytes(module: nn.Module) -> int:
+    """Of the parameters and buffers of ``module``, each once."""
+    tensors = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _tokenising(options: PruneOptions) -> list[int]:
+    """Of each text, while it is tokenised as one string."""
+    drawn = POOL_FACTOR * (options.calibration_tokens + options.fitness_tokens) + options.test_tokens
+    texts = {options.calibration or DEFAULT_CALIBRATION: drawn}
+    if options.evaluate is not None:
+        texts[options.evaluate] = options.test_tokens
+    found = []
+    for spec, tokens in texts.items():
+        source = TokenSource.parse(spec)
+        file = Path(source.location)
+        if source.kind == "file" and file.is_file():
+            tokens = min(tokens, file.stat().st_size // 4)
+            found.append(tokens * TOKENISED_BYTES)
+        else:
+            found.append(8 * tokens)
+    return found
+
+
+def _statistics(needs: frozenset[str], structure: Structure, linears: Sequence[Linear]) -> int:
+    """Of what a pruner needs to know of a block while it prunes it; Fisher diagonals are there for all blocks."""
+    found = 0
+    if "hessian" in needs:
+        columns = [linear.shape[1] for linear in structure.blocks[0].linears]
+        found += 4 * sum(size**2 for size in columns) + FACTORS * max(columns) ** 2
+    if "fisher" in needs:
+        found += 4 * sum(linear.weight.numel() for linear in linears)
+    return found
+
+
+def _backward(sizes: _Sizes, calibration: int, stream: bool) -> int:
+    whole = backward_bytes(sizes.structure.linears, sizes.window)
+    largest = max(linear.weight.numel() for linear in sizes.structure.linears)
+    if whole <= ACTIVATION_BYTES and not stream:
+        return whole + 4 * largest
+    block = max(backward_bytes(block.linears, sizes.window) for block in sizes.structure.blocks)
+    states = 4 * sizes.hidden * (len(sizes.structure.blocks) + 2)
+    held = max(states * sizes.window, min(ACTIVATION_BYTES, states * calibration))
+    return held + block + 4 * largest + sizes.logits(sizes.window)
+
+
+def _searching(sizes: _Sizes, plan: Plan, linears: Sequence[Linear], options: PruneOptions, model: Any) -> int:
+    fitness = options.fitness_tokens
+    tokens = min(fitness, max(FITNESS_BATCH_TOKENS, sizes.window))
+    units = {name: unit for unit in plan.units for name in unit.linears}
+    found = sizes.kept(fitness) + sizes.forward(tokens) + sizes.logits(tokens)
+    found += min(hidden_bytes(options, held_bytes(model)), 4 * fitness * sizes.hidden * len(sizes.structure.blocks))
+    copies = sum(linear.weight.numel() * linear.weight.element_size() for linear in linears)
+    if options.stream:
+        return found
+    if options.database(get_pruner(options.pruner)):
+        return found + copies + sum(_levels_bytes(linear, units[linear.name].patterns) for linear in linears)
+    ranks = sum(
+        linear.weight.numel() * len({pattern.m for pattern in units[linear.name].patterns}) for linear in linears
+    )
+    return found + ranks + min(COPIED_BYTES, copies)
+
+
+def _levels_bytes(linear: Linear, patterns: Sequence[NMPattern]) -> int:
+    """Of the pages of a level database that a search reads."""
+    rows, columns = linear.shape
+    kept = [pattern.kept(rows, columns) for pattern in patterns if not pattern.is_dense]
+    return sum(number * linear.weight.element_size() + rows * columns // 8 for number in kept)
+
+
+def hidden_bytes(options: PruneOptions, weights: int) -> int:
+    """What hidden states may take: as asked, or on a CPU in proportion to the ``weights``, in bytes."""
+    if options.hidden_bytes != "auto":
+        return parse_bytes(options.hidden_bytes)
+    if find_device(options.device).type != "cpu":
+        return HIDDEN_BYTES
+    room = available()
+    share = room // 4 if options.stream else max(LEAST_HIDDEN_BYTES, weights // 2)
+    return min(HIDDEN_BYTES, share, room // 2)
+
+
+def resident() -> int:
+    """Of this process now, in memory."""
+    if sys.platform.startswith("linux"):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts it in bytes
+
+
+def available() -> int:
+    """Bytes that this process may still take: of the machine, its control group and its own limits the least."""
+    rooms = [_free_on_machine()]
+    for name, counted in (("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")):
+        limit = resource.getrlimit(getattr(resource, name))[0]
+        if limit != resource.RLIM_INFINITY:
+            rooms.append(limit - _status(counted))
+    rooms += _rooms_of_groups()
+    return max(0, min(rooms))
+
+
+def _free_on_machine() -> int:
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def _status(name: str) -> int:
+    """A size in ``/proc/self/status``, in bytes; 0 where there is none."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    found = [line.split()[1] for line in status.read_text().splitlines() if line.startswith(f"{name}:")]
+    return int(found[0]) * 1024 if found else 0
+
+
+def _rooms_of_groups(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """What the control group of this process, and those that hold it, leave; page cache can be taken back."""
+    if not groups.exists():
+        return []
+    rooms = []
+    for line in groups.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2
+            names, top = ("memory.max", "memory.current", "inactive_file"), root
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            top = root / "memory"
+        else:
+            continue
+        folder = top / path.strip("/")
+        while folder == top or top in folder.parents:
+            rooms += _room_of_group(folder, *names)
+            folder = folder.parent
+    return rooms
+
+
+def _room_of_group(folder: Path, limit: str, current: str, cache: str) -> list[int]:
+    try:
+        most, taken = ((folder / name).read_text().strip() for name in (limit, current))
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return [] if most == "max" else [int(most) - int(taken) + int(statistics.get(cache, 0))]
+    except (OSError, ValueError):
+        return []
