@@ -145,8 +145,10 @@ def predict(
 
 
 def held_bytes(module: nn.Module) -> int:
-    """Of the parameters and buffers of ``module``, each once."""
-    tensors = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
+    """Of the parameters and buffers of ``module``, each once; tied ones too, which on no device are not tied yet."""
+    tied = getattr(module, "all_tied_weights_keys", None) or {}
+    named = [*module.named_parameters(), *module.named_buffers()]
+    tensors = {id(tensor): tensor for name, tensor in named if name not in tied}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
