@@ -322,6 +322,7 @@ class Workbench:
         with ExitStack() as stack:
             for block, statistics in self._stream(pruner.needs, sequential=True):
                 stack.enter_context(self.packed(block, statistics, allocation, pruner))
+                give_back()  # packed weights lie between what calibration took and lets go
             yield self.model
 
     @contextmanager
@@ -337,12 +338,15 @@ class Workbench:
                 chosen, entry = self._serving(linear.name, statistics[linear.name], pruner)
                 pattern = allocation[linear.name]
                 packed = chosen.prune(linear.weight.contiguous(), entry, pattern, name=linear.name, warn=_warn)
+                del entry
                 modules = at_places(
                     self._rounded(packed, self._stored.of_linear(linear.name)),
                     [place.module for place in linear.places],
                 )
                 self.structure.put(linear, modules)
                 replaced.append(linear)
+            # this frame lives until the model is dense again, and Hessians of all blocks are larger than the model
+            del statistics
             yield
         finally:
             for linear in replaced:

@@ -6,12 +6,15 @@ import json
 import resource
 import subprocess
 import sys
+import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, SMALL, save, tokens
+from torch import Tensor
 from typer.testing import CliRunner
 
 import msp
@@ -21,6 +24,12 @@ from msp.data import save_tokens
 from msp.errors import MspError, UsageError
 from msp.footprint import available, hidden_bytes
 from msp.loading import load_model
+from msp.opened import open_model
+from msp.ops import PackedWeight
+from msp.patterns import Allocation, NMPattern
+from msp.progress import NoProgress
+from msp.pruners.base import LinearStatistics
+from msp.pruners.sparsegpt import SparseGPTPruner
 from msp.settings import PruneOptions
 
 ENOUGH = 1 << 40
@@ -155,3 +164,29 @@ def test_hidden_states_take_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPa
 def test_what_is_free_is_less_than_the_machine_has() -> None:
     assert 0 < available() < 1 << 50
     assert resource.getpagesize() <= footprint.resident() < available() + (1 << 40)
+
+
+def test_statistics_of_a_block_go_before_the_next_ones_come(tmp_path: Path) -> None:
+    """Hessians of all blocks together are larger than the model."""
+    save("llama", tmp_path / "dense")
+    save_tokens(tokens(1, 4000, seed=1)[0], tmp_path / "tokens.safetensors")
+    held: list[weakref.ref[LinearStatistics]] = []
+
+    @dataclass(frozen=True)
+    class Watching(SparseGPTPruner):
+        name = "watching"
+
+        def prune(self, weight: Tensor, statistics: LinearStatistics, *args: Any, **options: Any) -> PackedWeight:
+            alive = sum(reference() is not None for reference in held)
+            assert alive <= 7, "more than those of one block"
+            held.append(weakref.ref(statistics))
+            return super().prune(weight, statistics, *args, **options)
+
+    options = PruneOptions(0.5, calibration=str(tmp_path / "tokens.safetensors"), allocator="uniform", **SMALL)
+    opened = open_model(tmp_path / "dense", options, None, NoProgress())
+    plan = opened.plan(options, NoProgress())
+    bench = opened.bench(plan, opened.tokens(options, 0), options, NoProgress())
+    allocation = Allocation({linear.name: NMPattern(4, 8) for linear in bench.linears})
+    with bench.pruned(allocation, Watching()):
+        assert len(held) == 14
+        assert not any(reference() for reference in held)

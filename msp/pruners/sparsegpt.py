@@ -97,7 +97,7 @@ class SparseGPTPruner(BasePruner):
         bad = int(summed.numel() - torch.isfinite(summed).sum())
         if bad:
             raise MspError(f"pruner 'sparsegpt': {bad} of the Hessian's {summed.numel()} entries are NaN or infinite")
-        hessian = _wide(summed) * (2.0 / statistics.tokens)
+        hessian = _wide(summed).mul_(2.0 / statistics.tokens)
         diagonal = hessian.diagonal()
         dead = diagonal == 0
         # A dead input says nothing of how large the others are. All of them dead, any positive mean will do.
@@ -130,8 +130,9 @@ def inverse_cholesky(hessian: Tensor) -> Tensor | None:
     lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
     if failed.item() or not torch.isfinite(lower).all():
         return None
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    # column by column in memory, as LAPACK has it: then the solution takes the place of the identity
+    inverse = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device).t()
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
     return inverse.flip(0, 1)
 
 
