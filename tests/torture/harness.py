@@ -288,6 +288,7 @@ def load_everything() -> None:
     import msp.cli
     import msp.cli.describe
     import msp.cli.generation
+    import msp.cli.running
     import msp.dense
     import msp.demo
     import msp.measure
@@ -300,4 +301,5 @@ def load_everything() -> None:
     import msp.streamed
     import msp.streamed_workbench
 
+    msp.cli.running.calm_libraries()
     del matplotlib, yaml, GPT2LMHeadModel, LlamaForCausalLM
