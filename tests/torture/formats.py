@@ -14,6 +14,7 @@ import io
 import json
 import lzma
 import math
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -158,6 +159,10 @@ def expected_manifest(data: bytes) -> Any:
         {name: tuple(shape) for name, shape in entries["shapes"].items()},
         *(entries.get(key) or {} for key in ("shared", "recipe", "hashes")),
     )
+
+
+def files_of(path: Path) -> Any:
+    return sorted(os.path.relpath(file, path.parent) for file in tensor_files(path.parent))
 
 
 def search(path: Path) -> Any:
@@ -380,8 +385,8 @@ def every_format(work: Path) -> list[Format]:
         one("decode table", "table.json", lambda path: DecodeTable.load(path).to_json(), expected_table, 5000, table),
         one("level database: manifest.json", "manifest.json", read_database, strict, 4000,
             {"format": 1, "levels": {"a": ["2:8"]}, "dtype": {"a": "x"}}),
-        one("model.safetensors.index.json", INDEX, lambda path: [file.name for file in tensor_files(path.parent)],
-            lambda data: sorted(set(strict(data)["weight_map"].values())), 5000, index),
+        one("model.safetensors.index.json", INDEX, files_of,
+            lambda data: sorted(map(os.path.normpath, set(strict(data)["weight_map"].values()))), 5000, index),
         one("config.json: manifest", "config.json", manifest, expected_manifest, 6000, pruned_config),
         Format("search.json", "search.json", search, SAME, 5000, searched, "json"),
         Format("search.json: right checksum", "search.json", search_of_the_problem, None, 4000, searched,
