@@ -221,6 +221,15 @@ def loaded(path: Path) -> Any:
     }
 
 
+def forwarded(path: Path) -> Any:
+    """A model is loaded and called; a wrong position would have a kernel read past the end."""
+    model = load_model(path.parent).model
+    with torch.no_grad():
+        for tokens in (3, 40):
+            assert model(input_ids=torch.arange(tokens)[None]).logits.shape[1] == tokens
+    return True
+
+
 def loaded_alike(path: Path) -> Any:
     """Weights, rounded: ``config.json`` may name the dtype that they are cast to."""
     return {
@@ -366,6 +375,9 @@ def every_format(work: Path) -> list[Format]:
     dense, packed, shards = (read_folder(work / name) for name in ("dense", "packed", "shards"))
     level_files = read_folder(work / "database")
     shard = min(name for name in shards if name.endswith(".safetensors"))
+    config = json.loads(packed["config.json"])
+    del config["quantization_config"]["hashes"]
+    bare = {**packed, "config.json": json.dumps(config).encode()}
     vocabulary = {name: dense[name] for name in dense if name.startswith(("tokenizer", "special", "config"))}
     index = {"metadata": {"total_size": 4}, "weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}
     table = {**TABLE, "linears": [dict(entry) for entry in TABLE["linears"]]}
@@ -400,6 +412,7 @@ def every_format(work: Path) -> list[Format]:
                lambda path: read_causal_config(path.parent).model_type, lambda data: strict(data)["model_type"], 3000,
                {"config.json": dense["config.json"]}, "json"),
         Format("from_pretrained: packed weights", "model.safetensors", loaded, SAME, 1000, packed),
+        Format("from_pretrained: no hashes, and a call", "model.safetensors", forwarded, None, 1000, bare),
         Format("from_pretrained: config.json", "config.json", loaded_alike, SAME, 500, packed, "json"),
         Format("from_pretrained: dense weights", "model.safetensors", loaded, expected_dense, 1000, dense),
         Format("generation_config.json", "generation_config.json", loaded, SAME, 300, packed, "json"),

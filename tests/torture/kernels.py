@@ -6,6 +6,7 @@ sanitize``), which end it at the first wrong access.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -13,46 +14,70 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torture.harness import Report
+from torture.harness import Report, workplace
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZED = ROOT / "build" / "sanitize" / "lib"
-CASES = 10_000
+CASES = 20_000
+# formats whose mutations are read under the sanitizers too, and how many of each
+FILES = {
+    "from_pretrained: no hashes, and a call": 1500,
+    "from_pretrained: packed weights": 500,
+    "model.safetensors: packed": 1000,
+    "level database: tensors": 1000,
+    "tokens.safetensors": 1000,
+    "stream.arrow": 500,
+    "text.parquet": 500,
+}
 PATTERNS = ("2:8", "1:4", "2:4", "0:8", "3:16", "5:32", "7:8", "1:16", "31:32")
 
 
 def run(report: Report, seconds: float) -> None:
-    part = report.part("packed weights", CASES)
     environment, sanitized = _environment()
-    part.notes["sanitizers"] = sanitized
-    deadline = time.monotonic() + seconds
-    while part.done < part.asked and time.monotonic() < deadline:
-        left = deadline - time.monotonic()
-        asked = [str(report.seed), str(part.done), str(part.asked), f"{left:.0f}"]
+    report.notes["sanitizers"] = sanitized
+    end = time.monotonic() + seconds
+    for name, full in {"packed weights": CASES, **FILES}.items():
+        report.part(name, full)
+    _until(report, ["packed weights"], environment, sanitized, time.monotonic() + seconds / 3)
+    # in one process, since under the sanitizers it takes seconds to begin
+    _until(report, list(FILES), environment, sanitized, end)
+
+
+def _until(report: Report, names: list[str], environment: dict[str, str], sanitized: bool, deadline: float) -> None:
+    """Run parts in a process, and those that are left in another one if it crashes."""
+    while left := {name: part for name in names if (part := report.parts[name]).done < part.asked}:
+        seconds = max(deadline - time.monotonic(), 1.0)
+        asked = json.dumps([(name, part.done, part.asked, seconds / len(left)) for name, part in left.items()])
         process = subprocess.run(
-            [sys.executable, "-m", "torture.kernels", *asked],
-            env=environment, cwd=ROOT / "build" if (ROOT / "build").is_dir() else ROOT, capture_output=True, text=True,
-            timeout=left + 120,
+            [sys.executable, "-m", "torture.kernels", str(report.seed), asked],
+            # not where another msp lies
+            env=environment, cwd=ROOT / "tests", capture_output=True, text=True, timeout=seconds + 200,
         )  # fmt: skip
-        done = 0
-        for line in process.stdout.splitlines():
-            if line.startswith("[") and line.endswith("]"):
-                verdict, why = json.loads(line)
-                case = {"case": part.done, "seed": report.seed}
-                if verdict in ("refused", "right"):
-                    part.what[verdict] += 1
-                else:
-                    report.fail("packed weights", verdict, why, **case)
-                part.done += 1
-                done += 1
-        if process.returncode:
-            report.fail("packed weights", "crash", process.stderr, case=part.done, seed=report.seed)
+        begun, *lines = [line for line in process.stdout.splitlines() if line.startswith(("[", "module "))] or [""]
+        name = next(iter(left))
+        if begun and sanitized and str(SANITIZED) not in begun:
+            report.fail(name, "crash", f"{begun} is not of the sanitizers' build")
+        for line in lines:
+            name, verdict, why = json.loads(line)
+            part, case = report.parts[name], report.parts[name].done
             part.done += 1
-        elif not done:
-            break
+            if verdict in ("refused", "right", "read"):
+                part.what[verdict] += 1
+            elif verdict:
+                report.fail(name, verdict, why, case=case, seed=report.seed)
+            else:
+                part.done -= 1  # the part begins
+        if not process.returncode:
+            return
+        said = process.stderr[:900] + process.stderr[-900:]
+        report.fail(name, "crash", said, case=report.parts[name].done, seed=report.seed)
+        report.parts[name].done += 1
+        if time.monotonic() > deadline:
+            return
 
 
 def _environment() -> tuple[dict[str, str], bool]:
@@ -75,21 +100,40 @@ def _environment() -> tuple[dict[str, str], bool]:
     }, True
 
 
-def main(seed: int, first: int, stop: int, seconds: float) -> None:
-    """Run cases and print a verdict for each."""
-    deadline = time.monotonic() + seconds
+def main(seed: int, parts: list[tuple[str, int, int, float]]) -> None:
+    """Run the cases of some parts, and print a verdict for each."""
     import msp._cpu
 
-    print(f"{msp._cpu.__file__} {msp._cpu.isa()}", flush=True)
-    for number in range(first, stop):
-        if time.monotonic() > deadline:
-            break
-        print(json.dumps(try_case(random.Random(f"{seed}/kernels/{number}"))), flush=True)
+    print(f"module {msp._cpu.__file__} {msp._cpu.isa()}", flush=True)
+    with contextlib.ExitStack() as stack:
+        for name, first, stop, seconds in parts:
+            case = try_case if name == "packed weights" else _file_case(stack, name)
+            print(json.dumps([name, "", ""]), flush=True)
+            deadline = time.monotonic() + seconds
+            for number in range(first, stop):
+                print(json.dumps([name, *case(seed, number)]), flush=True)
+                if time.monotonic() > deadline:
+                    break
 
 
-def try_case(choose: random.Random) -> tuple[str, str]:
+def _file_case(stack: contextlib.ExitStack, name: str) -> Callable[[int, int], tuple[str, str]]:
+    """As ``torture.mutations`` does it, in this process."""
+    from torture.formats import every_format
+    from torture.mutations import changed, judge, lay_out
+
+    work = stack.enter_context(workplace())
+    formats = every_format(work / "samples")
+    form = next(each for each in formats if each.name == name)
+    others, path = [each.sample for each in formats], lay_out(form, work / "work")
+    right = form.read(path)
+    return lambda seed, number: judge(form, changed(form, others, seed, number), path, right)
+
+
+def try_case(seed: int, number: int) -> tuple[str, str]:
     """One weight, damaged or not, through the ops; what became of it."""
     import torch
+
+    choose = random.Random(f"{seed}/kernels/{number}")
 
     from msp.errors import MspError
     from msp.ops import PackedWeight, nm_linear, nm_select, nm_unpack
@@ -187,4 +231,4 @@ def unpacked(values: Any, bitmask: Any, columns: int, n: int, m: int) -> Any:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+    main(int(sys.argv[1]), json.loads(sys.argv[2]))
