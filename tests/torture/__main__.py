@@ -24,7 +24,7 @@ GRACE_SECONDS = 240
 # By lane, the share of the lane's time for each kind.
 KINDS = [
     {"kills": 0.97},
-    {"saving": 0.05, "numbers": 0.15, "disk": 0.1, "concurrency": 0.12, "mutations": 0.4, "kernels": 0.15},
+    {"saving": 0.08, "numbers": 0.2, "disk": 0.12, "concurrency": 0.12, "mutations": 0.3, "kernels": 0.15},
 ]
 
 
@@ -49,8 +49,10 @@ def main() -> int:
         "MPLBACKEND": "agg",
         "COLUMNS": "400",
     }
+    from runner import commit
     from torture.harness import load_everything
 
+    made_by = commit()
     load_everything()
     if options.case:
         from torture.mutations import show
@@ -63,7 +65,7 @@ def main() -> int:
     if (os.cpu_count() or 1) < 2:  # one after another
         chosen = [{kind: share / len(chosen) for lane in chosen for kind, share in lane.items()}]
     with tempfile.TemporaryDirectory(prefix="torture-results-") as results:
-        lanes = [_start_lane(lane, seconds, seed, options.minutes, options.out, Path(results)) for lane in chosen]
+        lanes = [_start_lane(lane, seconds, seed, options.minutes, options.out, Path(results), made_by) for lane in chosen]
         for lane in lanes:
             os.waitpid(lane, 0)
         told = {file.stem: json.loads(file.read_text()) for file in Path(results).iterdir()}
@@ -77,7 +79,7 @@ def main() -> int:
 
 
 def _start_lane(
-    lane: dict[str, float], seconds: float, seed: int, minutes: float, out: Path, results: Path
+    lane: dict[str, float], seconds: float, seed: int, minutes: float, out: Path, results: Path, made_by: str
 ) -> int:
     """A process that runs the kinds of a lane one after another; its number."""
     child = os.fork()
@@ -88,7 +90,7 @@ def _start_lane(
         for kind, share in lane.items():
             limit = min(share * seconds / max(shares, 1.0), left)
             began = time.monotonic()
-            line = _run_kind(kind, limit, seed, minutes, out)
+            line = _run_kind(kind, limit, seed, minutes, out, made_by)
             (results / f"{kind}.json").write_text(json.dumps(line))
             left = max(left - (time.monotonic() - began), 1.0)
     finally:
@@ -96,11 +98,11 @@ def _start_lane(
         os._exit(0)
 
 
-def _run_kind(kind: str, seconds: float, seed: int, minutes: float, out: Path) -> dict[str, object]:
+def _run_kind(kind: str, seconds: float, seed: int, minutes: float, out: Path, made_by: str) -> dict[str, object]:
     from torture.harness import Report, forked
 
     def work() -> dict[str, object]:
-        report = Report(kind, seed, minutes, out)
+        report = Report(kind, seed, minutes, out, made_by)
         try:
             importlib.import_module(f"torture.{kind}").run(report, seconds)
         finally:

@@ -92,7 +92,7 @@ def _kinds(annotation: Any) -> set[Any]:
 
 
 def options(report: Report, home: Path, deadline: float, draw: random.Random) -> None:
-    part = report.part("options", 1500)
+    part = report.part("options", 600)
     every = [(verb, name, value) for verb, names in numeric_options().items() for name in names for value in VALUES]
     part.notes["there_are"] = len(every)
     draw.shuffle(every)
@@ -111,7 +111,7 @@ def options(report: Report, home: Path, deadline: float, draw: random.Random) ->
 
 
 def weights(report: Report, home: Path, deadline: float, draw: random.Random) -> None:
-    part = report.part("weights", 300)
+    part = report.part("weights", 250)
     while part.done < part.asked and time.monotonic() < deadline:
         family = draw.choice(["llama", "qwen2", "gpt2"])
         dtype = draw.choice([torch.float32, torch.float32, torch.float16, torch.bfloat16])
