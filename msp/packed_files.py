@@ -287,7 +287,7 @@ def header_bytes(file: Path) -> int:
 
 
 def validate_packed(path: str | Path) -> PackedInfo:
-    """Check a whole packed checkpoint: what ``read_info`` checks, the hash of every tensor, that each tensor with a hash
+    """Check a whole packed checkpoint: what ``read_info`` checks, the hash of every tensor, that each one with a hash
     is there, the kept positions of every group, and that no value is NaN or infinite.
 
     Raises:

@@ -15,9 +15,7 @@ CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.tru
 DONE, FAILED = 0, 1
 
 
-def killed_at_every_step(
-    work: Callable[[], object], folder: Path, *, every: int = 1, first: int = 0
-) -> Iterator[int]:
+def killed_at_every_step(work: Callable[[], object], folder: Path, *, every: int = 1, first: int = 0) -> Iterator[int]:
     """The numbers of the steps, each yielded when ``work`` was killed ahead of it; ends when it was not killed.
 
     A step is a call that changes something below ``folder``, an fsync, or an exchange of two paths; after an exchange

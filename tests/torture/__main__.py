@@ -50,6 +50,7 @@ def main() -> int:
         "COLUMNS": "400",
     }
     from runner import commit
+
     from torture.harness import load_everything
 
     made_by = commit()
@@ -65,7 +66,9 @@ def main() -> int:
     if (os.cpu_count() or 1) < 2:  # one after another
         chosen = [{kind: share / len(chosen) for lane in chosen for kind, share in lane.items()}]
     with tempfile.TemporaryDirectory(prefix="torture-results-") as results:
-        lanes = [_start_lane(lane, seconds, seed, options.minutes, options.out, Path(results), made_by) for lane in chosen]
+        lanes = [
+            _start_lane(lane, seconds, seed, options.minutes, options.out, Path(results), made_by) for lane in chosen
+        ]
         for lane in lanes:
             os.waitpid(lane, 0)
         told = {file.stem: json.loads(file.read_text()) for file in Path(results).iterdir()}
@@ -115,7 +118,9 @@ def _run_kind(kind: str, seconds: float, seed: int, minutes: float, out: Path, m
     ended = forked(work, seconds + GRACE_SECONDS)
     if ended.code == 0 and ended.value is not None:
         return dict(ended.value)
-    why = f"hung for {seconds + GRACE_SECONDS:.0f} s" if ended.hung else f"exit code {ended.code}: {ended.error[-1500:]}"
+    why = (
+        f"hung for {seconds + GRACE_SECONDS:.0f} s" if ended.hung else f"exit code {ended.code}: {ended.error[-1500:]}"
+    )
     return {"failed": 1, "line": why}
 
 

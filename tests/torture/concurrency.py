@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from families import packed_model, save, save_text, tokenizer, tokens
 from killing import bytes_below
-from torture.harness import Report, Shares, command, forked, kill, start, wait, workplace
-from torture.kills import SEARCH
 
 from msp.checkpoint import save_packed
 from msp.errors import MspError
 from msp.hashes import hash_tensor
 from msp.loading import load_model
 from msp.outputs import working_folder, write_results
+from torture.harness import Report, Shares, command, forked, kill, start, wait, workplace
+from torture.kills import SEARCH
 
 SECONDS = 120
 
@@ -163,7 +163,10 @@ def searches(report: Report, home: Path, deadline: float, draw: random.Random) -
         said = [(home / f"said-{which}.err").read_text() for which in (0, 1)]
         part.what["one refused"] += sorted(map(str, codes)) == ["0", "1"]
         part.what["one after the other"] += codes == [0, 0]
-        refused = all(code == 0 or "is being written by process" in " ".join(text.split()) for code, text in zip(codes, said, strict=True))
+        refused = all(
+            code == 0 or "is being written by process" in " ".join(text.split())
+            for code, text in zip(codes, said, strict=True)
+        )
         if 0 not in codes or not refused:
             fail(report, "two searches of one OUT", "crash", f"{codes} {said}")
         elif bytes_below(home / "out") != alone:

@@ -1,7 +1,7 @@
 """Fills the disk: with so many bytes left, a command ends well, or its error names the file and OUT is as it was.
 
-The disk is a tmpfs of its own in a mount namespace of its own, filled up by another file but for so many bytes. Where no
-file system may be mounted, files may not grow beyond that size instead (``RLIMIT_FSIZE``); the results file says which.
+The disk is a tmpfs in a mount namespace of its own, and another file fills it up but for so many bytes. Where no file
+system may be mounted, files may not grow beyond that size instead (``RLIMIT_FSIZE``); the results file says which.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 
 from families import packed_model, save, save_text, tokenizer
 from killing import bytes_below
-from torture.harness import Report, Shares, command, forked, start, wait, workplace
-from torture.kills import SEARCH, SMALL
 
 from msp.checkpoint import save_packed
 from msp.data import save_tokens
 from msp.errors import MspError
 from msp.files import write_text
 from msp.outputs import write_results
+from torture.harness import Report, Shares, command, forked, start, wait, workplace
+from torture.kills import SEARCH, SMALL
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 MS_REC, MS_PRIVATE = 0x4000, 1 << 18

@@ -28,7 +28,6 @@ from families import VOCABULARY, packed_model, save, tokenizer
 from test_reading import BUDGET, MANIFEST, ONE, RECIPE, STAGES, TABLE, UNITS, check_state, state
 from texts import VOCABULARY as TEXT_VOCABULARY
 from texts import byte_tokenizer, random_text
-from torture.mutators import as_json, reshaped
 
 from msp.checkpoint import save_packed
 from msp.data import TokenSource, save_tokens
@@ -46,6 +45,7 @@ from msp.search.database import LevelDatabase
 from msp.search.database import _read_manifest as read_database
 from msp.search.evolution import UNLIMITED
 from msp.search.state import load_state, save_state
+from torture.mutators import as_json, reshaped
 
 SAME = "same"
 

@@ -220,7 +220,7 @@ def kill(child: int) -> None:
 
 
 def forked(work: Callable[[], object], seconds: float, *, more_bytes: int | None = None) -> Ended:
-    """Run ``work`` in a process of its own, which may crash, hang or take too much memory; what it returns is pickled."""
+    """Run ``work`` in a process of its own, which may crash, hang or take too much memory."""
     reader, writer = os.pipe()
 
     def whole() -> None:
@@ -290,8 +290,8 @@ def load_everything() -> None:
     import msp.cli.describe
     import msp.cli.generation
     import msp.cli.running
-    import msp.dense
     import msp.demo
+    import msp.dense
     import msp.measure
     import msp.pareto_curve
     import msp.pictures

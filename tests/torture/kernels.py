@@ -218,6 +218,13 @@ def unpacked(values: Any, bitmask: Any, columns: int, n: int, m: int) -> Any:
     """The dense weight by a plain loop; None where the positions are not ``n`` of every ``m``."""
     import torch
 
+    if (
+        len(values) != len(bitmask)
+        or columns % m
+        or values.shape[1] != columns // m * n
+        or bitmask.shape[1] * 8 < columns
+    ):
+        return None
     bits = ((bitmask[:, :, None].to(torch.int32) >> torch.arange(8)) & 1).flatten(1)
     if bits[:, columns:].any():
         return None

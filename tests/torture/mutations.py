@@ -20,11 +20,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from msp.errors import MspError
 from torture.formats import SAME, Format, every_format
 from torture.harness import Report, Shares, kill, limit_memory, start, wait, workplace
 from torture.mutators import as_json, damaged, reshaped
-
-from msp.errors import MspError
 
 CASE_SECONDS = 5.0
 CASE_BYTES = 1 << 30
@@ -105,7 +104,9 @@ def judge(form: Format, data: bytes, path: Path, right: Any) -> tuple[str, str]:
 def same(found: Any, wanted: Any) -> bool:
     """Equal, and true is not 1."""
     if isinstance(wanted, dict):
-        return isinstance(found, dict) and found.keys() == wanted.keys() and all(same(found[k], wanted[k]) for k in wanted)
+        return (
+            isinstance(found, dict) and found.keys() == wanted.keys() and all(same(found[k], wanted[k]) for k in wanted)
+        )
     if isinstance(wanted, (list, tuple)):
         return len(found) == len(wanted) and all(map(same, found, wanted))
     return bool(found == wanted) and isinstance(found, bool) == isinstance(wanted, bool)
@@ -220,7 +221,9 @@ def structures(report: Report, formats: list[Format], work: Path, deadline: floa
     readers = [form for form in formats if form.shape == "json" and form.full >= 3000 and form.name != MARKED]
     for number, form in enumerate(readers):
         keys = st.sampled_from(sorted(_keys(json.loads(form.sample)))) | st.text(max_size=5)
-        values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4))
+        values = st.recursive(
+            scalars, lambda inner, keys=keys: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4)
+        )
         name = f"{form.name}: any JSON"
         part = report.part(name, 300)
         drawn: list[bytes] = []

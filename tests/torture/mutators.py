@@ -11,14 +11,16 @@ from typing import Any
 Bytes = Callable[[bytes, random.Random], bytes]
 
 TOKENS = [
-    b"[" * 5000, b"{" * 70, b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"\xff\xfe", b"\0", b"\0" * 64, b'"\\ud800"', b"\xef\xbb\xbf",
-    b"&a [*a]", b"!!python/object/apply:os.system [ls]", b"<<: *x", b'"', b"\n", b"\r", b",,,", b"\x1f\x8b", b"PAR1", b"\xf0\x9f\x98\x80",
+    b"[" * 5000, b"{" * 70, b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"\xff\xfe", b"\0", b"\0" * 64,
+    b'"\\ud800"', b"\xef\xbb\xbf", b"&a [*a]", b"!!python/object/apply:os.system [ls]", b"<<: *x", b'"', b"\n",
+    b"\r", b",,,", b"\x1f\x8b", b"PAR1", b"\xf0\x9f\x98\x80",
 ]  # fmt: skip
 NUMBERS = [0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 1 << 31, (1 << 31) - 1, (1 << 63) - 1, (1 << 64) - 1, 1 << 40]
 ODD: list[Any] = [
-    None, True, False, 0, -1, 1, 5, 2**31, 2**63 - 1, 2**63, -(2**63), 10**400, 1.5, 1e308, 5e-324, -0.0, float("nan"), float("inf"),
-    -float("inf"), "", "x", "2:8", "9:8", "0:0", "8:0", "1" * 5000, "２:8", "../x", "/etc/passwd", "a\0b", "é" * 90, "\ud800", "nan", "dense",
-    [], [1], [[[]]], {}, {"a": 1}, {"": {}}, [None] * 50, "(a+)+$", "re:(", "float16", "model.safetensors",
+    None, True, False, 0, -1, 1, 5, 2**31, 2**63 - 1, 2**63, -(2**63), 10**400, 1.5, 1e308, 5e-324, -0.0,
+    float("nan"), float("inf"), -float("inf"), "", "x", "2:8", "9:8", "0:0", "8:0", "1" * 5000, "２:8", "../x",
+    "/etc/passwd", "a\0b", "é" * 90, "\ud800", "nan", "dense", [], [1], [[[]]], {}, {"a": 1}, {"": {}}, [None] * 50,
+    "(a+)+$", "re:(", "float16", "model.safetensors",
 ]  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Bad numbers: NaN, infinity and extreme values in models and in every option that takes a number.
 
-Each ends in one line of error and the exit code for it, or in finite figures; never in a traceback, and never in a saved
+Each ends in one line of error and the exit code for it, or in finite figures; never in a traceback, nor in a saved
 model or an output with a figure that is not finite.
 """
 
@@ -18,25 +18,36 @@ from typing import Any, get_args
 import torch
 from families import build, save_text, tokenizer
 from safetensors.torch import load_file
-from torture.harness import Report, Shares, command, kill, start, wait, workplace
-from torture.kills import SEARCH, SMALL
 
 from msp.cli import app
 from msp.cli.running import FAILED, WRONG_USAGE
+from torture.harness import Report, Shares, command, kill, start, wait, workplace
+from torture.kills import SEARCH, SMALL
 
 SECONDS = 30
 VALUES = [
-    "nan", "NaN", "inf", "-inf", "Infinity", "-1", "-0", "0", "0.0", "1", "1.0", "2", "0.5", "0.75", "1e308", "-1e308", "1e309", "1e-308",
-    "5e-324", "1e400", "1e3", str(2**31), str(2**63), str(2**64), str(10**30), str(-(2**63)), "9" * 5000, "", " ", "x", "0x10", "1_000",
-    "１２", "٣", "0.1.2", "1,2", "3/4", "1/0", "--5", "0.9999999999999999", "1e-9", "7 ", "true", "null", "[1]", "1GB", "-1GB", "nanGB",
-    "infms", "-5ms", "1e400ms", "0ms", "1e-400ms", "999999999999TB",
+    "nan", "NaN", "inf", "-inf", "Infinity", "-1", "-0", "0", "0.0", "1", "1.0", "2", "0.5", "0.75", "1e308",
+    "-1e308", "1e309", "1e-308", "5e-324", "1e400", "1e999999999", "1e3", str(2**31), str(2**63), str(2**64),
+    str(10**30), str(-(2**63)), "9" * 5000, "", " ", "x", "0x10", "1_000", "１２", "٣", "0.1.2", "1,2", "3/4", "1/0",
+    "--5", "0.9999999999999999", "1e-9", "7 ", "true", "null", "[1]", "1GB", "-1GB", "nanGB", "infms", "-5ms",
+    "1e400ms", "0ms", "1e-400ms", "999999999999TB",
 ]  # fmt: skip
 # Options of numbers that are texts to the parser, each with how a value stands in it.
 TEXTS = {
-    "--budget-bytes": "{}", "--budget-decode": "{}", "--patterns": "{}:8", "--keep": "layers.0.*={}:8", "--search-options": "generations: {}",
-    "--hidden-bytes": "{}", "--sparsity": "{}", "--ray-address": "127.0.0.1:{}",
+    "--budget-bytes": "{}", "--budget-decode": "{}", "--patterns": "{}:8", "--keep": "layers.0.*={}:8",
+    "--search-options": "generations: {}", "--hidden-bytes": "{}", "--sparsity": "{}",
+    "--ray-address": "127.0.0.1:{}",
 }  # fmt: skip
-CONSTANTS = ["generations", "offspring", "mutations", "survivors", "elite", "crossover_rate", "sensitivities", "patience"]
+CONSTANTS = [
+    "generations",
+    "offspring",
+    "mutations",
+    "survivors",
+    "elite",
+    "crossover_rate",
+    "sensitivities",
+    "patience",
+]
 # A huge one of these is a wish for endless work, and not wrong.
 ENDLESS = {"--evaluations", "--search-tokens", "--seeds", "--max-new-tokens", "--search-options", "--workers"}
 VERBS: dict[str, list[str]] = {
@@ -50,7 +61,8 @@ VERBS: dict[str, list[str]] = {
 }
 # Written over some entries of a tensor, or over all of it.
 WEIGHTS = [
-    math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-40, 5e-324, 1e-30, 1e4, 65504.0, 65520.0, 1e10, 1e18, 1e20, 3e38, -3e38, 1e-8,
+    math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-40, 5e-324, 1e-30, 1e4, 65504.0, 65520.0, 1e10, 1e18, 1e20, 3e38,
+    -3e38, 1e-8,
 ]  # fmt: skip
 PRUNERS = ["magnitude", "wanda", "ria", "fisher", "sparsegpt"]
 ALLOCATORS = ["uniform", "ramp", "owl", "fisher-rank", "fisher-knapsack", "msp"]
@@ -103,7 +115,11 @@ def options(report: Report, home: Path, deadline: float, draw: random.Random) ->
         text = TEXTS.get(name, "{}").format(value)
         if name == "--search-options":
             text = f"{draw.choice(CONSTANTS)}: {value}"
-        asked = [*VERBS[verb], *(["--stream"] if name == "--hidden-bytes" and verb == "prune" else []), f"{name}={text}"]
+        asked = [
+            *VERBS[verb],
+            *(["--stream"] if name == "--hidden-bytes" and verb == "prune" else []),
+            f"{name}={text}",
+        ]
         if name == "--ray-address":
             asked += ["--workers=1"]
         verdict, why = judge(home, asked, endless=name in ENDLESS)

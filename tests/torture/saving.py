@@ -1,4 +1,4 @@
-"""Kills what msp writes at every step that it takes on the file system: the old or the new is there, nothing beside it."""
+"""Kills what msp writes at every step that it takes on the file system: the old or the new is there, and no more."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from typing import Any
 
 from families import packed_model, tokenizer
 from kill_points import killed_at_every_step
-from torture.formats import database, stored
-from torture.harness import FULL_MINUTES, Report, Shares, workplace
 
 import msp
 from msp import staging
@@ -27,6 +25,8 @@ from msp.ops import nm_select
 from msp.outputs import new_folder, write_results
 from msp.patterns import Allocation
 from msp.pictures import sensitivity_picture
+from torture.formats import database, stored
+from torture.harness import FULL_MINUTES, Report, Shares, workplace
 
 # Of a shorter run: every so many steps, from a random one on.
 STRIDE = 7
