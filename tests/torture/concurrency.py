@@ -47,7 +47,7 @@ def logits(model: Any, length: int = 12, seed: int = 1) -> str:
 def threads(report: Report, home: Path, deadline: float, draw: random.Random) -> None:
     """Forwards of one packed model from many threads, while its bitmasks are new and when they are known."""
     part = report.part("threads on one model", 200)
-    while part.done < part.asked and time.monotonic() < deadline:
+    while part.goes_on(deadline):
         model = packed_model(draw.choice(["llama", "qwen2", "gpt2"]), draw.randrange(99))
         lengths = [draw.choice([1, 3, 12, 40]) for _ in range(8)]
         wanted = [logits(pickle.loads(pickle.dumps(model)), length) for length in lengths]
@@ -91,7 +91,7 @@ def writers(report: Report, home: Path, deadline: float, draw: random.Random) ->
     for which in (0, 1):
         write(which, 0)
         wholes.append(bytes_below(place / "out"))
-    while part.done < part.asked and time.monotonic() < deadline:
+    while part.goes_on(deadline):
         said = home / "said"
         ended = [home / f"ended-{which}" for which in (0, 1)]
         children = [
@@ -130,7 +130,7 @@ def folders(report: Report, home: Path, deadline: float, draw: random.Random) ->
             if "is being written by process" not in str(error) and "used by" not in str(error):
                 raise
 
-    while part.done < part.asked and time.monotonic() < deadline:
+    while part.goes_on(deadline):
         children = [start(lambda which=which: use(which), home / f"said-{which}") for which in (0, 1)]
         codes = [wait(child, SECONDS) for child in children]
         part.done += 1
@@ -150,7 +150,7 @@ def searches(report: Report, home: Path, deadline: float, draw: random.Random) -
     asked = ["search", "model", "-o", "out", *SEARCH]
     assert wait(start(command([*asked[:3], "alone", *asked[4:]], home), home / "alone-said"), SECONDS) == 0
     alone = bytes_below(home / "alone")
-    while part.done < part.asked and time.monotonic() < deadline:
+    while part.goes_on(deadline):
         children = []
         for which in (0, 1):
             children.append(start(command(asked, home), home / f"said-{which}"))
@@ -192,7 +192,7 @@ def readers(report: Report, home: Path, deadline: float, draw: random.Random) ->
 
     writer = start(write, home / "said")
     try:
-        while part.done < part.asked and time.monotonic() < deadline:
+        while part.goes_on(deadline):
             ended = forked(lambda: _load(home / "out"), SECONDS)
             part.done += 1
             found = ended.value
@@ -219,7 +219,7 @@ def forks(report: Report, home: Path, deadline: float, draw: random.Random) -> N
     """A process that has used a model, on one thread or on several, forks: its children compute the same bits."""
     part = report.part("fork after use", 100)
     torch.set_num_threads(1)
-    while part.done < part.asked and time.monotonic() < deadline:
+    while part.goes_on(deadline):
         model = packed_model(draw.choice(["llama", "qwen2"]), draw.randrange(99))
         wanted = logits(model) if part.done % 2 else ""  # before the fork, or only in the children
         found = [forked(lambda: logits(model), 30) for _ in range(2)]  # noqa: B023
@@ -239,7 +239,7 @@ def spawns(report: Report, home: Path, deadline: float, draw: random.Random) -> 
     model = packed_model("llama")
     wanted = logits(model)
     with context.Pool(1, maxtasksperchild=6) as pool:
-        while part.done < part.asked and time.monotonic() < deadline:
+        while part.goes_on(deadline):
             try:
                 found, back = pool.apply_async(_spawned, (model,)).get(SECONDS)
             except multiprocessing.TimeoutError:

@@ -11,7 +11,6 @@ import os
 import random
 import resource
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ def run(report: Report, seconds: float) -> None:
         direct(report, home, on_disk, shares.next(), draw)
         for name, (arguments, enough, full) in COMMANDS.items():
             part, deadline, number = report.part(name, full), shares.next(), 0
-            while part.done < part.asked and time.monotonic() < deadline:
+            while part.goes_on(deadline):
                 # evenly from nothing to enough, each a little beside its place
                 room = int((number + draw.random()) / part.asked * enough)
                 number += 1
@@ -172,7 +171,7 @@ def direct(report: Report, home: Path, on_disk: bool, deadline: float, draw: ran
         "save_tokens": (lambda disk: save_tokens(range(4000), disk / "out.safetensors"), 60_000),
     }
     part = report.part("writers", 400)
-    while part.done < part.asked and time.monotonic() < deadline:
+    while part.goes_on(deadline):
         name, (write, enough) = list(writers.items())[part.done % len(writers)]
         room = draw.randrange(enough)
         case = forked(lambda: _one_writer(home / "disk", name, write, room, on_disk), SECONDS)  # noqa: B023

@@ -48,6 +48,10 @@ class Part:
     failed: Counter[str] = field(default_factory=Counter)
     notes: dict[str, Any] = field(default_factory=dict)
 
+    def goes_on(self, deadline: float) -> bool:
+        """Whether there is another trial to do: one at least, however short the time is."""
+        return self.done < self.asked and (not self.done or time.monotonic() < deadline)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "asked": self.asked,

@@ -163,7 +163,7 @@ def kill_verb(report: Report, name: str, verb: Verb, deadline: float, draw: rand
     scene = Scene(home, name, verb)
     part.notes["undisturbed_seconds"] = round(scene.seconds, 2)
     number = 0
-    while part.done < part.asked and time.monotonic() < deadline:
+    while part.goes_on(deadline):
         # one sequence in twelve is of whole processes, whose first seconds are imports
         sequence(report, name, scene, draw, number, whole=number % 12 == 11)
         number += 1
@@ -224,7 +224,7 @@ def kill_saves(report: Report, deadline: float, draw: random.Random, home: Path)
     write(0)
     seconds = time.monotonic() - began
     now = 0
-    while part.done < part.asked and time.monotonic() < deadline:
+    while part.goes_on(deadline):
         child = start(lambda which=1 - now: write(which), home / "said")
         moment = draw.uniform(0, 1.2 * seconds)
         code = wait(child, moment)
@@ -326,7 +326,7 @@ def kill_workers(report: Report, deadline: float, draw: random.Random, home: Pat
         with ray_cluster(short) as (address, workers):
             arguments = [*alone.verb.arguments, "--workers", "1", "--ray-address", address]
             number = 0
-            while part.done < part.asked and time.monotonic() < deadline:
+            while part.goes_on(deadline):
                 _worker_sequence(report, alone, arguments, workers, draw, number)
                 number += 1
     finally:

@@ -139,7 +139,7 @@ def in_batches(
 ) -> None:
     """Run the cases of a part from its number 0 on, a batch in a process."""
     part = report.parts[name]
-    while part.done < part.asked and time.monotonic() < deadline:
+    while part.goes_on(deadline):
         first = part.done
         reader, writer = os.pipe()
         stop = min(first + BATCH, part.asked)
@@ -166,7 +166,7 @@ def _batch(form: Format, case: Any, work: Path, numbers: range, writer: int, dea
     limit_memory(SPACE_BYTES)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in numbers:
-        if time.monotonic() > deadline:
+        if number > numbers.start and time.monotonic() > deadline:
             break
         verdict, why = case(number, path, right)
         now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

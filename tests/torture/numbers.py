@@ -110,7 +110,7 @@ def options(report: Report, home: Path, deadline: float, draw: random.Random) ->
     draw.shuffle(every)
     # errors of the parser come in moments: an option that begins with work takes a second
     for verb, name, value in every[: part.asked]:
-        if time.monotonic() > deadline:
+        if part.done and time.monotonic() > deadline:
             break
         text = TEXTS.get(name, "{}").format(value)
         if name == "--search-options":
@@ -128,7 +128,7 @@ def options(report: Report, home: Path, deadline: float, draw: random.Random) ->
 
 def weights(report: Report, home: Path, deadline: float, draw: random.Random) -> None:
     part = report.part("weights", 250)
-    while part.done < part.asked and time.monotonic() < deadline:
+    while part.goes_on(deadline):
         family = draw.choice(["llama", "qwen2", "gpt2"])
         dtype = draw.choice([torch.float32, torch.float32, torch.float16, torch.bfloat16])
         model = build(family, draw.randrange(9)).to(dtype)
