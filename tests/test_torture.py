@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from families import packed_model, save, save_text
-from torture import concurrency, disk, kernels, kills, mutations, numbers, saving
+from torture import concurrency, disk, kernels, kills, mutations, numbers, saving, table
 from torture.__main__ import KINDS
 from torture.formats import SAME, Format
 from torture.harness import Report, forked
@@ -284,3 +284,9 @@ def test_a_kind_that_does_nothing_fails(report: Report) -> None:
 
 def test_the_shares_of_time_are_no_more_than_all() -> None:
     assert all(sum(lane.values()) <= 1 for lane in KINDS)
+
+
+def test_the_tables_of_the_docs_are_those_of_the_results() -> None:
+    found = table.load()
+    assert table.put(table.PAGE.read_text(), found) == table.PAGE.read_text()
+    assert all(content["failed"] == 0 and content["minutes_asked"] == 30 for content in found.values())
