@@ -183,7 +183,8 @@ def parse_sparsity(sparsity: float | str | Fraction) -> Fraction:
         exact = Fraction(text)
     except (ValueError, ZeroDivisionError) as error:
         raise UsageError(f"sparsity {shown(sparsity)} is not a number") from error
-    if not 0 < exact < 1:
+    # as a double too, which recipes hold
+    if not 0 < exact < 1 or not 0 < float(exact) < 1:
         found = f"{float(exact):g}" if abs(exact) < 1e300 else shown(sparsity)
         raise UsageError(f"sparsity {found} is outside (0, 1)")
     return exact

@@ -428,6 +428,17 @@ def test_a_full_disk_leaves_what_was_there(small_disk: Path) -> None:
         StoredRanks(small_disk)["b.0.q"] = {8: torch.zeros(100_000, dtype=torch.uint8)}
 
 
+def test_a_tokenizer_that_cannot_be_written_is_an_error_of_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: object) -> None:
+        raise Exception("No space left on device (os error 28)")  # as tokenizers does
+
+    own = tokenizer()
+    monkeypatch.setattr(own, "save_pretrained", full)
+    with pytest.raises(MspError, match=r"out cannot be written: the tokenizer: No space left"):
+        save_packed(packed_model("llama"), own, tmp_path / "out", recipe={})
+    assert listing(tmp_path) == []
+
+
 def test_hidden_states_have_no_name_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill would leave them there."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

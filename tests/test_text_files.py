@@ -197,9 +197,9 @@ def test_damaged_arrow_is_refused_and_no_crash(kind: str, tmp_path: Path):
     """An offset that leads out of the file is a crash to pyarrow, and a length that is wrong takes gigabytes."""
     texts = [random_text(seed, 20) for seed in range(6)]
     whole, (path,) = arrow(texts, kind), [tmp_path / "a.arrow"]
-    # the offsets of the texts, as they lie in the file
+    # the offsets of the texts in the first batch, as they lie in the file
     ends = [0]
-    for text in texts:
+    for text in texts[:3]:
         ends.append(ends[-1] + len(text.encode()))
     offsets = b"".join(end.to_bytes(4, "little") for end in ends)
     assert whole.count(offsets) == 1

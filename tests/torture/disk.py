@@ -56,7 +56,8 @@ def run(report: Report, seconds: float) -> None:
     with workplace() as home:
         save("llama", home / "model")
         save_text(home / "text.txt", 7)
-        save_packed(packed_model("llama"), tokenizer(), home / "packed", recipe={})
+        for name, family in (("packed", "llama"), ("other", "qwen2")):
+            save_packed(packed_model(family), tokenizer(), home / name, recipe={})
         (home / "disk").mkdir()
         mounted = forked(lambda: mount(home / "disk"), 20)
         report.notes["full_by"] = "tmpfs" if mounted.code == 0 else "RLIMIT_FSIZE"
@@ -116,7 +117,7 @@ def one_command(home: Path, name: str, arguments: list[str], room: int, on_disk:
         if name == "export":
             import msp
 
-            msp.export_dense(home / "packed", disk / "out")
+            msp.export_dense(home / "other", disk / "out")
         else:
             save_packed(packed_model("qwen2"), tokenizer(), disk / "out", recipe={"of": "old"})
     before = bytes_below(disk)

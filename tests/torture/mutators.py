@@ -133,20 +133,25 @@ def places(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
+def odd(choose: random.Random) -> Any:
+    """A value of its own: what is done to it is not done to the next one."""
+    return copy.deepcopy(choose.choice(ODD))
+
+
 def reshaped(content: Any, choose: random.Random) -> Any:
     """A copy with one or two values replaced, removed, repeated, swapped or under another name."""
     content = copy.deepcopy(content)
     for _ in range(choose.randint(1, 2)):
         everywhere = places(content)
         if not everywhere:
-            return choose.choice(ODD)
+            return odd(choose)
         *way, last = choose.choice(everywhere)
         parent = content
         for key in way:
             parent = parent[key]
         how = choose.randrange(9)
         if how < 3:
-            parent[last] = choose.choice(ODD)
+            parent[last] = odd(choose)
         elif how == 3:
             del parent[last]
         elif how == 4 and isinstance(parent, dict):
