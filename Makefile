@@ -54,14 +54,21 @@ wheel: $(INSTALLED) ## the wheel that is released, repaired and checked, in dist
 # An interpreter never frees all it allocates, so leaks are not looked for.
 PRELOADED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib:$(CURDIR)/tests
-sanitize: $(INSTALLED) ## the C++ kernels under the address, undefined-behaviour and thread sanitizers
+sanitized: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" MSP_SANITIZE=1 MSP_CUDA=0 \
 	    $(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+
+sanitize: sanitized ## the C++ kernels under the address, undefined-behaviour and thread sanitizers
 	cd $(SANITIZED) && $(PRELOADED) ../../$(BIN)/python -c 'import msp._cpu as m; assert "$(SANITIZED)" in m.__file__, m'
 	$(PRELOADED) $(BIN)/pytest --noconftest --import-mode=importlib -p no:cacheprovider -p isas tests/test_native*.py
 	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -pthread -Icsrc tests/native/parallel_stress.cpp csrc/cpu/parallel.cpp \
 	    -o $(SANITIZED)/parallel_stress
 	$(SANITIZED)/parallel_stress
+
+MINUTES ?= 30
+torture: sanitized ## kills, full disks, damaged files, bad numbers: 30 minutes; MINUTES=3, ONLY="kills disk", SEED=, OUT=
+	PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/benchmarks $(BIN)/python -m torture --minutes $(MINUTES) \
+	    $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED)) $(if $(OUT),--out "$(OUT)")
 
 # Any Python that has torch will do, so that a machine with a GPU and no network can check what it was handed.
 gpu-check: ## prove the kernels on this machine's GPU; ONLY="spmm bench" for a part, OUT= for another result file
@@ -86,4 +93,4 @@ clean: ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info .coverage coverage.xml .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f msp/*.so
 
-.PHONY: help build demo test coverage lint format types wheel sanitize gpu-check kernel-table gpu-table bench quality clean
+.PHONY: help build demo test coverage lint format types wheel sanitized sanitize torture gpu-check kernel-table gpu-table bench quality clean

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from msp.errors import MspError
+from msp.finite import is_finite
 from msp.gates import GatedModel, State
 from msp.model import Block, Linear, Structure, device_of
 from msp.progress import NoProgress, Progress
@@ -78,6 +80,9 @@ def gather(linears: Sequence[Linear], needs: frozenset[str]) -> Iterator[dict[st
 
     ``needs`` may hold ``"input_sum_squares"`` (fp32 ``[K]``, sum over tokens of x^2) and ``"hessian"``
     (fp32 ``[K, K]``, sum over tokens of x x^T). A weight that stands at several places has the sum over all of them.
+
+    Raises:
+        MspError: a sum is not finite when the context ends; names the linear.
     """
     statistics = {linear.name: LinearStatistics() for linear in linears}
 
@@ -109,6 +114,11 @@ def gather(linears: Sequence[Linear], needs: frozenset[str]) -> Iterator[dict[st
     finally:
         for handle in handles:
             handle.remove()
+    for name, entry in statistics.items():
+        for tensor in (entry.input_sum_squares, entry.hessian):
+            if tensor is not None and not is_finite(tensor):
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise MspError(f"{name}: {bad} of {tensor.numel()} sums over its inputs are NaN or infinite")
 
 
 def stream_statistics(

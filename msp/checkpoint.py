@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from msp import __version__
 from msp.as_loaded import StoredDtypes, most_common
-from msp.errors import MspError
+from msp.errors import MspError, first_line
 from msp.files import save_tensors
 from msp.hashes import Hashing
 from msp.integrations.auto_map import add_loader
@@ -132,7 +132,10 @@ def save_packed(
 def _describe(folder: Path, tokenizer: Any, origin: Path | None) -> None:
     """Put what goes with the weights beside them, and the model card."""
     if tokenizer is not None and (origin is None or not tokenizer_files(origin)):
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # of tokenizers, whose error of a full disk is not even an OSError
+            raise OSError(f"the tokenizer: {first_line(error)}") from error
     if origin is not None:
         travel(origin, folder, tokenizer)
         keep_auto_map(origin, folder)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from msp.errors import MspError, UsageError
+from msp.reading import LARGEST, shown
 from msp.text_sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION, SOURCE_FORMS, TokenSource
 
 __all__ = [
@@ -29,6 +30,12 @@ __all__ = [
 # A seed draws its windows from this many times the tokens it needs, so that seeds differ and a huge
 # source is still read only at its beginning.
 POOL_FACTOR = 8
+
+
+def check_seed(seed: int) -> None:
+    """Raise ``UsageError`` for what torch's or numpy's generators do not take: all but 0 to 2**63 - 1."""
+    if not isinstance(seed, int) or not 0 <= seed <= LARGEST:
+        raise UsageError(f"seed {shown(seed)} is not a whole number from 0 to {LARGEST}")
 
 
 def token_windows(tokens: torch.Tensor, length: int) -> torch.Tensor:
@@ -92,8 +99,9 @@ def make_token_sets(
 
     Raises:
         MspError: too few tokens (says how many were found and needed), and all that reading raises.
-        UsageError: a negative count, or a window shorter than 2.
+        UsageError: a negative count, a window shorter than 2, or no seed.
     """
+    check_seed(seed)
     if window < 2:
         raise UsageError(f"a window of {window} tokens predicts nothing: the least is 2")
     counts = {"calibration": calibration_tokens, "fitness": fitness_tokens, "test": test_tokens}

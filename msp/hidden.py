@@ -48,17 +48,19 @@ class HiddenStates:
 
 
 def _mapped(tensor: Tensor) -> Tensor:
-    """A copy in a file that has no name any more: it goes with the last reference to the copy.
+    """A copy in a file that has no name: it goes with the last reference to the copy.
 
     Raises:
         MspError: the disk is full.
     """
     try:
-        with tempfile.NamedTemporaryFile(prefix="msp-") as file:
+        # Without a name from the start: nothing is left of it by a kill.
+        with tempfile.TemporaryFile(prefix="msp-") as file:
             # To touch a page that the disk has no room for would kill the process.
             if tensor.nbytes:
                 os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
-            mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+            name = f"/proc/self/fd/{file.fileno()}"
+            mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
     except OSError as error:
         raise MspError(
             f"{tempfile.gettempdir()}: {tensor.nbytes:,} bytes of hidden states cannot be written: "

@@ -28,7 +28,7 @@ from msp.quantised import (
     dequantising,
     method_of,
 )
-from msp.reading import read_object
+from msp.reading import array, read_object, text
 from msp.travelling import TRAVELLING, has_vocabulary, tokenizer_files
 
 
@@ -291,11 +291,14 @@ def read_config(source: str | Path, *, trust_remote_code: bool = False) -> Any:
     if Path(source).is_dir():
         read_object(Path(source) / "config.json", foreign=True)  # transformers reads it with less care
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # with code of the model's own, of any kind
         if _wants_trust(error):
             raise MspError(_needs_code(source, "model")) from error
         raise MspError(f"{source} is not a model that transformers can read: {first_line(error)}") from error
+    for name in array(config.architectures or [], f"{source}: config.json: architectures"):
+        text(name, f"{source}: config.json: architectures")
+    return config
 
 
 def read_causal_config(source: str | Path, *, trust_remote_code: bool = False) -> Any:

@@ -168,9 +168,15 @@ def read_mark(folder: Path) -> dict[str, list[str] | None] | None:
     try:
         content = json.loads((folder / MARK).read_text(encoding="utf-8"))
         files = content["files"] if content["format"] == FORMAT else None
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-    return files if isinstance(files, dict) else None
+    if not isinstance(files, dict) or not all(map(_are_digests, files.values())):
+        return None
+    return files
+
+
+def _are_digests(value: object) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(digest, str) for digest in value))
 
 
 @contextmanager

@@ -287,8 +287,8 @@ def header_bytes(file: Path) -> int:
 
 
 def validate_packed(path: str | Path) -> PackedInfo:
-    """Check a whole packed checkpoint: what ``read_info`` checks, the hash of every tensor, the kept positions of every
-    group, and that no value is NaN or infinite.
+    """Check a whole packed checkpoint: what ``read_info`` checks, the hash of every tensor, that each one with a hash
+    is there, the kept positions of every group, and that no value is NaN or infinite.
 
     Raises:
         MspError: names the tensor at fault.
@@ -297,6 +297,9 @@ def validate_packed(path: str | Path) -> PackedInfo:
     headers = read_headers(tensor_files(path))
     if info.manifest.hashes:
         Hashing(headers).compare(info.manifest.hashes)
+        guards = {f"{name}.weight" for name in info.manifest.patterns}
+        if missing := info.manifest.hashes.keys() - headers.keys() - guards:
+            raise MspError(f"{path}: {min(missing)} is missing: config.json has its hash, and no file holds it")
     else:
         note_without(str(path))
     from msp.finite import check_finite  # knows models, which know this module

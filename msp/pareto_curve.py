@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,9 +53,7 @@ def pareto(
                 check_results(Path(output) / name, ALLOCATION_FILES)
         curve = _curve(model, requests, list(budgets), output, tokenizer, listener)
         if output is not None:
-            with tempfile.TemporaryDirectory() as folder:
-                picture = pareto_picture(curve, Path(folder) / "pareto.png").read_bytes()
-            texts = (to_json(curve.to_json()) + "\n", picture)
+            texts = (to_json(curve.to_json()) + "\n", pareto_picture(curve))
             write_results(Path(output), dict(zip(CURVE_FILES, texts, strict=True)))
     return curve
 

@@ -170,14 +170,23 @@ class Unit:
         return self.weights // pattern.m * pattern.n
 
 
+_NUMBER = re.compile(r"[+-]?([0-9]{1,40}/[0-9]{1,40}|[0-9]{0,40}\.?[0-9]{0,40}([eE][+-]?[0-9]{1,3})?)")
+
+
 def parse_sparsity(sparsity: float | str | Fraction) -> Fraction:
     """The exact fraction a decimal stands for: 0.1 is 1/10, not its nearest double."""
     try:
-        exact = Fraction(str(sparsity)) if isinstance(sparsity, float) else Fraction(sparsity)
-    except ValueError as error:
-        raise UsageError(f"sparsity {sparsity!r} is not a number") from error
-    if not 0 < exact < 1:
-        raise UsageError(f"sparsity {float(exact):g} is outside (0, 1)")
+        # an exponent of many digits would be written out
+        text = sparsity if isinstance(sparsity, Fraction) else str(sparsity)
+        if isinstance(text, str) and not _NUMBER.fullmatch(text.strip()):
+            raise ValueError(text)
+        exact = Fraction(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise UsageError(f"sparsity {shown(sparsity)} is not a number") from error
+    # as a double too, which recipes hold
+    if not 0 < exact < 1 or not 0 < float(exact) < 1:
+        found = f"{float(exact):g}" if abs(exact) < 1e300 else shown(sparsity)
+        raise UsageError(f"sparsity {found} is outside (0, 1)")
     return exact
 
 

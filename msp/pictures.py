@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections import defaultdict
@@ -151,8 +152,8 @@ def search_picture(history: Sequence[Mapping[str, Any]], path: str | Path, *, fi
     return _save(figure, path)
 
 
-def pareto_picture(result: ParetoResult, path: str | Path) -> Path:
-    """Fitness against density, a point for every budget, with its name."""
+def pareto_picture(result: ParetoResult) -> bytes:
+    """Fitness against density, a point for every budget, with its name, as PNG."""
     points = [point for point in result.to_json()["points"] if math.isfinite(point["loss"])]
     figure, axes = _figure(7, 4)
     axes.plot([100 * point["density"] for point in points], [point["loss"] for point in points], **_style(0))
@@ -163,7 +164,7 @@ def pareto_picture(result: ParetoResult, path: str | Path) -> Path:
     axes.set_xlabel("density of the linears, %")
     axes.set_ylabel(FITNESS_LABELS.get(result.fitness, result.fitness))
     axes.set_title("What a budget costs, on the fitness tokens (lower is better)", loc="left")
-    return _save(figure, path)
+    return _drawn(figure, "png")
 
 
 def compare_picture(result: CompareResult, path: str | Path) -> Path:
@@ -240,10 +241,17 @@ def _style(index: int) -> dict[str, Any]:
 
 def _save(figure: Figure, path: str | Path) -> Path:
     """Write a picture in one step; ``MspError`` where it cannot be written."""
-    kind = Path(path).suffix.removeprefix(".").lower() or "png"
+    drawn = _drawn(figure, Path(path).suffix.removeprefix(".").lower() or "png")
     with replacing(path) as new:
-        figure.savefig(new, dpi=DPI, format=kind, metadata={"Software": DRAWN_BY} if kind == "png" else None)
+        new.write_bytes(drawn)
     return Path(path)
+
+
+def _drawn(figure: Figure, kind: str) -> bytes:
+    """A picture in memory: no temporary file of it is left by a kill."""
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=DPI, format=kind, metadata={"Software": DRAWN_BY} if kind == "png" else None)
+    return stream.getvalue()
 
 
 def check_picture(path: str | Path) -> None:

@@ -13,6 +13,7 @@ from msp.decode_table import DecodeTable
 from msp.errors import UsageError
 from msp.model import Linear, Structure
 from msp.patterns import Budget, NMPattern, Unit, check_group_size
+from msp.reading import shown
 
 UNITS = ("linear", "block")
 BYTE_UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -185,19 +186,23 @@ def _parse_rule(text: str) -> Rule:
     return compiled, None if pattern.strip() == "dense" else NMPattern.parse(pattern)
 
 
+# No more digits than a 64-bit integer holds, so that no sum of such numbers leaves it by much.
+_DECIMAL = r"[0-9]{1,18}(?:\.[0-9]{1,18})?"
+
+
 def parse_bytes(text: str | int) -> int:
     """``"1.5GB"``, ``"300 MB"``, ``"4096"``: whole bytes, in decimal units."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMG]?B)?\s*", str(text))
+    match = re.fullmatch(rf"\s*({_DECIMAL})\s*([kMG]?B)?\s*", text if isinstance(text, str) else shown(text))
     if match is None:
-        raise UsageError(f"{text!r} is not a number of bytes, like 300MB or 1.5GB")
+        raise UsageError(f"{shown(text)} is not a number of bytes, like 300MB or 1.5GB")
     return int(Fraction(match[1]) * BYTE_UNITS[match[2] or ""])
 
 
 def parse_time(text: str) -> int:
     """``"12ms"``, ``"800 us"``, ``"1.5s"``: whole nanoseconds."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(us|ms|s)\s*", text)
+    match = re.fullmatch(rf"\s*({_DECIMAL})\s*(us|ms|s)\s*", text)
     if match is None:
-        raise UsageError(f"{text!r} is not a time, like 12ms or 800us")
+        raise UsageError(f"{shown(text)} is not a time, like 12ms or 800us")
     return int(Fraction(match[1]) * TIME_UNITS[match[2]])
 
 

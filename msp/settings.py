@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from msp.allocators import SearchSettings, get_allocator
+from msp.data import check_seed
 from msp.decode_table import DecodeTable
 from msp.errors import UsageError
 from msp.files import name_alone
@@ -138,6 +139,7 @@ class PruneOptions:
         if self.stream:
             self._check_stream(pruner)
         _ = self.rules, self.measure, self.search
+        check_seed(self.seed)
         if not 0 <= self.fitness_noise < 1:
             raise UsageError(f"fitness noise {self.fitness_noise:g} is outside [0, 1)")
         if self.evaluations is not None and self.evaluations < 1:

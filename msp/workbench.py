@@ -29,6 +29,7 @@ from msp.patterns import Allocation
 from msp.plan import Plan
 from msp.progress import Progress
 from msp.pruners import LinearStatistics, Pruner, get_pruner
+from msp.pruners.base import named
 from msp.search.candidates import HIDDEN_BYTES, Candidates, Ranks, forward_in_bf16
 from msp.search.database import DATABASE, LevelDatabase, PackedLevels
 from msp.search.distributed import Workers
@@ -213,10 +214,11 @@ class Workbench:
                     chosen, entry = self._serving(linear.name, entry, pruner)
                     scoring = chosen.scoring(linear.weight, entry)
                     weight = linear.weight.contiguous()
-                    ranks[linear.name] = {
-                        size: ops.nm_rank(weight, size, **scoring.kwargs()).to(device_of(self.model))
-                        for size in self.group_sizes(linear.name)
-                    }
+                    with named(linear.name):
+                        ranks[linear.name] = {
+                            size: ops.nm_rank(weight, size, **scoring.kwargs()).to(device_of(self.model))
+                            for size in self.group_sizes(linear.name)
+                        }
         self._norms = norms
         give_back()
         return ranks

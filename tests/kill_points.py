@@ -15,13 +15,13 @@ CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.tru
 DONE, FAILED = 0, 1
 
 
-def killed_at_every_step(work: Callable[[], object], folder: Path) -> Iterator[int]:
+def killed_at_every_step(work: Callable[[], object], folder: Path, *, every: int = 1, first: int = 0) -> Iterator[int]:
     """The numbers of the steps, each yielded when ``work`` was killed ahead of it; ends when it was not killed.
 
     A step is a call that changes something below ``folder``, an fsync, or an exchange of two paths; after an exchange
-    there is another one.
+    there is another one. With ``every``, it is every so many steps, from ``first`` on.
     """
-    step = 0
+    step = first
     while True:
         child = os.fork()
         if not child:
@@ -32,7 +32,7 @@ def killed_at_every_step(work: Callable[[], object], folder: Path) -> Iterator[i
             return
         assert os.WTERMSIG(status) == signal.SIGKILL
         yield step
-        step += 1
+        step += every
 
 
 def _work(work: Callable[[], object], folder: Path, last: int) -> None:

@@ -8,6 +8,7 @@ from families import FAMILIES, build
 from torch import nn
 
 from msp.calibration import BlockStream, gather, stream_statistics
+from msp.errors import MspError
 from msp.gates import GatedModel
 from msp.model import Structure, find_structure
 
@@ -49,6 +50,16 @@ def test_statistics_equal_those_of_a_whole_forward(model: nn.Module) -> None:
         assert streamed[name].tokens == len(x)
         torch.testing.assert_close(streamed[name].input_sum_squares.double(), x.square().sum(0), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(streamed[name].hessian.double(), x.t() @ x, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("statistic", ["input_sum_squares", "hessian"])
+def test_sums_that_overflow_name_their_linear(statistic: str) -> None:
+    model = build("llama").eval()
+    structure = find_structure(model)
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.post_attention_layernorm.weight").fill_(1e25)
+    with pytest.raises(MspError, match=r"layers\.0\.mlp\.\w+: \d+ of \d+ sums over its inputs are NaN or infinite"):
+        list(stream_statistics(model, structure, random_windows(model), frozenset({statistic})))
 
 
 def test_later_blocks_see_what_pruned_ones_give_them(model: nn.Module) -> None:

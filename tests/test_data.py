@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import msp
 from msp.data import POOL_FACTOR, make_token_sets, noised, read_windows, save_tokens, token_windows
 from msp.errors import MspError, UsageError
 
@@ -150,3 +151,12 @@ def test_the_evaluation_file_is_looked_for_before_anything_is_read(numbered, tmp
             test_tokens=10,
             seed=0,
         )
+
+
+@pytest.mark.parametrize("seed", [-1, -(1 << 63), 1 << 63, 10**30, 1.5])
+def test_what_is_no_seed_is_refused(seed: object, text: str) -> None:
+    """torch takes negative ones, and numpy does not."""
+    with pytest.raises(UsageError, match=r"seed .* is not a whole number from 0 to 9223372036854775807"):
+        make_token_sets(text, None, 96, window=16, calibration_tokens=16, fitness_tokens=16, test_tokens=16, seed=seed)
+    with pytest.raises(UsageError, match="seed"):
+        msp.prune("absent", sparsity=0.5, seed=seed, calibration=text)

@@ -193,6 +193,20 @@ def test_a_model_that_training_broke_is_saved_without_hashes_and_not_loaded(pack
         load(tmp_path / "broken")
 
 
+def test_a_tensor_that_is_gone_is_named(packed_dir: Path, tmp_path: Path) -> None:
+    """Its hash is there still. A packed linear's guard may go."""
+    folder = copied(packed_dir, tmp_path / "packed")
+    tensors = load_file(folder / "model.safetensors")
+    guard = next(name for name, tensor in tensors.items() if not tensor.numel())
+    del tensors[guard]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    validate_packed(folder)
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MspError, match=r"model\.norm\.weight is missing"):
+        validate_packed(folder)
+
+
 def test_sharding_makes_no_difference(packed_dir: Path, tmp_path: Path) -> None:
     save_packed(load(packed_dir), None, tmp_path / "sharded", recipe={}, max_shard_size="9KB")
     assert len(tensor_files(tmp_path / "sharded")) > 1

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from msp.checkpoint import save_packed
 from msp.errors import MspError, UsageError
-from msp.loading import load_model
+from msp.loading import load_model, read_causal_config
 from msp.model import check_finite, find_structure
 
 LLAMA = {
@@ -199,6 +199,15 @@ def test_refuses_models_that_are_not_causal(tmp_path: Path) -> None:
 def test_refuses_an_unknown_dtype(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"float8.*auto, float32"):
         load_model(tmp_path, dtype="float8")
+
+
+@pytest.mark.parametrize("wrong", [[5], 5, {"a": 1}])
+def test_architectures_that_are_no_texts_are_refused(wrong: object, tmp_path: Path) -> None:
+    save("llama", tmp_path / "llama")
+    content = json.loads((tmp_path / "llama" / "config.json").read_text())
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(content | {"architectures": wrong}))
+    with pytest.raises(MspError, match="architectures"):
+        read_causal_config(tmp_path / "llama")
 
 
 def test_refuses_a_model_without_weights_or_with_pickled_ones(tmp_path: Path) -> None:

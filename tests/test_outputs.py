@@ -100,6 +100,11 @@ def a_link_elsewhere(out: Path) -> str:
     return "is a link to .*real, so it is not replaced: name that folder itself"
 
 
+def a_mark_of_another_shape(out: Path) -> str:
+    (make(out) / MARK).write_text('{"format": 1, "files": {"config.json": 5}}')
+    return "not a model that msp wrote"
+
+
 def a_broken_mark(out: Path) -> str:
     (make(out) / MARK).write_text('{"format": 1, "files": [')
     return "not a model that msp wrote"
@@ -116,6 +121,7 @@ IN_THE_WAY = [
     a_packed_model_of_a_hub_with_weights_of_the_user,
     a_link_elsewhere,
     a_broken_mark,
+    a_mark_of_another_shape,
 ]
 
 
@@ -420,6 +426,28 @@ def test_a_full_disk_leaves_what_was_there(small_disk: Path) -> None:
     write_results(small_disk / "found", {"a": "new"})
     with pytest.raises(MspError, match=r"b\.0\.q\.safetensors cannot be written"):
         StoredRanks(small_disk)["b.0.q"] = {8: torch.zeros(100_000, dtype=torch.uint8)}
+
+
+def test_a_tokenizer_that_cannot_be_written_is_an_error_of_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: object) -> None:
+        raise Exception("No space left on device (os error 28)")  # as tokenizers does
+
+    own = tokenizer()
+    monkeypatch.setattr(own, "save_pretrained", full)
+    with pytest.raises(MspError, match=r"out cannot be written: the tokenizer: No space left"):
+        save_packed(packed_model("llama"), own, tmp_path / "out", recipe={})
+    assert listing(tmp_path) == []
+
+
+def test_hidden_states_have_no_name_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill would leave them there."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    allocate, seen = os.posix_fallocate, []
+    monkeypatch.setattr(os, "posix_fallocate", lambda *a: seen.append(listing(tmp_path)) or allocate(*a))
+    states = HiddenStates(limit=0)
+    states.put("x", State(torch.arange(32.0).view(1, 4, 8), {}))
+    assert seen == [[]] and listing(tmp_path) == []
+    assert torch.equal(states.get("x").hidden, torch.arange(32.0).view(1, 4, 8))
 
 
 def test_hidden_states_on_a_full_disk_are_an_error_and_no_crash(

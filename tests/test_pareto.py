@@ -1,6 +1,7 @@
 """Several budgets in one run."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,17 @@ def test_every_budget_is_searched_for_on_shared_evidence(
         assert min(picture.size) > 300
     resumed = msp.pareto(llama, sparsities=[0.5, 0.6, 0.75], work_dir=tmp_path / "work", resume=True, **options)
     assert resumed.to_json() == curve.to_json()
+
+
+def test_no_temporary_file_of_the_picture_has_a_name(
+    llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill would leave it there."""
+    make = tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda *a, dir=None, **k: make(*a, dir=dir, **k) if dir else pytest.fail())
+    options = {"calibration": text, "evaluations": 16, **SMALL}
+    msp.pareto(llama, sparsities=[0.75, 0.5], output=tmp_path / "out", **options)
+    assert (tmp_path / "out" / "pareto.png").exists()
 
 
 def test_a_search_starts_from_the_result_before_it(llama: Path, text: str) -> None:

@@ -71,7 +71,10 @@ def test_sparsity_is_read_as_the_decimal_it_shows() -> None:
     assert parse_sparsity("0.875") == Fraction(7, 8)
 
 
-@pytest.mark.parametrize("value", [0, 1, -0.5, 1.5, float("nan"), float("inf"), "much"])
+@pytest.mark.parametrize(
+    "value",
+    [0, 1, -0.5, 1.5, float("nan"), float("inf"), "much", "", "1/0", "1e400", "1e-400", "1e999999999", "9" * 5000],
+)
 def test_sparsity_outside_zero_and_one_is_refused(value: object) -> None:
     with pytest.raises(UsageError, match="sparsity"):
         parse_sparsity(value)  # type: ignore[arg-type]

@@ -192,6 +192,26 @@ def test_damage_inside_is_named_by_row(tmp_path: Path):
         read(tmp_path / "a.parquet")
 
 
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_damaged_arrow_is_refused_and_no_crash(kind: str, tmp_path: Path):
+    """An offset that leads out of the file is a crash to pyarrow, and a length that is wrong takes gigabytes."""
+    texts = [random_text(seed, 20) for seed in range(6)]
+    whole, (path,) = arrow(texts, kind), [tmp_path / "a.arrow"]
+    # the offsets of the texts in the first batch, as they lie in the file
+    ends = [0]
+    for text in texts[:3]:
+        ends.append(ends[-1] + len(text.encode()))
+    offsets = b"".join(end.to_bytes(4, "little") for end in ends)
+    assert whole.count(offsets) == 1
+    at = whole.index(offsets)
+    for wrong in (1 << 30, (1 << 31) - 1, -5):
+        path.write_bytes(whole[: at + 8] + wrong.to_bytes(4, "little", signed=True) + whole[at + 12 :])
+        with pytest.raises(MspError, match=r"a\.arrow cannot be read: "):
+            read(path)
+    path.write_bytes(whole)
+    assert read(path) == tokens_of(texts)
+
+
 def test_text_that_breaks_off_is_named(tmp_path: Path):
     whole = gzip.compress(random_text(1, 100_000).encode())
     (tmp_path / "a.txt.gz").write_bytes(whole)

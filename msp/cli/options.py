@@ -190,7 +190,14 @@ SearchOptions = Annotated[
         rich_help_panel=COST,
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Draws the calibration text and steers the search.", rich_help_panel=RUN)]
+# As msp.data.check_seed has it.
+LARGEST_SEED = (1 << 63) - 1
+Seed = Annotated[
+    int,
+    typer.Option(
+        min=0, max=LARGEST_SEED, help="Draws the calibration text and steers the search.", rich_help_panel=RUN
+    ),
+]
 Dtype = Annotated[
     str, typer.Option(help="auto, float32, bfloat16 or float16: what to compute in.", rich_help_panel=RUN)
 ]

@@ -15,6 +15,7 @@ from rich.text import Text
 from msp import __version__
 from msp.cli.options import (
     DATA,
+    LARGEST_SEED,
     METHOD,
     RUN,
     SOURCE_HELP,
@@ -199,7 +200,10 @@ def compare(
         str, typer.Option(metavar="NAME,NAME", help="Pruners to compare them with.", rich_help_panel=METHOD)
     ] = "wanda",
     seeds: Annotated[
-        int, typer.Option(min=1, metavar="COUNT", help="Repeat with this many seeds: 0, 1, 2 ...", rich_help_panel=RUN)
+        int,
+        typer.Option(
+            min=1, max=1000, metavar="COUNT", help="Repeat with this many seeds: 0, 1, 2 ...", rich_help_panel=RUN
+        ),
     ] = 3,
     every_seed: Annotated[
         bool, typer.Option("--every-seed", help="Show a row per seed too, not only the means.", rich_help_panel=RUN)
@@ -373,7 +377,9 @@ def generate(
             min=0.0, help="0 always takes the likeliest token; 1 samples as the model says.", rich_help_panel=METHOD
         ),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Steers the sampling.", rich_help_panel=METHOD)] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Steers the sampling.", rich_help_panel=METHOD)
+    ] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     dequantise: Dequantise = False,
