@@ -184,6 +184,7 @@ def _streamed_statistics(
                                 advance(next(steps))
                         block.module.to(gates.device)  # what both share has just left
                 yield block, statistics
+                del statistics
                 if again[block.index]:
                     for _ in stream.run(block.index, advance=True):
                         advance(next(steps))

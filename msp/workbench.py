@@ -324,6 +324,7 @@ class Workbench:
         with ExitStack() as stack:
             for block, statistics in self._stream(pruner.needs, sequential=True):
                 stack.enter_context(self.packed(block, statistics, allocation, pruner))
+                del statistics  # before the next block's come
                 give_back()  # packed weights lie between what calibration took and lets go
             yield self.model
 
