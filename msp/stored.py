@@ -140,7 +140,9 @@ def load_stored(
     check_float_weights(path, headers)
     computed = computing_dtype(config, most_common(headers), dtype, device)
     model = make_skeleton(config, computed, trust_remote_code=trust_remote_code).eval()
-    in_fp32 = model._keep_in_fp32_modules_strict | (model._keep_in_fp32_modules if computed == torch.float16 else set())
+    # sets today, but lists or nothing in the first releases of transformers 5
+    in_fp32 = {*(model._keep_in_fp32_modules_strict or ())}
+    in_fp32 |= {*(model._keep_in_fp32_modules or ())} if computed == torch.float16 else set()
     if in_fp32 and computed != torch.float32:
         raise MspError(f"{path}: {sorted(in_fp32)[0]} is computed in float32 beside {computed}: load this model whole")
     weights = StoredWeights(path, model, headers)
