@@ -271,7 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for place in [*([PACKED] if asked.renew else []), *([asked.save] if asked.save else [])]:
             shutil.copytree(folder / "packed", place, dirs_exist_ok=True)
     wrong = [] if asked.renew else compare(found, golden)
-    print(f"torch {torch.__version__}, transformers {transformers_version}: {len(wrong)} results differ", *wrong, sep="\n")
+    print(
+        f"torch {torch.__version__}, transformers {transformers_version}: {len(wrong)} results differ", *wrong, sep="\n"
+    )
     return bool(wrong)
 
 

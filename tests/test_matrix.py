@@ -48,7 +48,6 @@ def test_rows_ask_for_their_versions() -> None:
     assert all(rows["oldest"][name] == f"{name}=={low[name]}" for name in low)
     assert all(rows["newest"][name] == f"{name}>={low[name]}" for name in low)
     assert rows["oldest torch"]["torch"] == f"torch=={low['torch']}" and ">=" in rows["oldest torch"]["numpy"]
-    assert rows["oldest with torch's own Triton"]["torch"] == "torch==2.10.0"
 
 
 def test_interpreters_are_looked_for_by_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
