@@ -55,7 +55,7 @@ TOOLS = ["pytest", "hypothesis"]
 
 @dataclass(frozen=True)
 class Row:
-    """``oldest``: the dependencies at their lower bounds, or ``("*",)``; the others are as new as pip will have them."""
+    """``oldest``: the dependencies at their lower bounds, ``("*",)`` for all; the others are as new as pip allows."""
 
     name: str
     python: str

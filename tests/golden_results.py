@@ -3,8 +3,8 @@
 All inputs are made of the raw bits of NumPy's PCG64, whose stream is promised to stay; ``torch.randn`` and even
 ``Generator.integers`` are not. ``results`` has two parts:
 
-- ``exact``: integers, and floats whose every step is exact or rounded once. Weights and inputs are small multiples of a
-  power of two, so their sums are the same in any order. Allocations, the masks of a model's linears and generated
+- ``exact``: integers, and floats whose every step is exact or rounded once. Weights and inputs are small multiples of
+  a power of two, so their sums are the same in any order. Allocations, the masks of a model's linears and generated
   tokens are chosen by comparing inexact floats; the choices lie far enough apart to be the same as well.
 - ``close``: figures that are sums of inexact products. Every torch, BLAS and instruction set rounds them in its own way.
 

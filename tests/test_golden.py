@@ -1,4 +1,4 @@
-"""This environment gives the golden results, and decodes with a model that another one packed; `make matrix` has more."""
+"""This environment gives the golden results, and decodes with a model that another one packed."""
 
 from __future__ import annotations
 

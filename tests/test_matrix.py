@@ -52,7 +52,7 @@ def test_rows_ask_for_their_versions() -> None:
 
 def test_interpreters_are_looked_for_by_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In PYTHONS, on PATH, and by commands that make them; one of another version does not serve."""
-    own = "%d.%d" % sys.version_info[:2]
+    own = "{}.{}".format(*sys.version_info)
     monkeypatch.setattr(matrix, "FOLDER", tmp_path / "matrix")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("PYTHONS", raising=False)
