@@ -6,7 +6,7 @@ All inputs are made of the raw bits of NumPy's PCG64, whose stream is promised t
 - ``exact``: integers, and floats whose every step is exact or rounded once. Weights and inputs are small multiples of
   a power of two, so their sums are the same in any order. Allocations, the masks of a model's linears and generated
   tokens are chosen by comparing inexact floats; the choices lie far enough apart to be the same as well.
-- ``close``: figures that are sums of inexact products. Every torch, BLAS and instruction set rounds them in its own way.
+- ``close``: figures that are sums of inexact products. Every torch, BLAS and instruction set rounds them its own way.
 
 ``python tests/golden_results.py`` compares this environment with ``golden/results.json``; ``--renew`` writes that file
 and the packed model beside it; ``--save DIR`` also saves the model that is packed here, and ``--load DIR ...`` decodes
