@@ -181,8 +181,9 @@ def check(row: Row, source: Path) -> dict[str, Any]:
         model = FOLDER / "models" / row.name.replace(" ", "-")
         shutil.rmtree(model, ignore_errors=True)
         result["golden"] = run(inside, source / "tests/golden_results.py", "--save", model, cwd=FOLDER).splitlines()[-1]
-        # not `python -m pytest`: that would import msp from the source
-        tests = run(inside.parent / "pytest", "-q", "-p", "no:cacheprovider", *TESTS, cwd=source)
+        # neither `python -m pytest` nor in the source: what a test starts would import msp from there
+        pytest = (inside.parent / "pytest", "-q", "-p", "no:cacheprovider", "-c", source / "pyproject.toml")
+        tests = run(*pytest, *(source / test for test in TESTS), cwd=FOLDER)
         result["tests"] = re.sub(r" in [\d.]+s.*", "", tests.splitlines()[-1]).strip("= ")
     except Failed as error:
         return result | {"reason": str(error)}
