@@ -89,8 +89,11 @@ bench: $(INSTALLED) ## the speed of the kernels and of decoding on this machine,
 quality: $(INSTALLED) ## measure the quality tables: hours on a CPU, resumes where it stopped; ARGS="--only wanda-0.25" for less
 	$(BIN)/python benchmarks/quality.py $(ARGS)
 
+matrix: $(INSTALLED) ## the oldest and newest versions allowed, each in an environment of its own; PYTHONS=/path/to/python3.10 ARGS=--anew
+	$(BIN)/python .ci/matrix.py $(ARGS)
+
 clean: ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info .coverage coverage.xml .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f msp/*.so
 
-.PHONY: help build demo test coverage lint format types wheel sanitized sanitize torture gpu-check kernel-table gpu-table bench quality clean
+.PHONY: help build demo test coverage lint format types wheel sanitized sanitize torture gpu-check kernel-table gpu-table bench quality matrix clean

@@ -43,7 +43,7 @@ from msp.sparse_linear import (
     shape_of,
     shared_by,
 )
-from msp.travelling import edit_config, keep_auto_map, tokenizer_files, travel
+from msp.travelling import edit_config, keep_auto_map, tokenizer_travels, travel
 
 
 def manifest_of(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> Manifest:
@@ -131,7 +131,7 @@ def save_packed(
 
 def _describe(folder: Path, tokenizer: Any, origin: Path | None) -> None:
     """Put what goes with the weights beside them, and the model card."""
-    if tokenizer is not None and (origin is None or not tokenizer_files(origin)):
+    if tokenizer is not None and (origin is None or not tokenizer_travels(origin)):
         try:
             tokenizer.save_pretrained(folder)
         except Exception as error:  # of tokenizers, whose error of a full disk is not even an OSError

@@ -163,7 +163,9 @@ def load_stored(
     loaded, headers = read_skeleton(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     path, model = loaded.source, loaded.model
     computed = computed_dtype(model)
-    in_fp32 = model._keep_in_fp32_modules_strict | (model._keep_in_fp32_modules if computed == torch.float16 else set())
+    # sets today, but lists or nothing in the first releases of transformers 5
+    in_fp32 = {*(model._keep_in_fp32_modules_strict or ())}
+    in_fp32 |= {*(model._keep_in_fp32_modules or ())} if computed == torch.float16 else set()
     if in_fp32 and computed != torch.float32:
         raise MspError(f"{path}: {sorted(in_fp32)[0]} is computed in float32 beside {computed}: load this model whole")
     weights = StoredWeights(path, model, headers)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from msp.reading import read_object
+from msp.errors import MspError
+from msp.reading import file_inside, read_object
 
 # Files that a tokenizer is read from; those of the second row alone are no tokenizer yet.
 VOCABULARIES = ("tokenizer*.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "tekken.json")
@@ -24,6 +26,12 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files in ``folder`` that a tokenizer is read from; empty where the model has none."""
     return [file for file in _matching(folder, VOCABULARIES) if file.suffix not in WEIGHTS]
+
+
+def tokenizer_travels(folder: Path) -> bool:
+    """Whether ``travel`` copies all of the tokenizer in ``folder``."""
+    files = tokenizer_files(folder)
+    return bool(files) and all(_is_inside(folder, file) for file in files)
 
 
 def has_vocabulary(folder: Path, tokenizer: Any = None) -> bool:
@@ -42,12 +50,18 @@ def has_vocabulary(folder: Path, tokenizer: Any = None) -> bool:
 def travel(source: Path, target: Path, tokenizer: Any = None) -> None:
     """Copy to ``target`` what goes with the weights in ``source``; ``target`` keeps what is its own.
 
+    A link that leads out of ``source`` is left out with a warning: a model from elsewhere could have any file of this
+    machine copied, and published with it.
+
     Args:
         tokenizer: as it was read there; its class may name vocabulary files of its own.
     """
     vocabularies = (getattr(tokenizer, "vocab_files_names", None) or {}).values()
     patterns = [pattern for pattern in TRAVELLING if pattern not in CODE or _names_code(source)]
     for file in _matching(source, (*patterns, *vocabularies)):
+        if not _is_inside(source, file):
+            warnings.warn(f"{file} is a link that leads out of {source}: it is not copied", stacklevel=2)
+            continue
         place = target / file.relative_to(source)
         if file.suffix in WEIGHTS or place.name in ("config.json", "README.md"):
             continue
@@ -79,3 +93,12 @@ def _names_code(folder: Path) -> bool:
 
 def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
     return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+
+
+def _is_inside(folder: Path, file: Path) -> bool:
+    """Whether ``file`` is in ``folder``, also when links are followed, or in the hub's cache of the same model."""
+    try:
+        file_inside(folder, str(file.relative_to(folder)), str(folder))
+    except MspError:
+        return False
+    return True

@@ -188,3 +188,21 @@ def test_a_hub_id_is_read_as_its_snapshot(options: dict[str, Any], tmp_path: Pat
         assert (tmp_path / "out" / "LICENSE").read_text() == "as is"
         assert not (tmp_path / "out" / "LICENSE").is_symlink()
         assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (snapshot / "tokenizer.json").read_bytes()
+
+
+def test_a_link_out_of_the_model_is_not_copied(options: dict[str, Any], tmp_path: Path) -> None:
+    """A model from elsewhere gets no file of this machine; a tokenizer that lies elsewhere is saved as it was read."""
+    save("llama", tmp_path / "model")
+    (tmp_path / "secret").write_text("mine")
+    (tmp_path / "model" / "LICENSE").symlink_to(tmp_path / "secret")
+    (tmp_path / "model" / "NOTICE").write_text("theirs")
+    (tmp_path / "model" / "NOTICE.txt").symlink_to("NOTICE")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).rename(tmp_path / name)
+        (tmp_path / "model" / name).symlink_to(tmp_path / name)
+    with pytest.warns(UserWarning, match="LICENSE is a link that leads out of") as told:
+        msp.prune(tmp_path / "model", output=tmp_path / "out", **options)
+    assert sum("leads out of" in str(warning.message) for warning in told) == 3
+    assert not (tmp_path / "out" / "LICENSE").exists()
+    assert (tmp_path / "out" / "NOTICE.txt").read_text() == "theirs"
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("w7 w9")["input_ids"] == [7, 9]

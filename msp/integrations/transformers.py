@@ -100,7 +100,9 @@ class MspQuantizer(HfQuantizer):
         _check_complete(model, self._headers)
         # transformers would list them as unexpected
         ignored = {f"^{re.escape(name)}$" for _, names, _ in names_as_loaded(model, guards, self) for name in names}
-        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
+        known = model._keys_to_ignore_on_load_unexpected
+        # a set today, but a list (or nothing) in the first releases of transformers 5
+        model._keys_to_ignore_on_load_unexpected = (set if isinstance(known, set) else list)({*(known or ()), *ignored})
         # hashes are those of the files: what is saved again has others, see ``get_state_dict_and_metadata``
         self.quantization_config = MspConfig(**replace(manifest, hashes={}).to_dict())
         self._hashes = manifest.hashes
