@@ -91,9 +91,12 @@ def fitting(model: Any, settings: PruneOptions, *, may_stream: bool) -> PruneOpt
     if not isinstance(model, (str, Path)) or settings.dequantise or find_device(settings.device).type != "cpu":
         return settings
     room = available()
-    if Path(model).is_dir() and room > AMPLE + 4 * sum(file.stat().st_size for file in tensor_files(Path(model))):
+    try:
+        if Path(model).is_dir() and room > AMPLE + 4 * sum(file.stat().st_size for file in tensor_files(Path(model))):
+            return settings
+        needed = _needed(model, settings)
+    except MspError:  # the run says it
         return settings
-    needed = _needed(model, settings)
     if needed is None or needed <= room:
         return settings
     short = f"{model}: this takes about {needed:,} bytes of memory more, and {room:,} are free"

@@ -75,10 +75,10 @@ class Changes:
                 tensor.data.copy_(now[name])
 
     def undo(self, model: nn.Module) -> None:
-        """Give ``model`` the values back that it had before the first forward."""
-        tensors = _tensors(model)
-        for name, value in self.before.items():
-            tensors[name].data.copy_(value)
+        """Give what is left of them in ``model`` the values that it had before the first forward."""
+        for name, tensor in _tensors(model).items():
+            if name in self.before:
+                tensor.data.copy_(self.before[name])
 
     @contextmanager
     def steady(self, model: nn.Module) -> Iterator[None]:
