@@ -234,13 +234,18 @@ def resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts it in bytes
 
 
-def available() -> int:
-    """Bytes that this process may still take: of the machine, its control group and its own limits the least."""
+def available(mapped: int = 0) -> int:
+    """Bytes that this process may still take: of the machine, its control group and its own limits the least.
+
+    Args:
+        mapped: bytes of files that are mapped meanwhile. They count against limits of the process, and nowhere else:
+            the system takes their pages back when it needs them.
+    """
     rooms = [_free_on_machine()]
     for name, counted in (("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")):
         limit = resource.getrlimit(getattr(resource, name))[0]
         if limit != resource.RLIM_INFINITY:
-            rooms.append(limit - _status(counted))
+            rooms.append(limit - _status(counted) - mapped)
     rooms += _rooms_of_groups()
     return max(0, min(rooms))
 

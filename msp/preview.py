@@ -90,11 +90,11 @@ def fitting(model: Any, settings: PruneOptions, *, may_stream: bool) -> PruneOpt
     """
     if not isinstance(model, (str, Path)) or settings.dequantise or find_device(settings.device).type != "cpu":
         return settings
-    room = available()
     try:
-        if Path(model).is_dir() and room > AMPLE + 4 * sum(file.stat().st_size for file in tensor_files(Path(model))):
+        sizes = [file.stat().st_size for file in tensor_files(Path(model))] if Path(model).is_dir() else []
+        if sizes and available() > AMPLE + 4 * sum(sizes):
             return settings
-        needed = _needed(model, settings)
+        needed, room = _needed(model, settings), available()
     except MspError:  # the run says it
         return settings
     if needed is None or needed <= room:
@@ -104,13 +104,13 @@ def fitting(model: Any, settings: PruneOptions, *, may_stream: bool) -> PruneOpt
         streamed = replace(settings, stream=True)
         try:
             streamed.check()
-            least = _needed(model, streamed)
+            least, room = _needed(model, streamed), available(max(sizes, default=0))
         except UsageError as error:
             raise MspError(f"{short}; one block at a time is no way out: {error}") from error
         if least is not None and least <= room:
             warnings.warn(f"{short}: the model is streamed, one block at a time", stacklevel=3)
             return streamed
-        short += f"; one block at a time it is {least:,}"
+        short += f"; one block at a time it is {least:,} of {room:,}"
     raise MspError(f"{short}: free some, or take fewer test tokens, a shorter window or less hidden_bytes")
 
 

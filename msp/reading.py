@@ -19,6 +19,8 @@ from msp.errors import MspError
 
 # A search of thousands of units and candidates writes a tenth of this.
 MOST_BYTES = {"JSON": 1 << 30, "YAML": 1 << 25}
+# Of a file read at a time.
+PIECE_BYTES = 1 << 20
 DEEPEST = 64
 # Entries of a YAML file, those under an alias counted wherever it stands.
 MOST_NODES = 1 << 22
@@ -218,15 +220,17 @@ def file_inside(folder: Path, name: object, where: str) -> Path:
 
 
 def _bytes(path: str | Path, kind: str) -> bytes:
-    most = MOST_BYTES[kind]
+    most, data = MOST_BYTES[kind], bytearray()
     try:
         with Path(path).open("rb") as stream:
-            data = stream.read(most + 1)
+            # not in one read, for which Python takes as much memory as it might need
+            while len(data) <= most and (piece := stream.read(PIECE_BYTES)):
+                data += piece
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have
         raise MspError(f"{path}: cannot be read: {error}") from error
     if len(data) > most:
         raise MspError(f"{path}: larger than {most:,} bytes, the most that a {kind} file may have")
-    return data
+    return bytes(data)
 
 
 def _depth(data: bytes) -> int:

@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_streamed_or_refused(
     assert needs[True] < needs[False]
     monkeypatch.setattr(preview, "AMPLE", ENOUGH)
     between = (needs[True] + needs[False]) // 2
-    monkeypatch.setattr(preview, "available", lambda: between)
+    monkeypatch.setattr(preview, "available", lambda mapped=0: between)
     monkeypatch.setattr(preview, "_needed", lambda model, settings: needs[settings.stream])
     if not streams:
         with pytest.raises(MspError, match=r"takes about [\d,]+ bytes of memory more, and [\d,]+ are free"):
@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_streamed_or_refused(
         found = msp.prune(tmp_path / "dense", output=tmp_path / "out", **options)
     assert found.model is None
     assert (found.kl, found.allocation) == (expected.kl, expected.allocation)
-    monkeypatch.setattr(preview, "available", lambda: needs[True] - 1)
+    monkeypatch.setattr(preview, "available", lambda mapped=0: needs[True] - 1)
     with pytest.raises(MspError, match=r"one block at a time it is [\d,]+"):
         msp.prune(tmp_path / "dense", output=tmp_path / "other", **options)
     assert not (tmp_path / "other").exists()
@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_streamed_or_refused(
 def test_what_cannot_be_streamed_says_so(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save("llama", tmp_path / "dense")
     monkeypatch.setattr(preview, "AMPLE", ENOUGH)
-    monkeypatch.setattr(preview, "available", lambda: 0)
+    monkeypatch.setattr(preview, "available", lambda mapped=0: 0)
     with pytest.raises(MspError, match=r"one block at a time is no way out: .*level database"):
         msp.prune(tmp_path / "dense", output=tmp_path / "out", sparsity=0.5, pruner="sparsegpt", calibration=text)
     with pytest.raises(UsageError, match="dequantised"):
@@ -190,3 +190,25 @@ def test_statistics_of_a_block_go_before_the_next_ones_come(tmp_path: Path) -> N
     with bench.pruned(allocation, Watching()):
         assert len(held) == 14
         assert not any(reference() for reference in held)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried 5 bytes"
+        ),
+        OSError(12, "Cannot allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    ],
+)
+def test_no_more_memory_is_told_as_such(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "evaluate", fails)
+    (tmp_path / "text.txt").write_text("w5 w6")
+    found = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--evaluate", str(tmp_path / "text.txt")])
+    assert found.exit_code == 1
+    assert "the memory does not suffice" in found.output and "--dry-run" in found.output

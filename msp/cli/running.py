@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from msp.progress import Progress
 
 FAILED, WRONG_USAGE = 1, 2
+# How torch and the system say that there is no more memory.
+NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory")
+MORE_MEMORY = "msp prune --dry-run says how much a run takes; --stream takes one block at a time"
 
 
 class Stopped(KeyboardInterrupt):
@@ -111,8 +114,22 @@ def running(as_json: bool, debug: bool, *, on_interrupt: str = "interrupted") ->
         _fail(console, str(error), WRONG_USAGE if isinstance(error, UsageError) else FAILED, debug)
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
+        if out_of_memory(error):
+            _fail(
+                console,
+                f"the memory does not suffice: {lines[0] or 'no more can be had'}; {MORE_MEMORY}",
+                FAILED,
+                debug,
+            )
         hint = "" if debug else " (run again with --debug for the traceback)"
         _fail(console, f"{type(error).__name__}: {lines[0]}{hint}", FAILED, debug)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch on a CPU or a GPU, or the system had no more memory to give."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(sign in str(error) for sign in NO_MEMORY)
 
 
 def _fail(console: Console, message: str, code: int, debug: bool) -> NoReturn:
