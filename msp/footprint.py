@@ -118,8 +118,9 @@ def predict(
         window: tokens per sequence.
         packed: bytes of the packed model.
     """
-    config = model.config.get_text_config()
-    sizes = _Sizes(structure, window, int(config.hidden_size), model.get_input_embeddings().num_embeddings)
+    embeddings = model.get_input_embeddings()
+    hidden = getattr(model.config.get_text_config(), "hidden_size", embeddings.embedding_dim)
+    sizes = _Sizes(structure, window, hidden, embeddings.num_embeddings)
     weights, dense = held_bytes(model), 0
     if options.stream:
         blocks = [held_bytes(block.module) for block in structure.blocks]

@@ -17,7 +17,7 @@ from msp.as_loaded import FLOATS, StoredDtypes, check_all_taken, most_common, na
 from msp.errors import MspError, UsageError, first_line
 from msp.finite import check_finite, named_tensors
 from msp.manifest import QUANT_METHOD
-from msp.narrow import compute_in_fp32, narrow_weights
+from msp.narrow import NARROW, compute_in_fp32, narrow_weights
 from msp.ops import check_environment
 from msp.packed_files import INDEX, TensorHeader, lfs_pointer, read_headers, read_tensor, split_guards, tensor_files
 from msp.quantised import (
@@ -244,7 +244,7 @@ def narrow_dtype(
     if torch.device(device).type != "cpu" or computed != torch.float32:
         return None
     dtypes = {FLOATS[header.dtype] for header in headers.values() if len(header.shape) > 1 and header.dtype in FLOATS}
-    return dtypes.pop() if len(dtypes) == 1 else None
+    return next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= {*NARROW} else None
 
 
 def read_tokenizer(source: str, folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -156,6 +156,21 @@ def test_the_hook_goes_with_its_context() -> None:
     assert nn.Linear(4, 4, device="meta").weight.dtype == torch.float32
 
 
+def test_shared_weights_stay_one_weight() -> None:
+    with narrow.narrow_weights(torch.bfloat16), torch.device("meta"):
+        first, second = nn.Linear(4, 4), nn.Embedding(4, 4)
+        second.weight = first.weight
+    assert second.weight is first.weight
+    assert first.weight.dtype == torch.bfloat16
+
+
+def test_weights_in_fp32_are_made_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save("llama-tied", tmp_path)
+    monkeypatch.setattr("msp.loading.compute_in_fp32", lambda _: pytest.fail("nothing is narrow"))
+    model = load_model(tmp_path, narrow=True).model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_parts_in_fp32_keep_all_of_a_model_in_fp32(tmp_path: Path) -> None:
     model = build("llama", dtype=torch.bfloat16)
     model.get_submodule("model.layers.0.mlp.up_proj").float()
