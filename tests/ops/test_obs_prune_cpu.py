@@ -9,7 +9,7 @@ import test_obs_prune
 import torch
 
 from msp.ops import obs_prune
-from msp.ops._dispatch import compiled_module
+from msp.ops._compiled import compiled_module
 from msp.ops.obs_prune import op as dispatched
 from msp.ops.obs_prune import reference
 from msp.patterns import NMPattern
