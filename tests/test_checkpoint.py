@@ -8,15 +8,13 @@ import io
 import json
 import math
 import os
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import build, llama_like, pack, packed_model, same_state, save, tokenizer
+from folders import contents, listing, small_files
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -53,14 +51,6 @@ def quiet() -> None:
 @pytest.fixture
 def model() -> PreTrainedModel:
     return packed_model("llama-tied", seed=1)
-
-
-def listing(path: Path) -> list[str]:
-    return sorted(entry.name for entry in path.iterdir())
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {entry.name: entry.read_bytes() for entry in path.iterdir()}
 
 
 def test_writes_a_model_directory_and_nothing_beside_it(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -324,20 +314,6 @@ def test_a_failure_in_the_swap_puts_the_old_model_back(
         save_packed(model, None, out, recipe={}, force=True)
     monkeypatch.undo()
     assert listing(tmp_path) == ["out"] and contents(out) == before
-
-
-@contextmanager
-def small_files() -> Iterator[None]:
-    """The kernel refuses to let a file grow beyond 20 KB, as a full disk would.
-
-    Not a fixture: pytest reports a test before it tears fixtures down, and its own output may be such a file.
-    """
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(model: PreTrainedModel, tmp_path: Path) -> None:
