@@ -14,10 +14,13 @@ import pytest
 import torch
 import typer.main
 from documents import DOCUMENTS, ROOT, document_name
-from families import SMALL, save, save_text
+from families import SMALL, packed_model, save, save_text, tokenizer
+from verbs import SMALL as VERB_SIZES
+from verbs import msp_run, one_object
 
 import msp.pipeline
 from msp.allocators import base as allocators
+from msp.checkpoint import save_packed
 from msp.cli import app
 from msp.errors import UsageError
 from msp.ops import _dispatch, available_backends, force_backend, last_backend
@@ -77,6 +80,40 @@ def test_the_commands_parse(document: Path):
         words = shlex.split(line, comments=True)
         if words[:1] == ["msp"]:
             verbs[words[1]].make_context(words[1], words[2:])
+
+
+JSON_OF = {
+    "prune": ["model", "-o", "out", "--sparsity", "0.5", "--evaluations", "16"],
+    "prune --dry-run": ["model", "-o", "other", "--sparsity", "0.5"],
+    "search": ["model", "-o", "found", "--sparsity", "0.5", "--evaluations", "16"],
+    "search ": ["model", "-o", "curve", "--sparsity", "0.5,0.6", "--evaluations", "16"],
+    "compare": ["model", "--sparsity", "0.5", "--allocators", "uniform", "--seeds", "1"],
+    "sensitivity": ["model", "--calibration", "notes.txt", "--window", "16", "--calibration-tokens", "64"],
+    "evaluate": ["packed", "--evaluate", "notes.txt", "--reference", "model", "--window", "16"],
+    "generate": ["packed", "w5 w6"],
+    "export": ["packed", "--dense", "-o", "dense"],
+    "info": ["packed", "--verify"],
+    "info ": ["model"],
+}
+
+
+@pytest.mark.parametrize("verb", JSON_OF)
+def test_the_guide_names_all_that_json_has(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save("llama", tmp_path / "model")
+    save_packed(packed_model("llama"), tokenizer(), tmp_path / "packed", recipe={})
+    save_text(tmp_path / "notes.txt", seed=11)
+    sizes = ["--calibration", "notes.txt", *VERB_SIZES] if verb.split()[0] in ("prune", "search", "compare") else []
+    found = one_object(msp_run(*verb.split(), *JSON_OF[verb], *sizes, "--json"))
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    listed = "".join(re.findall(rf"^- `{verb.split()[0]}.*?(?=^- |^$)", guide, re.DOTALL | re.MULTILINE))
+    # those of search are said to be those of prune
+    listed += "".join(re.findall(r"^- `prune`:.*?(?=^- |^$)", guide, re.DOTALL | re.MULTILINE)) * (verb == "search")
+    rows = [
+        row for name in ("rows", "points", "linears") if isinstance(found.get(name), list) for row in found[name][:1]
+    ]
+    nested = [] if verb.startswith("info") else [key for row in rows for key in row]
+    assert [key for key in (*found, *nested) if f"`{key}`" not in listed] == []
 
 
 def test_the_pruner_prunes(workplace: Path, monkeypatch: pytest.MonkeyPatch):
