@@ -12,6 +12,7 @@ import typer.main
 from documents import DOCUMENTS, ROOT, anchors, code_words, document_name, prose, read
 
 from msp.cli import app
+from msp.ops._dispatch import ISAS
 
 FOLDERS = "msp|triton_kernels|csrc|tests|benchmarks|docs|examples|[.]ci|[.]github"
 PATH = re.compile(rf"(?:{FOLDERS})/[\w./*<>-]*")
@@ -160,3 +161,13 @@ def used() -> str:
 def test_pages_that_the_code_names_are_there() -> None:
     for name in set(re.findall(r"\b(?:docs|examples)/[\w/-]+\.(?:md|py|png)\b", source_text())):
         assert (ROOT / name).exists(), name
+
+
+def test_lists_of_instruction_sets_are_whole() -> None:
+    for path in (*source_files(), *DOCUMENTS):
+        if path.parts[len(ROOT.parts)] not in ("csrc", "docs", "msp"):
+            continue
+        for line in read(path).splitlines():
+            words = set(re.findall(r"\w+", line))
+            if len(words & set(ISAS)) > 2:
+                assert words >= set(ISAS), (path, line)
