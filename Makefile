@@ -35,6 +35,7 @@ DAILY := $(addprefix tests/, test_patterns.py test_levels.py test_plan.py test_m
     test_reading.py test_report.py test_docs.py test_doc_references.py test_papers.py test_sparse_linear.py test_cli.py \
     pruners/test_registry.py pruners/test_masks.py allocators/test_controls.py search/test_evolution.py \
     search/test_constants.py ops/test_dispatch.py ops/test_packed.py ops/test_nm_select.py ops/test_nm_rank.py)
+.PHONY: check
 check: lint types ## for every day, a minute: lint, types and the quick tests of every room
 	$(BIN)/python -m pytest -q $(DAILY) -k "not compiles" $(ARGS)
 
@@ -94,4 +95,4 @@ clean: ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info .coverage coverage.xml .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f msp/*.so
 
-.PHONY: help build demo test check coverage lint format types wheel sanitize gpu-check kernel-table gpu-table bench quality clean
+.PHONY: help build demo test coverage lint format types wheel sanitize gpu-check kernel-table gpu-table bench quality clean
