@@ -30,6 +30,15 @@ demo: $(INSTALLED) ## train a small model, prune it two ways, compare, generate:
 test: $(INSTALLED) ## the whole test suite; ARGS="tests/ops -k select" for less
 	$(BIN)/python -m pytest $(ARGS)
 
+# One file or more of every room, none that builds, kills or waits.
+DAILY := $(addprefix tests/, test_patterns.py test_levels.py test_plan.py test_model.py test_data.py test_recipe.py \
+    test_reading.py test_report.py test_docs.py test_doc_references.py test_papers.py test_sparse_linear.py test_cli.py \
+    pruners/test_registry.py pruners/test_masks.py allocators/test_controls.py search/test_evolution.py \
+    search/test_constants.py ops/test_dispatch.py ops/test_packed.py ops/test_nm_select.py ops/test_nm_rank.py)
+.PHONY: check
+check: lint types ## for every day, a minute: lint, types and the quick tests of every room
+	$(BIN)/python -m pytest -q $(DAILY) -k "not compiles" $(ARGS)
+
 coverage: $(INSTALLED) ## the test suite, with the share of msp it runs; fails below 90 %
 	$(BIN)/python -m pytest --cov=msp --cov-report=term-missing:skip-covered --cov-fail-under=90 $(ARGS)
 

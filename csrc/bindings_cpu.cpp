@@ -165,6 +165,6 @@ PYBIND11_MODULE(_cpu, module) {
 
     module.def(
         "isa", [] { return msp::isa_name(msp::isa()); },
-        "The instruction set in use: amx, avx512, avx2 or scalar; MSP_ISA forces one.");
+        "The instruction set in use: amx, avx512bf16, avx512, avx2 or scalar; MSP_ISA forces one.");
     module.def("features", &msp::cpu_features, "The vector extensions of this CPU.");
 }

@@ -21,7 +21,7 @@ from msp.loading import DTYPES, check_dtype, find_device, make_skeleton, read_co
 from msp.manifest import QUANT_METHOD
 from msp.model import find_structure
 from msp.ops import nm_select
-from msp.ops._dispatch import compiled_module
+from msp.ops._compiled import compiled_module
 from msp.outputs import check_file
 from msp.patterns import NMPattern
 from msp.plan import PatternRules

@@ -11,6 +11,17 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_sessionstart() -> None:
+    """Without what ``MSP_REQUIRE`` asks for, tests would be skipped that are meant to run."""
+    from msp.errors import MspError
+    from msp.ops._compiled import check_required
+
+    try:
+        check_required()
+    except MspError as error:
+        pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A file of random tokens for the models of ``families``."""

@@ -8,15 +8,13 @@ import io
 import json
 import math
 import os
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import build, llama_like, pack, packed_model, same_state, save, tokenizer
+from folders import contents, listing, small_files
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -53,14 +51,6 @@ def quiet() -> None:
 @pytest.fixture
 def model() -> PreTrainedModel:
     return packed_model("llama-tied", seed=1)
-
-
-def listing(path: Path) -> list[str]:
-    return sorted(entry.name for entry in path.iterdir())
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {entry.name: entry.read_bytes() for entry in path.iterdir()}
 
 
 def test_writes_a_model_directory_and_nothing_beside_it(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -135,8 +125,8 @@ def test_info_tells_what_a_gpu_unpacks(model: PreTrainedModel, tmp_path: Path) -
     found = [linear(pattern).fast_prefill_bytes for pattern in ("2:8", "5:8", "7:8", "8:8", "0:8")]
     assert found == [4096 * 4096 * 9 // 8, 4096 * 4096 * 2, 0, 0, 0]
     assert linear("2:8", columns=4104).fast_prefill_bytes == linear("2:8", dtype="F32").fast_prefill_bytes == 0
-    found = [linear(pattern).slower_from_tokens for pattern in ("2:8", "5:8", "7:8", "4:32", "8:16", "6:32")]
-    assert found == [120, 120, 0, 120, 5, 17]  # as long as one product reads less than the dense weight, and then more
+    slower = {pattern: linear(pattern).slower_from_tokens for pattern in ("2:8", "5:8", "7:8", "5:16")}
+    assert slower["7:8"] == 0 and slower["2:8"] == slower["5:8"] > slower["5:16"] > 1
     shown = dataclasses.replace(info, linears=tuple(map(linear, ("2:8", "7:8", "5:8", "5:16"))))
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(packed_report(shown))
@@ -144,7 +134,8 @@ def test_info_tells_what_a_gpu_unpacks(model: PreTrainedModel, tmp_path: Path) -
     assert "1 linears save too little" in text and "unpacked once" in text
     plainly = " ".join(text.split())
     assert "long prompts are slower than with dense weights, by calculation (not measured)" in plainly
-    assert "2 linears from about 120 tokens on, 1 linears from about 9 tokens on" in plainly
+    long, short = slower["2:8"], slower["5:16"]
+    assert f"2 linears from about {long} tokens on, 1 linears from about {short} tokens on" in plainly
     assert "msp.fast_prefill(model) unpacks once" in plainly
     assert "takes up to 85.98 MB more there, beside the 33.55 MB of these linears" in plainly
 
@@ -324,20 +315,6 @@ def test_a_failure_in_the_swap_puts_the_old_model_back(
         save_packed(model, None, out, recipe={}, force=True)
     monkeypatch.undo()
     assert listing(tmp_path) == ["out"] and contents(out) == before
-
-
-@contextmanager
-def small_files() -> Iterator[None]:
-    """The kernel refuses to let a file grow beyond 20 KB, as a full disk would.
-
-    Not a fixture: pytest reports a test before it tears fixtures down, and its own output may be such a file.
-    """
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(model: PreTrainedModel, tmp_path: Path) -> None:

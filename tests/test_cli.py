@@ -12,7 +12,7 @@ import pytest
 import typer.main
 from families import VOCABULARY, save, save_text
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
+from verbs import SMALL, msp_run, one_object
 
 import msp.opened
 from msp.cli import app
@@ -22,31 +22,6 @@ from msp.outputs import MARK
 from msp.patterns import Allocation
 
 VERBS = ("prune", "search", "measure", "compare", "sensitivity", "evaluate", "generate", "info", "export")
-SMALL = [
-    "--window",
-    "16",
-    "--calibration-tokens",
-    "64",
-    "--fitness-tokens",
-    "64",
-    "--test-tokens",
-    "64",
-    "--device",
-    "cpu",
-]
-
-
-def msp_run(*arguments: object):
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
-
-
-def one_object(result) -> dict:
-    """The JSON object that is all of standard output."""
-    assert result.exit_code == 0, result.stderr
-    assert result.stdout.count("\n") == 1
-    found = json.loads(result.stdout, parse_constant=pytest.fail)
-    assert isinstance(found, dict)
-    return found
 
 
 @pytest.fixture(scope="module")

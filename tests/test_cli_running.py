@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from families import save, save_text
-from test_cli import SMALL, msp_run, one_object
+from verbs import SMALL, msp_run, one_object
 
 import msp.pipeline
 from msp.patterns import Allocation

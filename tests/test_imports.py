@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import msp
 
@@ -33,3 +35,12 @@ def test_every_module_can_be_imported_first() -> None:
     command = [sys.executable, "-c", IMPORT_EACH, *names]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=600)
     assert done.stdout == ""
+
+
+def test_no_test_imports_another() -> None:
+    """What several tests need is a module of its own, so that each test file can go or change by itself."""
+    for path in Path(__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not [name for name in names if name.split(".")[-1].startswith(("test_", "conftest"))], path

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import typer
 from families import packed_model, save, save_text, tokenizer
+from folders import contents, listing
 from kill_points import killed_at_every_step
-from test_checkpoint import contents, listing
-from test_cli import SMALL
+from verbs import SMALL
 
 from msp import staging
 from msp.checkpoint import save_packed

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 from families import SMALL, packed_model, save, tokenizer
-from test_checkpoint import contents, listing, small_files
-from test_cli import msp_run
+from folders import contents, listing, small_files
+from verbs import msp_run
 
 import msp
 from msp import outputs

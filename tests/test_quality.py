@@ -85,16 +85,10 @@ def test_every_cell_has_a_file_of_its_own() -> None:
     assert len({cell.name for cell in everything}) == len(everything)
 
 
-def test_the_cells_are_the_ones_wanted() -> None:
+def test_every_group_is_measured_with_every_allocator_and_as_many_tokens() -> None:
     pruned = [cell for cell in cells_of("quality") if cell.allocator not in REFERENCES]
     groups = list(dict.fromkeys(replace(cell, allocator="") for cell in pruned))
     assert len(pruned) == len(ALLOCATORS) * len(groups)
-    found = {(g.model, g.pruner, g.density): sum(replace(g, seed=s) in groups for s in range(9)) for g in groups}
-    main = {("wiki6m", pruner, d): 1 for pruner in ("wanda", "sparsegpt") for d in (0.5, 0.1875, 0.125)}
-    quarter = {("wiki6m", pruner, 0.25): 3 for pruner in ("wanda", "sparsegpt", "magnitude", "ria")}
-    stories = {("stories260k", "wanda", 0.25): 3, ("stories260k", "wanda", 0.5): 1}
-    assert found == main | quarter | stories
-    assert groups[:2] == [Cell(allocator=""), Cell(pruner="sparsegpt", allocator="")]
     searches = {cell.setting()["search_tokens"] for cell in pruned if cell.allocator in SEARCHES}
     assert len(searches) == 1 and not {c.setting()["search_tokens"] for c in pruned if c.allocator not in SEARCHES} - {
         None

@@ -40,7 +40,10 @@ EVOPRESS = EvolutionOptions(
 @register_allocator
 @dataclass(frozen=True)
 class MspPaper:
-    """MSP as published (arXiv 2503.11164): Fisher-seeded, crossover, mutation, repair, one stage of fitness."""
+    """MSP as published (arXiv 2503.11164), with one stage of fitness.
+
+    It starts from the Fisher seeds. Half of the offspring are crossovers; all are mutated by swaps and repaired.
+    """
 
     name: ClassVar[str] = "msp-paper"
 
@@ -51,7 +54,7 @@ class MspPaper:
 @register_allocator
 @dataclass(frozen=True)
 class MspRandom:
-    """The same search as ``msp`` from a random population, with no sensitivities at all."""
+    """The same search as ``msp``, measured sensitivities included, from a random population: no Fisher traces."""
 
     name: ClassVar[str] = "msp-random"
     population: int = 9

@@ -35,7 +35,6 @@ an error, so a test or benchmark never measures another backend than it names.
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -48,6 +47,7 @@ import torch
 from torch import Tensor
 
 from msp.errors import UsageError
+from msp.ops._compiled import check_required, compiled_module
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -65,15 +65,6 @@ AUTOMATIC: dict[str, tuple[str, ...]] = {
 
 _forced: ContextVar[str | None] = ContextVar("msp_forced_backend", default=None)
 _ops: dict[str, Op[..., Any]] = {}
-
-
-@functools.cache
-def compiled_module(name: str) -> Any | None:
-    """``msp._cpu`` or ``msp._cuda`` if this installation has it, else None."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
 
 
 def cuda_serves(function: str) -> bool:
@@ -243,12 +234,14 @@ def _forced_by_environment() -> str | None:
 
 
 def check_environment(device_type: str) -> None:
-    """Raise now what ops on this device would raise later for the sake of ``MSP_BACKEND`` or ``MSP_ISA``.
+    """Raise now what ops on this device would raise later for ``MSP_BACKEND``, ``MSP_ISA`` or ``MSP_REQUIRE``.
 
     Raises:
         UsageError: the variable names nothing that is known, or what this machine or installation lacks, or a
             backend that serves other devices or that no op has.
+        MspError: a compiled module that ``MSP_REQUIRE`` asks for does not import.
     """
+    check_required()
     name = _forced_by_environment()
     if name is not None and not _serves_device(name, device_type):
         raise UsageError(f"MSP_BACKEND={name} cannot serve tensors on {device_type}")

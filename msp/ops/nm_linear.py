@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msp.ops._dispatch import Op, compiled_module, define
+from msp.ops._compiled import compiled_module
+from msp.ops._dispatch import Op, define
 from msp.ops._positions import check_parts, check_positions
 from msp.ops.packed import VALUE_DTYPES, PackedWeight, unpack, unpack_bits
 

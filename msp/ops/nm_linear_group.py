@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from msp.ops import nm_linear_tiles as single
-from msp.ops._dispatch import Op, compiled_module, cuda_serves, define
+from msp.ops._compiled import compiled_module
+from msp.ops._dispatch import Op, cuda_serves, define
 from msp.ops.nm_linear import check
 from msp.ops.nm_linear_plan import GATHER_TOKENS, device_limits, plan
 from msp.ops.packed import VALUE_DTYPES

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msp.ops._dispatch import Op, compiled_module, cuda_serves, define
+from msp.ops._compiled import compiled_module
+from msp.ops._dispatch import Op, cuda_serves, define
 from msp.ops._positions import check_compliant, check_positions
 from msp.ops.layouts import from_tiles, has_tiles, to_tiles
 from msp.ops.nm_linear import check

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msp.ops._dispatch import Op, compiled_module
+from msp.ops._compiled import compiled_module
+from msp.ops._dispatch import Op
 from msp.ops.packed import PackedWeight, pack_bits
 from msp.ops.scoring import Terms, addresses, check_counted, check_finite, check_scoring, rank_in_groups, score
 from msp.patterns import NMPattern

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msp.ops._dispatch import Op, compiled_module
+from msp.ops._compiled import compiled_module
+from msp.ops._dispatch import Op
 from msp.ops._positions import check_compliant, check_parts, check_positions
 from msp.ops.packed import VALUE_DTYPES, count_bits, unpack
 from msp.patterns import NMPattern

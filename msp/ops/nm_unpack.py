@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msp.ops._dispatch import Op, compiled_module
+from msp.ops._compiled import compiled_module
+from msp.ops._dispatch import Op
 from msp.ops._positions import check_parts, check_positions
 from msp.ops.packed import VALUE_DTYPES, PackedWeight, unpack
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from msp.ops._checks import require_finite
-from msp.ops._dispatch import Op, compiled_module, cuda_serves
+from msp.ops._compiled import compiled_module
+from msp.ops._dispatch import Op, cuda_serves
 from msp.ops.nm_select import nm_select
 from msp.ops.packed import PackedWeight, check_matrix
 from msp.patterns import NMPattern, check_group_size

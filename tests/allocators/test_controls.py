@@ -9,11 +9,14 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from msp.allocators import Problem, SearchSettings, get_allocator
+from msp.allocators import Problem, RampBest, SearchSettings, get_allocator
 from msp.allocators import allocate as run
+from msp.allocators.evolution import fisher_seeds
 from msp.levels import Levels, kept_weights
 from msp.patterns import Budget, Unit
+from msp.search import evolution
 from msp.search.fitness import Key
+from msp.search.operators import crossover, swap
 
 STEPS = [3, 5, 3, 4]
 UNITS = tuple(Unit(f"u{i}", (f"u{i}",), 16 * STEPS[i % 4], 16, i // 4, f"k{i % 4}") for i in range(24))
@@ -69,7 +72,7 @@ def test_a_search_comes_nearer_and_counts_what_it_spent(name: str) -> None:
 
 
 def test_evopress_starts_uniform_and_moves_by_a_few_swaps_of_one_parent() -> None:
-    found, bowl = allocate("evopress", evaluations=64 * 5)
+    _, bowl = allocate("evopress", evaluations=64 * 5)
     uniform = get_allocator("uniform").allocate(Problem(UNITS, BUDGET, SimpleNamespace())).levels  # type: ignore[arg-type]
     assert [(stage, *levels) for stage, levels in bowl.seen[:3]] == [(stage, *uniform) for stage in range(3)]
     stages = [stage for stage, _ in bowl.seen[3:]]
@@ -77,18 +80,48 @@ def test_evopress_starts_uniform_and_moves_by_a_few_swaps_of_one_parent() -> Non
     first_generation = [levels for stage, levels in bowl.seen[3:] if stage == 0][:64]
     # At most three swaps of up to two levels, and what the repair of each takes.
     assert all(0 < np.count_nonzero(levels - uniform) <= 12 for levels in first_generation)
-    assert found.options.resample and found.options.population == 1
 
 
 def test_the_paper_has_one_stage_and_fisher_seeds() -> None:
     found, bowl = allocate("msp-paper", evaluations=32)
     assert {stage for stage, _ in bowl.seen} == {0}
     problem = Problem(UNITS, BUDGET, Evidence())  # type: ignore[arg-type]
-    seeds = [get_allocator("fisher-rank", spread=spread) for spread in (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)]
-    seeds += [get_allocator("fisher-rank-linear", spread=0.2), get_allocator("ramp"), get_allocator("uniform")]
-    wanted = list(dict.fromkeys(tuple(seed.allocate(problem).levels) for seed in seeds))
+    wanted = list(dict.fromkeys(map(tuple, fisher_seeds(problem))))
     assert [tuple(levels) for _, levels in bowl.seen[: len(wanted)]] == wanted
     assert len(bowl.seen) == found.evaluations == len(wanted) + 32
+
+
+@pytest.mark.parametrize(("name", "bred"), [("msp", 0), ("evopress", 0), ("msp-paper", 0.5)])
+def test_what_share_of_the_offspring_are_crossovers(name: str, bred: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(*arguments: Any) -> Levels:
+        calls.append("crossover")
+        return crossover(*arguments)
+
+    def mutated(*arguments: Any) -> Levels:
+        calls.append("swap")
+        return swap(*arguments)
+
+    monkeypatch.setattr(evolution, "crossover", counted)
+    monkeypatch.setattr(evolution, "swap", mutated)
+    # without sensitivities msp breeds at random, too
+    allocate(name, evaluations=64 * 10, constants={"sensitivities": 0})
+    children = calls.count("swap")
+    assert children >= 64 * 10
+    assert 0.8 * bred * children <= calls.count("crossover") <= 1.2 * bred * children
+
+
+def test_the_random_search_measures_sensitivities_and_reads_no_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Evidence) -> Mapping[str, float]:
+        raise AssertionError("traces were read")
+
+    monkeypatch.setattr(Evidence, "fisher_traces", refuse)
+    _, bowl = allocate("msp-random", evaluations=32)
+    _, plain = allocate("msp-random", evaluations=32, constants={"sensitivities": 0})
+    assert len(bowl.seen) >= len(plain.seen) + len(UNITS)  # a move of every unit was measured besides
+    with pytest.raises(AssertionError, match="traces were read"):
+        allocate("msp", evaluations=16)
 
 
 def test_ours_empties_runs_of_blocks_and_races_what_comes_of_it() -> None:
@@ -105,9 +138,9 @@ def test_ours_empties_runs_of_blocks_and_races_what_comes_of_it() -> None:
 @pytest.mark.parametrize("limits", [{}, {"tokens": 2000}, {"evaluations": 500}])
 def test_the_best_ramp_is_chosen_on_fitness_tokens(limits: dict[str, int]) -> None:
     found, bowl = allocate("ramp-best", **limits)
-    assert len(bowl.seen) <= 5
+    assert 1 < len(bowl.seen) <= len(RampBest().slopes)
     assert found.evaluations == found.tokens == len(bowl.seen)
-    ramps = [get_allocator("ramp", slope=slope) for slope in (0.15, 0.3, 0.45, 0.6, 0.75)]
+    ramps = [get_allocator("ramp", slope=slope) for slope in RampBest().slopes]
     problem = Problem(UNITS, BUDGET, SimpleNamespace())  # type: ignore[arg-type]
     losses = [float(np.square(ramp.allocate(problem).levels - OPTIMUM).sum()) for ramp in ramps]
     assert found.history[-1].best == min(losses) < losses[1]

@@ -47,7 +47,11 @@ SEARCHED = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PA
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
-    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MSP_ISA", "MSP_SANITIZE")}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "MSP_ISA", "MSP_SANITIZE", "MSP_REQUIRE")
+    }
     env["PATH"] = SEARCHED
     done = subprocess.run(
         [str(part) for part in command],

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 
 import by_hand
 import torch
-from test_fisher_diag import expected as fisher_expected
-from test_nm_linear import assert_product
-from test_obs_prune import FINE, published
+from oracles import FINE, assert_product, fisher_expected, published
 from torch import Tensor
 
 from msp.ops import (

@@ -10,7 +10,7 @@ import torch
 from cases import Case, every_case
 
 import msp.ops
-from msp.ops import _dispatch, available_backends, force_backend, last_backend
+from msp.ops import _compiled, _dispatch, available_backends, force_backend, last_backend
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 ON_GPU = torch.cuda.is_available()
@@ -62,6 +62,6 @@ def test_every_op_has_cases() -> None:
 def test_every_kernel_there_is_can_run(op: str) -> None:
     # sparse tensor cores are beyond Triton
     assert "triton" in available_backends(op) or op == "nm_spmm"
-    assert _dispatch.compiled_module("msp._cuda") is not None, "msp._cuda is not built"
+    assert _compiled.compiled_module("msp._cuda") is not None, "msp._cuda is not built"
     if "cuda" in _dispatch._ops[op]._backends:
         assert "cuda" in available_backends(op)

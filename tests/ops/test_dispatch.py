@@ -1,16 +1,24 @@
 from __future__ import annotations
 
+import importlib
+import re
 import sys
+import sysconfig
 import threading
 import types
+import warnings
 
 import pytest
 import torch
 
-from msp.errors import UsageError
-from msp.ops import _dispatch, available_backends, check_environment, force_backend, last_backend, nm_select
+import msp
+from msp.errors import MspError, UsageError
+from msp.ops import _compiled, _dispatch, available_backends, check_environment, force_backend, last_backend, nm_select
 from msp.ops._dispatch import Op
 from msp.patterns import NMPattern
+
+# of a compiled module for this Python
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 
 @pytest.fixture(autouse=True)
@@ -186,11 +194,14 @@ def compiled(monkeypatch):
     def install(module, name="msp._cpu"):
         # None makes the import fail, as on a machine without it
         monkeypatch.setitem(sys.modules, name, module)
-        _dispatch.compiled_module.cache_clear()
+        _compiled.compiled_module.cache_clear()
+        if module is None:
+            monkeypatch.setattr(_compiled, "module_files", lambda name: [])
+            monkeypatch.delenv("MSP_REQUIRE", raising=False)
 
     yield install
     monkeypatch.undo()
-    _dispatch.compiled_module.cache_clear()
+    _compiled.compiled_module.cache_clear()
 
 
 def test_works_without_the_compiled_module(compiled):
@@ -208,6 +219,84 @@ def test_works_without_the_compiled_module(compiled):
 def test_a_compiled_module_without_the_op_does_not_serve_it(compiled):
     compiled(types.ModuleType("msp._cpu"))
     assert "cpu" not in available_backends("nm_select")
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """Makes ``msp._cpu`` a file that no Python can import, or no file at all; gives its path."""
+
+    def install(suffix=SUFFIX):
+        file = tmp_path / f"_cpu{suffix}"
+        file.write_bytes(b"not a shared library")
+        monkeypatch.delitem(sys.modules, "msp._cpu", raising=False)
+        monkeypatch.delattr(msp, "_cpu", raising=False)
+        monkeypatch.setattr(msp, "__path__", [str(tmp_path)])
+        # an editable installation has a finder of its own, which knows where the real one lies
+        others = [
+            finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")
+        ]
+        monkeypatch.setattr(sys, "meta_path", others)
+        importlib.invalidate_caches()
+        _compiled.compiled_module.cache_clear()
+        return file
+
+    monkeypatch.delenv("MSP_REQUIRE", raising=False)
+    yield install
+    monkeypatch.undo()
+    _compiled.compiled_module.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "reason"),
+    [
+        (SUFFIX, "ImportError: .*(file too short|invalid ELF header)"),
+        (".cpython-31-x86_64-linux-gnu.so", "ModuleNotFoundError: No module named 'msp._cpu'"),
+    ],
+    ids=["damaged", "of another Python"],
+)
+def test_a_module_that_does_not_import_is_told_of_once(suffix, reason, broken):
+    file = broken(suffix)
+    with pytest.warns(UserWarning, match=f"msp._cpu is there but does not import.*{re.escape(str(file))}: {reason}"):
+        assert _compiled.compiled_module("msp._cpu") is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "cpu" not in available_backends("nm_select")
+        nm_select(torch.randn(2, 8), NMPattern(2, 8))
+    assert last_backend("nm_select") == "reference"
+
+
+def test_a_module_that_is_not_installed_is_no_cause_for_a_warning(broken):
+    broken().unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _compiled.compiled_module("msp._cpu") is None
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_required_module_that_does_not_import_is_an_error(there, broken, monkeypatch):
+    file = broken()
+    if not there:
+        file.unlink()
+    found = f"{re.escape(str(file))} does not import: ImportError: " if there else "no such file is installed"
+    monkeypatch.setenv("MSP_REQUIRE", " CPU")
+    for call in (lambda: _compiled.compiled_module("msp._cpu"), lambda: check_environment("cpu")):
+        with pytest.raises(MspError, match=f"MSP_REQUIRE asks for the compiled module msp._cpu, but {found}"):
+            call()
+
+
+def test_modules_that_are_required_and_import_are_fine(compiled, monkeypatch):
+    for name in ("msp._cpu", "msp._cuda"):
+        module = types.ModuleType(name)
+        module.isa = lambda: "scalar"
+        compiled(module, name)
+    monkeypatch.setenv("MSP_REQUIRE", "cpu,cuda")
+    check_environment("cpu")
+
+
+def test_only_modules_that_are_known_can_be_required(monkeypatch):
+    monkeypatch.setenv("MSP_REQUIRE", "cpu,gpu")
+    with pytest.raises(UsageError, match="MSP_REQUIRE names gpu, but knows cpu, cuda only"):
+        check_environment("cpu")
 
 
 @pytest.mark.parametrize("usable", [True, False])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracles import fisher_expected
 
 from msp.ops import _gradients, available_backends, fisher_diag_, force_backend, last_backend
 from msp.ops.fisher_diag import fisher_diag_op
@@ -38,15 +39,6 @@ def make(shape, dtype, seed):
     return torch.rand(rows, columns, device=device), x, g
 
 
-def expected(acc, x, g):
-    """The sum in float64, and the size that rounding errors of a float32 sum are proportional to."""
-    total, size = acc.double(), acc.double()
-    for s in range(x.shape[0]):
-        total = total + torch.einsum("to,ti->oi", g[s].double(), x[s].double()) ** 2
-        size = size + torch.einsum("to,ti->oi", g[s].double().abs(), x[s].double().abs()) ** 2
-    return total, size
-
-
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -54,7 +46,7 @@ def expected(acc, x, g):
 def test_adds_the_squared_gradient_of_each_sequence(backend, shape, dtype, seed):
     skip_unless_served(backend, dtype)
     acc, x, g = make(shape, dtype, seed)
-    want, size = expected(acc, x, g)
+    want, size = fisher_expected(acc, x, g)
     with force_backend(backend):
         returned = fisher_diag_(acc, x, g)
     assert returned is acc
@@ -68,7 +60,7 @@ def test_tiles_of_any_shape_cover_the_gradient(tile, monkeypatch):
     monkeypatch.setattr(_gradients, "TILE_NUMBERS", tile[0])
     monkeypatch.setattr(_gradients, "TILE_COLUMNS", tile[1])
     acc, x, g = make((2, 5, 13, 11), torch.float32, 10)
-    want, size = expected(acc, x, g)
+    want, size = fisher_expected(acc, x, g)
     with force_backend("cpu"):
         fisher_diag_(acc, x, g)
     assert ((acc.double() - want).abs() <= 1e-5 * size).all()
@@ -81,7 +73,7 @@ def test_writes_only_the_accumulator_it_is_given(backend):
     surroundings = torch.full((60, 45), float("nan"), device=acc.device)
     inner = surroundings.t()[4:25, 8:45]  # strided both ways
     inner.copy_(acc)
-    want, size = expected(acc, x, g)
+    want, size = fisher_expected(acc, x, g)
     with force_backend(backend):
         fisher_diag_(inner, x, g)
     assert ((inner.double() - want).abs() <= 1e-5 * size).all()
@@ -92,7 +84,7 @@ def test_writes_only_the_accumulator_it_is_given(backend):
 def test_reads_views(backend):
     skip_unless_served(backend, torch.float32)
     acc, x, g = make((2, 11, 6, 10), torch.float32, 4)
-    want, size = expected(acc, x, g)
+    want, size = fisher_expected(acc, x, g)
     wide = torch.full((2, 10, 22), float("nan"), device=x.device)
     wide[:, :, ::2] = x.transpose(1, 2)
     with force_backend(backend):
@@ -104,7 +96,7 @@ def test_reads_views(backend):
 def test_sequences_may_come_one_at_a_time(backend):
     skip_unless_served(backend, torch.float16)
     acc, x, g = make((3, 8, 5, 9), torch.float16, 5)
-    want, size = expected(acc, x, g)
+    want, size = fisher_expected(acc, x, g)
     with force_backend(backend):
         for s in range(3):
             fisher_diag_(acc, x[s : s + 1], g[s : s + 1])

@@ -4,6 +4,7 @@ import by_hand
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import assert_product
 
 from msp.errors import MspError
 from msp.ops import PackedWeight, force_backend, last_backend, nm_linear, nm_select
@@ -24,7 +25,6 @@ CASES = [
 ]
 # Triton's skinny kernel serves up to 16 tokens, 8 at a time; on a CPU they go by 4, 2 and 1, or 64 in tiles of 16
 TOKENS = [1, 3, 9, 8, 17, 16, 65]
-ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -35,17 +35,6 @@ def make(rows, columns, pattern, dtype, device, seed=0):
     weight = torch.randn(rows, columns, generator=generator).to(device, dtype)
     bias = torch.randn(rows, generator=generator).to(device, dtype)
     return nm_select(weight, pattern), bias, generator
-
-
-def assert_product(y, x, packed, bias):
-    """Against float64: one rounding of the result, and what a float32 sum of K products may lose."""
-    weight = packed.unpack().double()
-    expected = x.double() @ weight.T + (0 if bias is None else bias.double())
-    size = x.double().abs() @ weight.T.abs() + (0 if bias is None else bias.double().abs())
-    assert y.shape == expected.shape and y.dtype == x.dtype
-    # the reference may round the product before it adds the bias
-    bound = 2 * ROUNDING[x.dtype] * size + 16 * ROUNDING[torch.float32] * size + 1e-6
-    assert ((y.double() - expected).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
+from msp.ops import nm_select
 from msp.ops.nm_linear_group import MOST, MOST_TOKENS
 from msp.ops.nm_linear_plan import (
+    FEW_TILES,
     Device,
     can_expand,
     kept_bytes,
@@ -15,6 +18,7 @@ from msp.ops.nm_linear_plan import (
     plan,
     resident_blocks,
     shared_bytes,
+    slower_from_tokens,
     stays_dense,
 )
 from msp.patterns import GROUP_SIZES, NMPattern
@@ -36,31 +40,37 @@ TOKENS = [1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 64, 65, 192, 193, 1023, 1024, 8192]
 PATTERNS = [NMPattern(n, m) for m in GROUP_SIZES for n in range(1, m)]
 
 
-@pytest.mark.parametrize(
-    ("pattern", "compliant", "expected"),
-    [
-        ("2:8", True, ["gather"] * 2 + ["expand"] * 11 + ["unpack"] * 2 + ["spmm"] * 2),
-        ("4:8", False, ["gather"] * 2 + ["expand"] * 11 + ["unpack"] * 4),
-        ("8:16", False, ["gather"] * 3 + ["unpack"] * 14),
-        ("6:32", False, ["gather"] * 7 + ["unpack"] * 10),
-    ],
-)
-def test_table(pattern, compliant, expected):
-    found = [plan(tokens, 4096, 4096, NMPattern.parse(pattern), compliant, H200).how for tokens in TOKENS]
-    assert found == expected
+@pytest.mark.parametrize("device", [H200, A100, RTX_4090], ids=["H200", "A100", "RTX 4090"])
+@pytest.mark.parametrize("kept", [False, True], ids=["nothing kept", "kept"])
+@pytest.mark.parametrize("compliant", [False, True], ids=["any", "compliant"])
+def test_more_tokens_never_lead_back(device, compliant, kept):
+    """What takes less for one token takes more for each further one, so that each way has one range of tokens."""
+    for pattern in PATTERNS:
+        ways = [plan(tokens, 4096, 4096, pattern, compliant, device, kept).how for tokens in range(1, 2049)]
+        order = [way for way, _ in itertools.groupby(ways)]
+        assert order[0] == "gather" and len(set(order)) == len(order), (pattern, order)
+        assert can_expand(pattern) or "expand" not in order
+        assert compliant or "spmm" not in order
+        # what is kept takes the place of unpacking
+        assert order[-1] == ("spmm" if compliant else "unpack")
+        assert not (kept and compliant) or "unpack" not in order
 
 
-@pytest.mark.parametrize(
-    ("pattern", "compliant", "expected"),
-    [
-        ("2:8", True, ["gather"] * 2 + ["expand"] * 9 + ["spmm"] * 6),
-        ("4:8", False, ["gather"] * 2 + ["expand"] * 10 + ["unpack"] * 5),
-        ("6:32", True, ["gather"] * 7 + ["spmm"] * 10),
-    ],
-)
-def test_table_where_what_many_tokens_need_is_kept(pattern, compliant, expected):
-    found = [plan(tokens, 4096, 4096, NMPattern.parse(pattern), compliant, H200, True).how for tokens in TOKENS]
-    assert found == expected
+def test_the_packed_weight_is_read_at_most_as_often_as_the_dense_one_would_cost():
+    for pattern, tokens in itertools.product(PATTERNS, range(1, 65)):
+        found = plan(tokens, 4096, 4096, pattern, False, H200)
+        if found.how == "gather":
+            passes = -(-tokens // found.tokens_at_once)
+            assert passes == 1 or passes * packed_share(pattern) <= 1, (pattern, tokens)
+
+
+def test_a_product_is_slower_than_a_dense_one_where_the_packed_weight_is_no_longer_read_as_it_is():
+    for pattern in PATTERNS:
+        if stays_dense(pattern):
+            continue
+        first = slower_from_tokens(pattern)
+        assert plan(first - 1, 4096, 4096, pattern, False, H200).how in ("gather", "expand"), pattern
+        assert can_expand(pattern) or plan(first, 4096, 4096, pattern, False, H200).how == "unpack", pattern
 
 
 def test_bytes_of_what_is_kept():
@@ -81,10 +91,14 @@ def test_every_plan_fits_the_device(device):
         assert shared_bytes(found.how, found.tokens_at_once, columns, found.splits) <= device.block_shared()
 
 
-def test_two_blocks_on_a_multiprocessor_where_both_have_room():
-    forms = [("gather", 1), ("gather", 4), ("expand", 8), ("expand", 16), ("expand", 32)]
-    for device, expected in ((H200, [2, 2, 2, 2, 1]), (A100, [2, 2, 2, 1, 1]), (RTX_4090, [2, 2, 1, 1, 1])):
-        assert [resident_blocks(how, at_once, 4096, device) for how, at_once in forms] == expected
+@pytest.mark.parametrize("device", [H200, A100, RTX_4090], ids=["H200", "A100", "RTX 4090"])
+def test_blocks_that_are_to_share_a_multiprocessor_fit_it(device):
+    for (rows, columns), tokens in itertools.product(SHAPES, TOKENS):
+        found = plan(tokens, rows, columns, NMPattern(2, 8), False, device)
+        if found.how in ("gather", "expand"):
+            blocks = resident_blocks(found.how, found.tokens_at_once, columns, device)
+            needed = shared_bytes(found.how, found.tokens_at_once, columns, found.splits)
+            assert needed <= device.block_shared(blocks), (rows, columns, tokens)
 
 
 def test_large_products_fill_every_multiprocessor_twice():
@@ -101,7 +115,7 @@ def test_a_block_has_more_to_multiply_than_to_prepare(device):
         found = plan(tokens, rows, columns, NMPattern(2, 8), False, device)
         blocks = -(-rows // (16 * found.stripes)) * -(-tokens // found.tokens_at_once)
         if blocks >= 2 * device.multiprocessors:
-            assert columns // 256 // found.splits >= min(4, columns // 256), (rows, columns, tokens)
+            assert columns // 256 // found.splits >= min(FEW_TILES, columns // 256), (rows, columns, tokens)
 
 
 def test_sizes_are_those_of_the_kernels():
@@ -141,10 +155,14 @@ def test_binding_refuses_what_no_kernel_serves():
             compiled.nm_linear(**{**good, **change})
 
 
-def test_only_what_saves_next_to_nothing_stays_dense():
-    assert packed_share(NMPattern(2, 8)) == 0.3125 and packed_share(NMPattern(4, 8)) == 0.5625
-    assert [n for n in range(9) if stays_dense(NMPattern(n, 8))] == [7, 8]
-    assert [n for n in range(5) if stays_dense(NMPattern(n, 4))] == [4]
+def test_what_is_kept_packed_is_smaller_than_dense():
+    for m in GROUP_SIZES:
+        dense = [stays_dense(NMPattern(n, m)) for n in range(m + 1)]
+        assert dense == sorted(dense) and dense[-1] and not dense[m // 2]
+        for n in range(m + 1):
+            packed = nm_select(torch.ones(8, 32, dtype=torch.bfloat16), NMPattern(n, m))
+            assert packed_share(packed.pattern) == (packed.values.nbytes + packed.bitmask.nbytes) / (2 * 8 * 32)
+            assert dense[n] or packed_share(packed.pattern) < 1
 
 
 def test_a_group_that_the_kernel_does_not_take_is_refused_before_any_work():
@@ -154,9 +172,9 @@ def test_a_group_that_the_kernel_does_not_take_is_refused_before_any_work():
     def launch(own, tokens=1):
         compiled.nm_linear_group(16, own, 2, tokens, 512, 1, 1, 0)
 
-    with pytest.raises(ValueError, match="5 weights are not 1"):
+    with pytest.raises(ValueError, match=f"{MOST + 1} weights are not 1"):
         launch([one] * (MOST + 1))
-    with pytest.raises(ValueError, match="tokens 3 is not one of 1, 2"):
+    with pytest.raises(ValueError, match=f"tokens {MOST_TOKENS + 1} is not one of 1"):
         launch([one], tokens=MOST_TOKENS + 1)
     with pytest.raises(ValueError, match="rows 0 is not positive"):
         launch([(*one[:5], 0, 8, 2)])

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
+from oracles import DEVICE, FINE, published, sweep_inputs
 
 from msp.ops import available_backends, force_backend, last_backend, nm_select, obs_prune
 from msp.ops.obs_prune import float32_products, obs_prune_op
 from msp.patterns import NMPattern
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BACKENDS = ["reference", "cuda", "triton", "cpu"]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -22,46 +21,11 @@ CASES = [
     (9, 64, "4:32", 32),
     (3, 136, "2:8", 128),
 ]
-FINE = {torch.float32: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
 
 def skip_unless_served(backend: str) -> None:
     if backend not in available_backends("obs_prune") or (backend == "cpu" and DEVICE != "cpu"):
         pytest.skip(f"{backend} is not available here")
-
-
-def make(rows, columns, dtype, seed, device=DEVICE):
-    """A weight, and the inverse Hessian's factor of correlated inputs."""
-    torch.manual_seed(seed)
-    mixing = torch.randn(columns, columns, dtype=torch.float64) / columns**0.5 + torch.eye(columns)
-    x = torch.randn(3 * columns, columns, dtype=torch.float64) @ mixing
-    hessian = 2 * x.T @ x / len(x)
-    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(columns)
-    factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
-    return torch.randn(rows, columns).to(device, dtype), factor.float().to(device)
-
-
-def published(weight, factor, n, m, block):
-    """SparseGPT's `fasterprune` in float64 with plain loops; returns the weight and what it kept."""
-    w, u = weight.double().cpu().numpy().copy(), factor.double().cpu().numpy()
-    rows, columns = w.shape
-    kept = np.ones((rows, columns), dtype=bool)
-    for i1 in range(0, columns, block):
-        i2 = min(i1 + block, columns)
-        error = np.zeros((rows, i2 - i1))
-        for i in range(i1, i2):
-            if (i - i1) % m == 0:
-                for r in range(rows):
-                    saliency = [w[r, j] ** 2 / u[j, j] ** 2 for j in range(i, i + m)]
-                    for j in np.argsort(saliency)[: m - n]:
-                        kept[r, i + j] = False
-            for r in range(rows):
-                q = w[r, i] if kept[r, i] else 0.0
-                error[r, i - i1] = (w[r, i] - q) / u[i, i]
-                w[r, i + 1 : i2] -= error[r, i - i1] * u[i, i + 1 : i2]
-                w[r, i] = q
-        w[:, i2:] -= error @ u[i1:i2, i2:]
-    return torch.from_numpy(w), torch.from_numpy(kept)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -71,7 +35,7 @@ def test_equals_the_published_algorithm_in_float64(backend, case, dtype):
     skip_unless_served(backend)
     rows, columns, text, block = case
     pattern = NMPattern.parse(text)
-    weight, factor = make(rows, columns, dtype, seed=rows + columns)
+    weight, factor = sweep_inputs(rows, columns, dtype, seed=rows + columns)
     before = weight.clone()
     want, kept = published(weight, factor, pattern.n, pattern.m, block)
     with force_backend(backend):
@@ -90,7 +54,7 @@ def test_equals_the_published_algorithm_in_float64(backend, case, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_block_size_changes_nothing_but_rounding(backend, seed):
     skip_unless_served(backend)
-    weight, factor = make(6, 64, torch.float32, seed)
+    weight, factor = sweep_inputs(6, 64, torch.float32, seed)
     with force_backend(backend):
         small, large = (obs_prune(weight, factor, NMPattern(3, 8), block_size=size) for size in (8, 256))
     assert torch.equal(small.bitmask, large.bitmask)
@@ -113,7 +77,7 @@ def test_with_uncorrelated_inputs_it_is_magnitude_pruning_and_ties_go_to_the_low
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dense_keeps_all_and_empty_keeps_nothing(backend):
     skip_unless_served(backend)
-    weight, factor = make(5, 24, torch.bfloat16, 0)
+    weight, factor = sweep_inputs(5, 24, torch.bfloat16, 0)
     with force_backend(backend):
         dense = obs_prune(weight, factor, NMPattern(8, 8), block_size=16)
         empty = obs_prune(weight, factor, NMPattern(0, 8), block_size=16)
@@ -124,7 +88,7 @@ def test_dense_keeps_all_and_empty_keeps_nothing(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_reads_views_and_nothing_below_the_diagonal(backend):
     skip_unless_served(backend)
-    weight, factor = make(6, 40, torch.float32, 1)
+    weight, factor = sweep_inputs(6, 40, torch.float32, 1)
     noisy = factor + torch.randn_like(factor).tril(-1)
     with force_backend(backend):
         want = obs_prune(weight, factor, NMPattern(1, 4), block_size=16)
@@ -171,7 +135,7 @@ def test_no_rows():
     ],
 )
 def test_refuses_what_does_not_fit(change, error, message):
-    weight, factor = make(3, 24, torch.float32, 2)
+    weight, factor = sweep_inputs(3, 24, torch.float32, 2)
     weight, factor, block = change(weight, factor, 16)
     with pytest.raises(error, match=message):
         obs_prune(weight, factor, NMPattern(2, 8), block_size=block)
@@ -191,4 +155,4 @@ def test_says_when_an_updated_weight_overflows(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_is_a_well_formed_torch_op(dtype):
-    torch.library.opcheck(obs_prune_op, (*make(5, 16, dtype, 3), 2, 8, 8))
+    torch.library.opcheck(obs_prune_op, (*sweep_inputs(5, 16, dtype, 3), 2, 8, 8))
