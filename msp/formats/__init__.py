@@ -1,0 +1,1 @@
+"""How weights are stored: integers and plain torch, below the ops."""
