@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from msp.errors import MspError
+from msp.formats.storage import FLOATS
 from msp.hashes import Hashing, note_without
 from msp.manifest import QUANT_METHOD, WEIGHT_BYTES, Manifest
 from msp.ops import PackedWeight
@@ -167,7 +168,7 @@ class LinearInfo:
     @property
     def dense_on_gpu(self) -> bool:
         """Whether it is unpacked once when it comes to a CUDA device; see ``SparseLinear.settle``."""
-        return not self.pattern.is_dense and stays_dense(self.pattern, max(self._itemsize, 1))
+        return not self.pattern.is_dense and stays_dense(self.pattern, FLOATS[self.dtype])
 
     @property
     def fast_prefill_bytes(self) -> int:

@@ -119,7 +119,7 @@ class SparseLinear(nn.Module):
         frozen = not self.values.requires_grad and not self.values.is_meta
         cuda = self.values.device.type == "cuda"
         size = self.pattern, self.out_features, self.in_features, self.values.dtype, self.values.device
-        if frozen and cuda and self.pattern.n > 0 and stays_dense(self.pattern, self.values.dtype.itemsize):
+        if frozen and cuda and self.pattern.n > 0 and stays_dense(self.pattern, self.values.dtype):
             self._set_layout("dense")
         elif frozen and nm_linear_tiles.serves(*size):
             self._set_layout("tiles")

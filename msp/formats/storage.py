@@ -7,6 +7,7 @@ one table of the tensors that a linear has on disk: whoever wants to know names,
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -205,7 +206,7 @@ class Storage:
             return {}
         parts = self.values.parts(rows, columns, self.kept(1, columns))
         if not (self.keeps_all and self.is_coded):
-            parts[INDEX] = Part((rows, math.ceil(columns / 8)), torch.uint8)
+            parts[INDEX] = Part((rows, -(-columns // 8)), torch.uint8)
         return parts
 
     def nbytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
@@ -215,6 +216,18 @@ class Storage:
     def bits_per_weight(self, rows: int, columns: int, dtype: torch.dtype) -> float:
         """Bits of all parts over the number of weights of the dense linear; 0 without any."""
         return 8 * self.nbytes(rows, columns, dtype) / max(rows * columns, 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def packed_widths(n: int, m: int, columns: int) -> tuple[int, int]:
+    """Elements in a row of the values and of the bitmask that ops take for N:M; remembered, for every product asks.
+
+    Raises:
+        UsageError: there is no such pattern.
+        MspError: columns that do not fit.
+    """
+    parts = Storage(NMPattern(n, m)).packed_parts(1, columns)
+    return parts["values"].shape[1], parts[INDEX].shape[1]
 
 
 DENSE = Storage()
