@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from msp.formats.storage import DENSE
 from msp.progress import Advance
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ def decode_report(table: DecodeTable, output: object) -> RenderableType:
     for pattern in dict.fromkeys(name for times in table.times.values() for name in times):
         cells = []
         for times in table.times.values():
-            time, dense = times.get(pattern), times["dense"]
+            time, dense = times.get(pattern), times[str(DENSE)]
             cells.append("" if time is None else f"{number(time)}  ({dense / time:.2f}x)")
         shown.add_row(pattern, *cells)
     where = ", ".join(f"{key} {value}" for key, value in table.machine.items() if key != "versions")
