@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from msp.formats.storage import DENSE
+from msp.formats.storage import DENSE, Storage
 from msp.progress import Advance
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def _levels(allocation: Mapping[str, str]) -> Table:
     table.add_column("", width=BAR_WIDTH)
     counts = Counter(allocation.values())
     most = max(counts.values(), default=1)
-    for pattern in sorted(counts, key=lambda text: [int(part) for part in text.split(":")][::-1]):
+    for pattern in sorted(counts, key=lambda text: Storage.parse(text).order):
         table.add_row(pattern, str(counts[pattern]), _bar(counts[pattern] / most))
     return table
 
@@ -361,7 +361,7 @@ def packed_report(info: PackedInfo) -> RenderableType:
         for label, item in _flat(str(key), value):
             endless = label == "search: generations" and isinstance(item, int) and item >= UNLIMITED
             made.add_row(label.replace("_", " "), Text("until the tokens are spent" if endless else _figure(item)))
-    return Group(table, kept, _levels(info.allocation.to_strings()), made)
+    return Group(table, kept, _levels({name: str(storage) for name, storage in info.manifest.storages.items()}), made)
 
 
 def kinds_report(rows: Iterable[Mapping[str, Any]]) -> Table:

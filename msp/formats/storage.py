@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
 
 import torch
 
@@ -27,7 +27,7 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 VALUE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # The part that says which weights are kept, a bit each.
-INDEX = "bitmask"
+BITMASK = "bitmask"
 
 
 class Part(NamedTuple):
@@ -47,6 +47,9 @@ class Values:
 
     A way of its own derives from this class, and is found by its word after ``register_values``.
     """
+
+    # The names of the tensors of ``parts``, whatever their sizes.
+    names: ClassVar[tuple[str, ...]]
 
     @classmethod
     def parse(cls, word: str) -> Values | None:
@@ -85,6 +88,8 @@ class Values:
 class FloatValues(Values):
     """Every kept weight in the model's own dtype, in column order."""
 
+    names: ClassVar[tuple[str, ...]] = ("values",)
+
     def __str__(self) -> str:
         return "float"
 
@@ -101,6 +106,11 @@ def register_values(way: type[V]) -> type[V]:
     """Let ``Storage.parse`` find ``way`` by its words."""
     _ways.append(way)
     return way
+
+
+def part_names() -> frozenset[str]:
+    """What tensors of packed linears may be called."""
+    return frozenset({BITMASK, *FloatValues.names, *(name for way in _ways for name in way.names)})
 
 
 @dataclass(frozen=True)
@@ -167,6 +177,11 @@ class Storage:
         """``str``, but ``dense`` for all that is dense: the key of tables in which such storages are one."""
         return "dense" if self.is_dense else str(self)
 
+    @property
+    def order(self) -> tuple[int, int, str]:
+        """Where it stands in a list of storages: by M, then by N."""
+        return (self.support.m, self.support.n, str(self.values)) if self.support else (0, 0, str(self))
+
     def check(self, columns: int) -> None:
         """Raise ``MspError`` unless a linear of ``columns`` input features can be stored so."""
         if self.support is not None and columns % self.support.m:
@@ -206,7 +221,7 @@ class Storage:
             return {}
         parts = self.values.parts(rows, columns, self.kept(1, columns))
         if not (self.keeps_all and self.is_coded):
-            parts[INDEX] = Part((rows, -(-columns // 8)), torch.uint8)
+            parts[BITMASK] = Part((rows, -(-columns // 8)), torch.uint8)
         return parts
 
     def nbytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
@@ -227,7 +242,7 @@ def packed_widths(n: int, m: int, columns: int) -> tuple[int, int]:
         MspError: columns that do not fit.
     """
     parts = Storage(NMPattern(n, m)).packed_parts(1, columns)
-    return parts["values"].shape[1], parts[INDEX].shape[1]
+    return parts["values"].shape[1], parts[BITMASK].shape[1]
 
 
 DENSE = Storage()
