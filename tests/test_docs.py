@@ -13,13 +13,18 @@ from types import ModuleType
 import pytest
 import torch
 import typer.main
-from families import save, save_text
+from families import build, same_state, save, save_text
+from transformers import AutoModelForCausalLM
 
 import msp.pipeline
 from msp.allocators import base as allocators
+from msp.checkpoint import replace_linears, save_packed
 from msp.cli import app
 from msp.errors import UsageError
-from msp.ops import _dispatch, available_backends, force_backend, last_backend
+from msp.formats import storage
+from msp.model import find_structure
+from msp.ops import _dispatch, available_backends, force_backend, last_backend, nm_select, quantise_values
+from msp.packed_files import read_info, validate_packed
 from msp.patterns import NMPattern
 from msp.pruners import base
 
@@ -87,7 +92,7 @@ def test_links_and_paths_lead_somewhere(document: Path):
     text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (document.parent / link).exists(), link
-    invented = re.compile(r"nm_energy|balanced\.py|ends\.py|<|benchmarks/bench_")
+    invented = re.compile(r"nm_energy|balanced\.py|ends\.py|fp8_values\.py|<|benchmarks/bench_")
     for path in re.findall(r"`((?:msp|triton_kernels|csrc|tests|benchmarks|docs|\.ci)/[\w./<>-]*)`", text):
         assert invented.search(path) or "csrc/c" in path or (ROOT / path).exists(), path
 
@@ -125,6 +130,22 @@ def test_the_allocator_allocates(workplace: Path, monkeypatch: pytest.MonkeyPatc
     load("ends", example("allocator"), workplace)
     result = msp.prune("path/to/model", sparsity=0.6, allocator="ends", calibration="notes.txt", **SMALL)
     assert 0.39 < result.density <= 0.4
+
+
+def test_the_way_of_storing_values_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(storage, "_ways", [*storage._ways])
+    load("fp8_values", example("values"), tmp_path)
+    model = build("llama")
+    linears = {linear.name: linear.weight.detach() for linear in find_structure(model).linears}
+    packed = {name: quantise_values(nm_select(weight, NMPattern(2, 8)), "fp8") for name, weight in linears.items()}
+    for name, weight in packed.items():
+        near = nm_select(linears[name], NMPattern(2, 8)).unpack()
+        torch.testing.assert_close(weight.unpack(), near, rtol=2**-4, atol=2**-10)
+    replace_linears(model, packed)
+    folder = save_packed(model, None, tmp_path / "out", recipe={})
+    assert {str(linear.storage) for linear in validate_packed(folder).linears} == {"2:8+fp8"}
+    assert {linear.bits_per_weight for linear in read_info(folder).linears} == {3.0}
+    assert same_state(AutoModelForCausalLM.from_pretrained(folder), model)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
