@@ -231,7 +231,8 @@ def test_info_and_card_tell_storages_and_bytes(tmp_path: Path) -> None:
         assert told["dense_bytes"] == 2 * linear.shape[0] * linear.shape[1]
         if told["storage"] == "2:8+int8/64":
             assert told["bits_per_weight"] == 3.25 and told["pattern"] == "2:8"
-            assert not linear.dense_on_gpu and not linear.fast_prefill_bytes
+        if linear.storage.is_coded:  # no layout of a GPU is for them
+            assert not told["dense_on_gpu"] and not told["fast_prefill_bytes"] and not told["slower_from_tokens"]
     total = sum(tensor.nbytes for tensor in stored.values())
     assert info.packed_bytes + info.other_bytes == total
     assert "| 2:8+int8/64 |" in model_card(info) == (folder / "README.md").read_text()

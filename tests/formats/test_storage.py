@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from fractions import Fraction
 
 import pytest
@@ -94,3 +96,10 @@ def test_columns_that_do_not_fit_are_refused() -> None:
         for text in ("2:8", "8:8"):
             with pytest.raises(MspError, match="12 columns are not a multiple of the group size 8"):
                 asked(Storage.parse(text), 1, 12)
+
+
+def test_formats_lie_below_the_ops() -> None:
+    code = "import sys, msp; before = {*sys.modules}; import msp.formats.storage; print(*{*sys.modules} - before)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    rooms = {name.split(".")[1] for name in loaded if name.startswith("msp.")}
+    assert "formats" in rooms and rooms <= {"formats", "patterns", "reading", "errors"}
