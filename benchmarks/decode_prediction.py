@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from msp.allocators import Problem, get_allocator
 from msp.checkpoint import replace_linears
 from msp.files import write_text
+from msp.formats.storage import DENSE
 from msp.measure import measure_decode
 from msp.model import find_structure
 from msp.ops import nm_select
@@ -88,7 +89,7 @@ def rows() -> Iterator[dict[str, Any]]:
     rules = PatternRules.parse(8)
     table = measure_decode(shapes, rules.patterns, dtype=torch.bfloat16, device=torch.device("cpu"))
     yield table.to_json()
-    dense = sum(table.nanoseconds(shape, None) for shape in shapes)
+    dense = sum(table.nanoseconds(shape, DENSE) for shape in shapes)
     plan = make_plan(structure, Goal(None, nanoseconds=dense // 2, table=table.rounded(shapes)), rules)
     problem = Problem(plan.units, plan.budget, evidence=None)  # type: ignore[arg-type]  # neither asks for any
     for allocator in (None, "uniform", "ramp"):

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from msp.errors import MspError
+from msp.formats.storage import FLOATS
 from msp.packed_files import TensorHeader
 
-# As safetensors spells them. A weight in another dtype is a quantised one.
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Tables that models of earlier versions stored, and compute today.
 TABLES = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids)$")
 MASKS = re.compile(r"(^|\.)((cross)?att(n|ention)\.(masked_)?bias|causal_mask)$")

@@ -2,8 +2,9 @@
 
 A packed checkpoint is a ``transformers`` model directory in safetensors. A linear of pattern N:M is stored
 as ``<name>.values`` ``[R, K/M*N]`` and ``<name>.bitmask`` ``[R, ceil(K/8)]`` uint8 beside an empty
-``<name>.weight``, its guard, and one whose pattern keeps everything as its plain ``<name>.weight``. The
-``quantization_config`` of ``config.json`` is the ``Manifest``: every linear's pattern and shape, and the recipe.
+``<name>.weight``, its guard, and one whose pattern keeps everything as its plain ``<name>.weight``; the table of
+``msp.formats.storage`` has the parts of all storages. The ``quantization_config`` of ``config.json`` is the
+``Manifest``: every linear's storage and shape, and the recipe.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from msp.integrations.auto_map import add_loader
 from msp.manifest import Manifest
 from msp.model import weight_identity
 from msp.model_card import model_card
-from msp.ops import PackedWeight
+from msp.ops import CodedWeight, PackedWeight
 from msp.outputs import check_room, new_folder
 from msp.packed_files import PackedInfo, header_bytes, read_headers, read_info, tensor_files
 from msp.reading import read_object
@@ -39,24 +40,24 @@ from msp.sparse_linear import (
     find_linear,
     guarded_state_dict,
     note_pattern,
-    patterns_of,
     shape_of,
     shared_by,
+    storages_of,
 )
 from msp.travelling import edit_config, keep_auto_map, tokenizer_travels, travel
 
 
 def manifest_of(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> Manifest:
     """The manifest of a model whose linears are packed in place; ``MspError`` if none is."""
-    patterns = patterns_of(model)
-    if not patterns:
+    storages = storages_of(model)
+    if not storages:
         raise MspError(f"this {type(model).__name__} has no packed linears: prune it first")
-    shapes = {name: shape_of(model.get_submodule(name)) for name in patterns}
+    shapes = {name: shape_of(model.get_submodule(name)) for name in storages}
     versions = {"msp": __version__, "torch": str(torch.__version__), "transformers": transformers_version}
-    return Manifest(patterns, shapes, recipe or {}, versions, shared_by(model))
+    return Manifest(storages, shapes, recipe or {}, versions, shared_by(model))
 
 
-def replace_linears(model: nn.Module, packed: Mapping[str, PackedWeight]) -> None:
+def replace_linears(model: nn.Module, packed: Mapping[str, PackedWeight | CodedWeight]) -> None:
     """Put a ``SparseLinear`` in the place of each named linear of ``model``, with the linear's own bias.
 
     A weight that stands at several places is replaced at all of them, whichever of their names is given.
@@ -74,7 +75,7 @@ def replace_linears(model: nn.Module, packed: Mapping[str, PackedWeight]) -> Non
             places[weight_identity(module.weight)].append((name, module))
     for name, weight in packed.items():
         same = places[weight_identity(modules[name].weight)]
-        if weight.pattern.is_dense:
+        if weight.storage.is_dense:
             for _, module in same:
                 note_pattern(module, weight.pattern)
         else:
@@ -163,9 +164,12 @@ def record_hashes(folder: Path) -> None:
 
 def _common_dtype(folder: Path, info: PackedInfo) -> torch.dtype:
     """What most weights of the dense model were stored in."""
-    dense = {f"{linear.name}.values": linear.shape for linear in info.linears}
-    headers = read_headers(tensor_files(folder)).items()
-    return most_common({name: replace(header, shape=dense.get(name, header.shape)) for name, header in headers})
+    headers = read_headers(tensor_files(folder))
+    for linear in info.linears:
+        label = next(iter(linear.storage.parts(*linear.shape)))
+        name = f"{linear.name}.{label}"
+        headers[name] = replace(headers[name], shape=linear.shape, dtype=linear.dtype)
+    return most_common(headers)
 
 
 class PackedShards:

@@ -14,11 +14,10 @@ from typing import Any
 
 from msp.errors import MspError, UsageError
 from msp.files import write_text
-from msp.patterns import NMPattern
+from msp.formats.storage import DENSE, Storage
 from msp.reading import array, plain, read_json, real, table, text, whole
 
 Shape = tuple[int, int]
-DENSE = "dense"
 # Rounding every time to this part of the dense model's moves a prediction by less than measuring again does, and sums
 # of so few different ones are quickly brought to meet a budget.
 RESOLUTION = 1_000_000
@@ -33,31 +32,30 @@ class DecodeTable:
     Attributes:
         dtype: of weights and activations, like ``bfloat16``.
         machine: what was measured on.
-        times: by ``(out, in)`` and pattern; ``dense`` is one of them.
+        times: by ``(out, in)`` and the label of a storage; ``dense`` is one of them.
     """
 
     dtype: str
     machine: Mapping[str, Any]
     times: Mapping[Shape, Mapping[str, float]]
 
-    def nanoseconds(self, shape: Shape, pattern: NMPattern | None) -> int:
-        """Of a linear with ``pattern``, None for dense.
+    def nanoseconds(self, shape: Shape, storage: Storage) -> int:
+        """Of a linear in ``storage``.
 
         Raises:
             UsageError: that was not measured.
         """
-        name = DENSE if pattern is None or pattern.is_dense else str(pattern)
         try:
-            return round(1000 * self.times[shape][name])
+            return round(1000 * self.times[shape][storage.label])
         except KeyError:
             raise UsageError(
-                f"the decode table has no time for {name} at {shape[0]} x {shape[1]}: measure this model with these "
-                "patterns"
+                f"the decode table has no time for {storage.label} at {shape[0]} x {shape[1]}: measure this model with "
+                "these patterns"
             ) from None
 
     def rounded(self, shapes: Iterable[Shape]) -> DecodeTable:
         """Every time as a multiple of what ``RESOLUTION`` is of a model with linears of ``shapes``."""
-        grid = max(1, sum(self.nanoseconds(shape, None) for shape in shapes) // RESOLUTION) / 1000
+        grid = max(1, sum(self.nanoseconds(shape, DENSE) for shape in shapes) // RESOLUTION) / 1000
         rounded = {
             shape: {name: round(time / grid) * grid for name, time in times.items()}
             for shape, times in self.times.items()

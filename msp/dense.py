@@ -36,7 +36,7 @@ def unpack_linears(model: nn.Module) -> None:
     # a module, or a weight, that stands in several places is one in all of them afterwards
     found = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SparseLinear)]
     for name, linear in found:
-        if linear.values.is_meta or linear.bitmask.is_meta:
+        if linear.is_offloaded:
             raise MspError(f"{name}: its weights are offloaded, not in memory; load the whole model to unpack it")
         if name.endswith(".base_layer"):
             raise MspError(f"{name}: it has an adapter; call merge_and_unload or unload first")
@@ -44,10 +44,10 @@ def unpack_linears(model: nn.Module) -> None:
     modules: dict[int, nn.Module] = {}
     for name, linear in found:
         if id(linear) not in modules:
-            if id(linear.values) not in weights:
+            if linear.identity not in weights:
                 weight = linear.weight.detach()
-                weights[id(linear.values)] = nn.Parameter(weight.t().contiguous() if linear.conv1d else weight)
-            modules[id(linear)] = _dense(linear, weights[id(linear.values)])
+                weights[linear.identity] = nn.Parameter(weight.t().contiguous() if linear.conv1d else weight)
+            modules[id(linear)] = _dense(linear, weights[linear.identity])
         model.set_submodule(name, modules[id(linear)])
     for module in model.modules():
         if isinstance(getattr(module, "pattern", None), NMPattern):

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from msp.data import DEFAULT_CALIBRATION, POOL_FACTOR
+from msp.formats.storage import Storage
 from msp.head import LARGE_VOCABULARY, PIECE_BYTES
 from msp.loading import find_device
 from msp.model import Linear, Structure
@@ -212,9 +213,8 @@ def _searching(sizes: _Sizes, plan: Plan, linears: Sequence[Linear], options: Pr
 
 def _levels_bytes(linear: Linear, patterns: Sequence[NMPattern]) -> int:
     """Of the pages of a level database that a search reads."""
-    rows, columns = linear.shape
-    kept = [pattern.kept(rows, columns) for pattern in patterns if not pattern.is_dense]
-    return sum(number * linear.weight.element_size() + rows * columns // 8 for number in kept)
+    storages = [Storage(pattern) for pattern in patterns if not pattern.is_dense]
+    return sum(storage.nbytes(*linear.shape, linear.weight.dtype) for storage in storages)
 
 
 def hidden_bytes(options: PruneOptions, weights: int) -> int:

@@ -13,9 +13,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from msp.as_loaded import FLOATS, StoredDtypes, check_all_taken, most_common, names_as_loaded
+from msp.as_loaded import StoredDtypes, check_all_taken, most_common, names_as_loaded
 from msp.errors import MspError, UsageError, first_line
 from msp.finite import check_finite, named_tensors
+from msp.formats.storage import FLOATS
 from msp.manifest import QUANT_METHOD
 from msp.narrow import NARROW, compute_in_fp32, narrow_weights
 from msp.ops import check_environment

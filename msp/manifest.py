@@ -9,29 +9,27 @@ from typing import Any
 
 from msp import __version__
 from msp.errors import MspError
-from msp.hashes import read_hashes
+from msp.formats.storage import VALUE_DTYPES, Storage
+from msp.hashes import NAMES, read_hashes
 from msp.patterns import NMPattern
 from msp.reading import plain, shown, table, text
 
 FORMAT = 1
 QUANT_METHOD = "msp"
-# The dtypes that weights are stored in, as safetensors spells them; packed values are in one of the first three.
-WEIGHT_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
-VALUE_DTYPES = ("F32", "F16", "BF16")
 TABLES = ("allocation", "shapes", "shared", "recipe", "versions", "hashes")
 LARGEST_SIZE = 1 << 31
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``config.json`` says about a packed model: patterns, ``[out, in]`` shapes, recipe, versions.
+    """What ``config.json`` says about a packed model: storages, ``[out, in]`` shapes, recipe, versions.
 
     A weight that stands at several places is stored once, under the name of the first one. ``shared`` names the others,
     and for each the first one. ``hashes`` are those of all stored tensors by name, see ``msp.hashes``; older models
     have none.
     """
 
-    patterns: Mapping[str, NMPattern]
+    storages: Mapping[str, Storage]
     shapes: Mapping[str, tuple[int, int]]
     recipe: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -42,7 +40,7 @@ class Manifest:
         return {
             "quant_method": QUANT_METHOD,
             "format": FORMAT,
-            "allocation": {name: str(pattern) for name, pattern in self.patterns.items()},
+            "allocation": {name: str(storage) for name, storage in self.storages.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             **({"shared": dict(self.shared)} if self.shared else {}),
             "recipe": _json_safe(self.recipe),
@@ -71,10 +69,10 @@ class Manifest:
         if allocation.keys() != shapes.keys():
             names = ", ".join(sorted(allocation.keys() ^ shapes.keys())[:3])
             raise MspError(f"quantization_config: allocation and shapes do not name the same linears: {names}")
-        patterns = {name: _parse_pattern(name, text) for name, text in allocation.items()}
-        parsed = {name: _parse_shape(name, shape, patterns[name]) for name, shape in shapes.items()}
+        storages = {name: _parse_storage(name, text) for name, text in allocation.items()}
+        parsed = {name: _parse_shape(name, shape, storages[name]) for name, shape in shapes.items()}
         for name, first in shared.items():
-            if text(first, f"quantization_config: shared: {name}") not in patterns or name in patterns:
+            if text(first, f"quantization_config: shared: {name}") not in storages or name in storages:
                 raise MspError(
                     f"quantization_config: shared: {name} has the weight of {first!r}, which is not allocated"
                 )
@@ -83,13 +81,13 @@ class Manifest:
         }
         recipe = plain(read["recipe"], "quantization_config: recipe")
         hashes = read_hashes(read["hashes"], "quantization_config: hashes")
-        return cls(patterns, parsed, recipe, versions, dict(shared), hashes)
+        return cls(storages, parsed, recipe, versions, dict(shared), hashes)
 
     def renamed(self, names: Mapping[str, str]) -> Manifest:
         """The same manifest with every linear ``name`` called ``names[name]``."""
         return replace(
             self,
-            patterns={names[name]: pattern for name, pattern in self.patterns.items()},
+            storages={names[name]: storage for name, storage in self.storages.items()},
             shapes={names[name]: shape for name, shape in self.shapes.items()},
             shared={names[name]: names[first] for name, first in self.shared.items()},
         )
@@ -97,7 +95,12 @@ class Manifest:
     @property
     def names(self) -> tuple[str, ...]:
         """Every linear that has an allocated weight."""
-        return (*self.patterns, *self.shared)
+        return (*self.storages, *self.shared)
+
+    @property
+    def patterns(self) -> dict[str, NMPattern]:
+        """The N:M of every linear, however its values are written."""
+        return {name: storage.support for name, storage in self.storages.items() if storage.support is not None}
 
     @property
     def places(self) -> dict[str, list[str]]:
@@ -109,29 +112,35 @@ class Manifest:
 
     def tensors(self, name: str) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
         """The shape and the possible dtypes (safetensors names) of each tensor of a packed linear."""
-        (rows, columns), pattern = self.shapes[name], self.patterns[name]
         return {
-            f"{name}.values": ((rows, columns // pattern.m * pattern.n), VALUE_DTYPES),
-            f"{name}.bitmask": ((rows, math.ceil(columns / 8)), ("U8",)),
+            f"{name}.{label}": (part.shape, tuple(NAMES[d] for d in ([part.dtype] if part.dtype else VALUE_DTYPES)))
+            for label, part in self.storages[name].parts(*self.shapes[name]).items()
         }
 
 
-def _parse_pattern(name: str, pattern: object) -> NMPattern:
+def _parse_storage(name: str, storage: object) -> Storage:
     try:
-        if not isinstance(pattern, str):
-            raise MspError(f"{shown(pattern)} is not a pattern; N:M is one, like 2:8")
-        return NMPattern.parse(pattern)
+        if not isinstance(storage, str):
+            raise MspError(f"{shown(storage)} is not a pattern; N:M is one, like 2:8")
+        parsed = Storage.parse(storage)
+        if parsed.support is None:
+            raise MspError(f"{shown(storage)} has no pattern; N:M is one, like 2:8")
+        if parsed.values is not None and not parsed.values.is_built:
+            raise MspError(f"this msp {__version__} cannot read {parsed.values} values")
+        return parsed
     except MspError as error:
         # A checkpoint with a wrong entry is not a wrong request, so a UsageError does not escape.
         raise MspError(f"quantization_config: allocation of {name}: {error}") from error
 
 
-def _parse_shape(name: str, shape: object, pattern: NMPattern) -> tuple[int, int]:
+def _parse_shape(name: str, shape: object, storage: Storage) -> tuple[int, int]:
     sizes = list(shape) if isinstance(shape, (list, tuple)) else []
     if len(sizes) != 2 or not all(type(size) is int and 0 < size <= LARGEST_SIZE for size in sizes):
         raise MspError(f"quantization_config: shapes of {name}: {shown(shape)} is not [out, in]")
-    if sizes[1] % pattern.m:
-        raise MspError(f"quantization_config: {name}: {sizes[1]} columns are not a multiple of the group of {pattern}")
+    try:
+        storage.check(sizes[1])
+    except MspError as error:
+        raise MspError(f"quantization_config: {name}: {error}") from error
     return sizes[0], sizes[1]
 
 

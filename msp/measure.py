@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from msp import __version__
-from msp.decode_table import DENSE, DecodeTable, Shape
+from msp.decode_table import DecodeTable, Shape
 from msp.errors import MspError
+from msp.formats.storage import DENSE, Storage
 from msp.loading import DTYPES, check_dtype, find_device, make_skeleton, read_config, stored_dtype
 from msp.manifest import QUANT_METHOD
 from msp.model import find_structure
@@ -58,22 +59,22 @@ def measure_decode(
     weights = sum(rows * columns for rows, columns in shapes)
     distinct = list(dict.fromkeys(patterns))
     cases = [
-        (shape, pattern)
+        (shape, storage)
         for shape in dict.fromkeys(shapes)
-        for pattern in (None, *(p for p in distinct if not p.is_dense and shape[1] % p.m == 0))
+        for storage in (DENSE, *(Storage(p) for p in distinct if not p.is_dense and shape[1] % p.m == 0))
     ]
-    samples: dict[tuple[Shape, NMPattern | None], list[float]] = {case: [] for case in cases}
+    samples: dict[tuple[Shape, Storage], list[float]] = {case: [] for case in cases}
     with (progress or NoProgress()).stage("Decode times", ROUNDS * len(cases)) as advance:
         for turn in range(ROUNDS):
-            for index, (shape, pattern) in enumerate(cases):
-                linear = _linear(shape, pattern, dtype).to(device)
+            for index, (shape, storage) in enumerate(cases):
+                linear = _linear(shape, storage, dtype).to(device)
                 size = sum(tensor.nbytes for tensor in linear.state_dict().values())
                 count = min(math.ceil(weights / math.prod(shape)), math.ceil(ROTATED_BYTES / size))
-                samples[shape, pattern].append(_seconds([copy.deepcopy(linear) for _ in range(count)], shape[1]))
+                samples[shape, storage].append(_seconds([copy.deepcopy(linear) for _ in range(count)], shape[1]))
                 advance(turn * len(cases) + index + 1)
     times: dict[Shape, dict[str, float]] = {shape: {} for shape, _ in cases}
-    for (shape, pattern), found in samples.items():
-        times[shape][DENSE if pattern is None else str(pattern)] = statistics.median(found) * 1e6
+    for (shape, storage), found in samples.items():
+        times[shape][storage.label] = statistics.median(found) * 1e6
     return DecodeTable(str(dtype).removeprefix("torch."), machine(device), times)
 
 
@@ -117,10 +118,10 @@ def measure(
     return table
 
 
-def _linear(shape: Shape, pattern: NMPattern | None, dtype: torch.dtype) -> nn.Module:
+def _linear(shape: Shape, storage: Storage, dtype: torch.dtype) -> nn.Module:
     weight = torch.randn(shape).to(dtype)
-    if pattern is not None:
-        return SparseLinear.from_packed(nm_select(weight, pattern))
+    if storage.support is not None:
+        return SparseLinear.from_packed(nm_select(weight, storage.support))
     dense = nn.Linear(shape[1], shape[0], bias=False, dtype=dtype)
     dense.weight = nn.Parameter(weight, requires_grad=False)
     return dense

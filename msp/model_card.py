@@ -148,13 +148,13 @@ def _sizes(info: PackedInfo) -> str:
 
 
 def _patterns(info: PackedInfo, where: bool = True) -> str:
-    counts = Counter(linear.pattern for linear in info.linears)
+    counts = Counter(linear.storage for linear in info.linears)
     weights: Counter[Any] = Counter()
     for linear in info.linears:
-        weights[linear.pattern] += linear.shape[0] * linear.shape[1]
+        weights[linear.storage] += linear.shape[0] * linear.shape[1]
     body = [
-        (str(pattern), str(counts[pattern]), f"{weights[pattern] / max(info.weights, 1):.1%}")
-        for pattern in sorted(counts, key=lambda pattern: (pattern.m, pattern.n))
+        (str(storage), str(counts[storage]), f"{weights[storage] / max(info.weights, 1):.1%}")
+        for storage in sorted(counts, key=lambda storage: storage.order)
     ]
     table = _table(("Pattern", "Linears", "Share of the weights"), body)
     return table + ("\n\nThe pattern of every layer is in `config.json`." if where else "")

@@ -16,6 +16,7 @@ from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference
 from msp.finite import check_finite, named_tensors
 from msp.footprint import held_bytes, hidden_bytes
+from msp.formats.storage import DENSE, Storage
 from msp.identity import differences
 from msp.loading import LoadedModel, find_device, load_model
 from msp.measure import machine, measure_decode
@@ -105,14 +106,15 @@ class Opened:
         """Of the tensors that are no weight of a linear, as stored."""
         stored = self.loaded.stored
         in_linears = sum(
-            linear.weight.numel() * stored.of_linear(linear.name).itemsize for linear in self.structure.linears
+            DENSE.nbytes(*linear.shape, stored.of_linear(linear.name)) for linear in self.structure.linears
         )
         return stored.nbytes(self.model) - in_linears
 
     def bytes_of(self, allocation: Allocation) -> dict[str, int]:
         """Of all tensors as stored, of the dense model and of one packed to ``allocation``."""
         goal = Goal(None, 0, self._other_bytes(), self.loaded.stored)
-        linears = sum(goal.cost(linear, allocation.get(linear.name)) for linear in self.structure.linears)
+        storages = {name: Storage(pattern) for name, pattern in allocation.items()}
+        linears = sum(goal.cost(linear, storages.get(linear.name, DENSE)) for linear in self.structure.linears)
         return {"dense": self.loaded.stored.dense_bytes, "packed": goal.other_bytes + linears}
 
     def expected_bytes(self, plan: Plan) -> int:

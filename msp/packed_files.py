@@ -17,11 +17,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from msp.errors import MspError
+from msp.formats.storage import BITMASK, DENSE, FLOATS, Storage, part_names
 from msp.hashes import Hashing, note_without
-from msp.manifest import QUANT_METHOD, WEIGHT_BYTES, Manifest
-from msp.ops import PackedWeight
+from msp.manifest import QUANT_METHOD, Manifest
+from msp.ops import CodedWeight, PackedWeight
 from msp.ops.layouts import has_tiles
 from msp.ops.nm_linear_plan import kept_bytes, slower_from_tokens, stays_dense
+from msp.ops.packed import from_parts
 from msp.patterns import Allocation, NMPattern
 from msp.reading import file_inside, read_object, table, text
 
@@ -111,31 +113,36 @@ def check_headers(manifest: Manifest, headers: Mapping[str, TensorHeader]) -> No
     Raises:
         MspError: names the first tensor that is missing, wrong, or packed without being in the manifest.
     """
-    for name, pattern in manifest.patterns.items():
-        if pattern.is_dense:
+    expected: set[str] = set()
+    for name, storage in manifest.storages.items():
+        if storage.is_dense:
             rows, columns = manifest.shapes[name]
             found = headers.get(f"{name}.weight")
             if found is None:
-                raise MspError(f"{name}.weight: missing from the checkpoint, and {pattern} keeps it dense")
+                raise MspError(f"{name}.weight: missing from the checkpoint, and {storage} keeps it dense")
             if found.shape not in ((rows, columns), (columns, rows)):
                 raise MspError(f"{name}.weight: shape {list(found.shape)}, needs [{rows}, {columns}]")
             continue
-        for tensor, (shape, dtypes) in manifest.tensors(name).items():
+        tensors = manifest.tensors(name)
+        expected |= tensors.keys()
+        for tensor, (shape, dtypes) in tensors.items():
             found = headers.get(tensor)
             if found is None:
-                raise MspError(f"{tensor}: missing from the checkpoint, and the allocation says {pattern}")
+                raise MspError(f"{tensor}: missing from the checkpoint, and the allocation says {storage}")
             if found.shape != shape:
-                raise MspError(f"{tensor}: shape {list(found.shape)}, needs {list(shape)} for {pattern}")
+                raise MspError(f"{tensor}: shape {list(found.shape)}, needs {list(shape)} for {storage}")
             if found.dtype not in dtypes:
                 raise MspError(f"{tensor}: dtype {found.dtype}, needs {' or '.join(dtypes)}")
         if weight := headers.get(f"{name}.weight"):
             raise MspError(
                 f"{name}.weight: shape {list(weight.shape)} beside packed tensors, needs [0] or no such tensor"
             )
+    kinds = part_names()
     for tensor in headers:
         name, _, kind = tensor.rpartition(".")
-        packed = kind in ("values", "bitmask") and {f"{name}.values", f"{name}.bitmask"} <= headers.keys()
-        if packed and (name not in manifest.patterns or manifest.patterns[name].is_dense):
+        if tensor in expected or kind not in kinds or f"{name}.{BITMASK}" not in headers:
+            continue
+        if any(f"{name}.{other}" in headers for other in kinds - {BITMASK}):
             raise MspError(f"{tensor}: packed in the checkpoint, but not in the allocation")
 
 
@@ -158,32 +165,42 @@ class LinearInfo:
     """One linear of a packed checkpoint; ``packed_bytes`` are on disk, ``dense_bytes`` at the same dtype."""
 
     name: str
-    pattern: NMPattern
+    storage: Storage
     shape: tuple[int, int]
     dtype: str
     packed_bytes: int
     dense_bytes: int
 
     @property
+    def pattern(self) -> NMPattern:
+        assert self.storage.support is not None  # the manifest sees to it
+        return self.storage.support
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.storage.bits_per_weight(*self.shape, FLOATS[self.dtype])
+
+    @property
+    def _packs_floats(self) -> bool:
+        return not self.storage.is_dense and not self.storage.is_coded
+
+    @property
     def dense_on_gpu(self) -> bool:
         """Whether it is unpacked once when it comes to a CUDA device; see ``SparseLinear.settle``."""
-        return not self.pattern.is_dense and stays_dense(self.pattern, max(self._itemsize, 1))
+        return self._packs_floats and stays_dense(self.pattern, FLOATS[self.dtype])
 
     @property
     def fast_prefill_bytes(self) -> int:
         """What ``msp.fast_prefill`` keeps of it on a CUDA device at most; 0 for what does not lie in tiles there."""
-        in_tiles = self._itemsize == 2 and has_tiles(self.pattern, *self.shape, torch.bfloat16)
-        return kept_bytes(self.pattern, *self.shape) if in_tiles and not self.dense_on_gpu else 0
+        in_tiles = FLOATS[self.dtype].itemsize == 2 and has_tiles(self.pattern, *self.shape, torch.bfloat16)
+        tiled = in_tiles and not self.storage.is_coded and not self.dense_on_gpu
+        return kept_bytes(self.pattern, *self.shape) if tiled else 0
 
     @property
     def slower_from_tokens(self) -> int:
         """From how many tokens on a CUDA device is over 5 % slower with it than with the dense weight, unless
         ``msp.fast_prefill`` was called: by arithmetic, not measured. 0 where ``fast_prefill`` keeps nothing of it."""
         return slower_from_tokens(self.pattern) if self.fast_prefill_bytes else 0
-
-    @property
-    def _itemsize(self) -> int:
-        return self.dense_bytes // max(self.shape[0] * self.shape[1], 1)
 
 
 @dataclass(frozen=True)
@@ -231,6 +248,8 @@ class PackedInfo:
                 {
                     "name": linear.name,
                     "pattern": str(linear.pattern),
+                    "storage": str(linear.storage),
+                    "bits_per_weight": linear.bits_per_weight,
                     "shape": list(linear.shape),
                     "dtype": linear.dtype,
                     "packed_bytes": linear.packed_bytes,
@@ -258,18 +277,20 @@ def read_info(path: str | Path) -> PackedInfo:
     """
     manifest = read_manifest(path)
     files = tensor_files(path)
-    headers, _ = split_guards(read_headers(files))
+    headers, guards = split_guards(read_headers(files))
     check_headers(manifest, headers)
     linears = []
-    for name in sorted(manifest.patterns, key=_natural):
-        pattern = manifest.patterns[name]
-        (rows, columns), dense = manifest.shapes[name], pattern.is_dense
-        dtype = headers[f"{name}.{'weight' if dense else 'values'}"].dtype
-        width = WEIGHT_BYTES.get(dtype)
-        if width is None:
-            raise MspError(f"{name}.weight: dtype {dtype}, needs {' or '.join(WEIGHT_BYTES)}")
-        packed_bytes = pattern.kept(rows, columns) * width + (0 if dense else rows * math.ceil(columns / 8))
-        linears.append(LinearInfo(name, pattern, (rows, columns), dtype, packed_bytes, rows * columns * width))
+    for name in sorted(manifest.storages, key=_natural):
+        storage, shape = manifest.storages[name], manifest.shapes[name]
+        own = [f"{name}.{label}" for label, part in storage.parts(*shape).items() if part.dtype is None]
+        # what has no part in the model's dtype is told by its guard
+        found = headers[own[0]] if own else guards.get(f"{name}.weight")
+        spelled = found.dtype if found else "F32"
+        dtype = FLOATS.get(spelled)
+        if dtype is None:
+            raise MspError(f"{name}.weight: dtype {spelled}, needs {' or '.join(FLOATS)}")
+        sizes = storage.nbytes(*shape, dtype), DENSE.nbytes(*shape, dtype)
+        linears.append(LinearInfo(name, storage, shape, spelled, *sizes))
     tensor_bytes = sum(file.stat().st_size - header_bytes(file) for file in files)
     other_bytes = tensor_bytes - sum(linear.packed_bytes for linear in linears)
     return PackedInfo(Path(path), manifest, tuple(linears), other_bytes, sum(file.stat().st_size for file in files))
@@ -307,10 +328,17 @@ def validate_packed(path: str | Path) -> PackedInfo:
     for name in headers:
         check_finite([(name, read_tensor(headers, name))])
     for linear in info.linears:
-        if not linear.pattern.is_dense:
-            values, bitmask = (read_tensor(headers, f"{linear.name}.{kind}") for kind in ("values", "bitmask"))
-            PackedWeight(values, bitmask, linear.pattern, linear.shape).check(linear.name)
+        if not linear.storage.is_dense:
+            read_packed(headers, linear.name, linear.storage, linear.shape).check(linear.name)
     return info
+
+
+def read_packed(
+    headers: Mapping[str, TensorHeader], name: str, storage: Storage, shape: tuple[int, int]
+) -> PackedWeight | CodedWeight:
+    """The weight of a packed linear of ``shape``, on the CPU and not checked."""
+    labels = storage.parts(*shape)
+    return from_parts({label: read_tensor(headers, f"{name}.{label}") for label in labels}, storage, shape)
 
 
 def read_tensor(headers: Mapping[str, TensorHeader], name: str) -> Tensor:

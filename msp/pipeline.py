@@ -36,7 +36,7 @@ from msp.loading import (
 )
 from msp.narrow import computed_dtype
 from msp.opened import Opened, open_model, vocabulary_size, window_of
-from msp.ops import PackedWeight
+from msp.ops import CodedWeight, PackedWeight
 from msp.outputs import check_results, check_room, check_temporary, reserved, working_folder
 from msp.patterns import Allocation
 from msp.plan import Plan
@@ -331,7 +331,7 @@ def _pruned(
     test: DenseReference,
     fitness: Reference | None,
     clock: _Stopwatch,
-) -> tuple[dict[str, PackedWeight], Sums, Sums | None]:
+) -> tuple[dict[str, PackedWeight | CodedWeight], Sums, Sums | None]:
     """``StreamedWorkbench.prune_to`` of a model in memory; it is the dense one again afterwards."""
     with ExitStack() as stack:
         with clock("prune"):

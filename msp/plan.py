@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from fractions import Fraction
 from msp.as_loaded import FLOAT32, StoredDtypes
 from msp.decode_table import DecodeTable
 from msp.errors import UsageError
+from msp.formats.storage import DENSE, Storage
 from msp.model import Linear, Structure
 from msp.patterns import Budget, NMPattern, Unit, check_group_size
 from msp.reading import shown
@@ -22,7 +22,7 @@ TIME_UNITS = {"us": 10**3, "ms": 10**6, "s": 10**9}
 TIME_NOISE = Fraction(1, 100)
 
 
-Rule = tuple[re.Pattern[str], NMPattern | None]
+Rule = tuple[re.Pattern[str], Storage]
 
 
 @dataclass(frozen=True)
@@ -94,22 +94,19 @@ class Goal:
         """How much less than a denser pattern another must cost to be worth having, for all of ``linears``."""
         if self.table is None:
             return 1
-        return max(1, int(sum(self.cost(linear, None) for linear in linears) * TIME_NOISE))
+        return max(1, int(sum(self.cost(linear, DENSE) for linear in linears) * TIME_NOISE))
 
-    def cost(self, linear: Linear, pattern: NMPattern | None) -> int:
-        """What ``linear`` takes with ``pattern``, None for dense, of what the goal limits.
+    def cost(self, linear: Linear, storage: Storage) -> int:
+        """What ``linear`` takes in ``storage`` of what the goal limits.
 
         Raises:
             UsageError: the table has no time for that.
         """
         if self.table is not None:
-            return self.table.nanoseconds(linear.shape, pattern)
-        rows, columns = linear.shape
-        dense = pattern is None or pattern.is_dense
-        kept = rows * columns if pattern is None else pattern.kept(rows, columns)
+            return self.table.nanoseconds(linear.shape, storage)
         if self.bytes is None:
-            return kept
-        return kept * self.stored.of_linear(linear.name).itemsize + (0 if dense else rows * math.ceil(columns / 8))
+            return storage.kept(*linear.shape)
+        return storage.nbytes(*linear.shape, self.stored.of_linear(linear.name))
 
 
 @dataclass(frozen=True)
@@ -119,13 +116,13 @@ class PatternRules:
     Attributes:
         allowed: ascending in density.
         keep: rules: a regex that a linear's name must match from a dot (or its beginning) to its end, and the
-            pattern it is pinned to, None for dense; the first that matches counts.
-        exact: pinned patterns by whole names.
+            storage it is pinned to, a pattern's or ``DENSE``; the first that matches counts.
+        exact: pinned storages by whole names.
     """
 
     allowed: tuple[NMPattern, ...]
     keep: tuple[Rule, ...] = ()
-    exact: Mapping[str, NMPattern | None] = field(default_factory=dict)
+    exact: Mapping[str, Storage] = field(default_factory=dict)
 
     @classmethod
     def parse(
@@ -149,7 +146,7 @@ class PatternRules:
         rules = [_parse_rule(text) for text in keep.split(",")] if keep is not None else []
         if compliant:
             for regex, pinned in rules:
-                if pinned is not None and not pinned.always_compliant:
+                if pinned.support is not None and not pinned.support.always_compliant:
                     raise UsageError(f"{regex.pattern}={pinned} is not compliant: at most 2 of every M may stay")
             allowed = [pattern for pattern in allowed if pattern.always_compliant]
             if not allowed:
@@ -159,14 +156,14 @@ class PatternRules:
     @property
     def patterns(self) -> tuple[NMPattern, ...]:
         """All that a linear may get, ``allowed`` or pinned."""
-        pinned = [pattern for _, pattern in self.keep] + list(self.exact.values())
-        return tuple(dict.fromkeys([*self.allowed, *filter(None, pinned)]))
+        pinned = [storage for _, storage in self.keep] + list(self.exact.values())
+        return tuple(dict.fromkeys([*self.allowed, *(each.support for each in pinned if each.support is not None)]))
 
-    def rule_for(self, name: str) -> tuple[str, NMPattern | None] | None:
-        """The rule, as it was written, that pins a linear, and its pattern."""
+    def rule_for(self, name: str) -> tuple[str, Storage] | None:
+        """The rule, as it was written, that pins a linear, and its storage."""
         if name in self.exact:
             return name, self.exact[name]
-        return next(((regex.pattern, pattern) for regex, pattern in self.keep if matches(regex, name)), None)
+        return next(((regex.pattern, storage) for regex, storage in self.keep if matches(regex, name)), None)
 
 
 def matches(regex: re.Pattern[str], name: str) -> bool:
@@ -176,14 +173,19 @@ def matches(regex: re.Pattern[str], name: str) -> bool:
 
 
 def _parse_rule(text: str) -> Rule:
-    regex, found, pattern = text.strip().rpartition("=")
+    regex, found, storage = text.strip().rpartition("=")
     if not found or not regex:
         raise UsageError(f"{text!r} is not REGEX=N:M or REGEX=dense")
     try:
         compiled = re.compile(regex)
     except re.error as error:
         raise UsageError(f"{regex!r} is not a regular expression: {error}") from error
-    return compiled, None if pattern.strip() == "dense" else NMPattern.parse(pattern)
+    return compiled, parse_pinned(storage)
+
+
+def parse_pinned(text: str) -> Storage:
+    """What a rule can pin a linear to: ``"N:M"`` or ``"dense"``; ``UsageError`` for anything else."""
+    return DENSE if text.strip() == str(DENSE) else Storage(NMPattern.parse(text))
 
 
 # No more digits than a 64-bit integer holds, so that no sum of such numbers leaves it by much.
@@ -229,7 +231,7 @@ def make_plan(structure: Structure, goal: Goal, rules: PatternRules, *, unit: st
             if not patterns:
                 skipped[linear.name] = reason
                 skipped_weights += rows * columns
-                fixed += goal.cost(linear, None)
+                fixed += goal.cost(linear, DENSE)
             elif unit == "linear" or len(patterns) == 1:
                 units.append(_unit(linear.name, [linear], patterns, goal, block.index, linear.kind))
             else:
@@ -253,7 +255,7 @@ def make_plan(structure: Structure, goal: Goal, rules: PatternRules, *, unit: st
         budget = Budget.for_units(units, limit - fixed)
     except UsageError as error:
         raise UsageError(f"{goal.describe(total)} is more than the patterns keep, {most:,}") from error
-    dense = goal.other_bytes + sum(goal.cost(linear, None) for linear in structure.linears)
+    dense = goal.other_bytes + sum(goal.cost(linear, DENSE) for linear in structure.linears)
     return Plan(tuple(units), skipped, budget, goal.objective, fixed, dense, skipped_weights, total)
 
 
@@ -262,7 +264,8 @@ def _patterns_for(linear: Linear, rules: PatternRules) -> tuple[list[NMPattern],
     columns = linear.shape[1]
     rule = rules.rule_for(linear.name)
     if rule is not None:
-        text, pattern = rule
+        text, storage = rule
+        pattern = storage.support
         if pattern is None:
             return [], f"kept dense by {text}=dense"
         if columns % pattern.m:
@@ -284,7 +287,7 @@ def _unit(
     levels: list[tuple[NMPattern, int]] = []
     least_rise = goal.least_rise(linears)
     for pattern in reversed(patterns):
-        cost = sum(goal.cost(linear, pattern) for linear in linears)
+        cost = sum(goal.cost(linear, Storage(pattern)) for linear in linears)
         if not levels or cost <= levels[-1][1] - least_rise:
             levels.append((pattern, cost))
     chosen, costs = zip(*reversed(levels), strict=True)
@@ -298,8 +301,8 @@ def _check_rules(structure: Structure, rules: PatternRules) -> None:
     missing = [name for name in rules.exact if name not in names]
     if missing:
         raise UsageError(f"{missing[0]!r} is no linear of the model; one is {structure.linears[0].name}")
-    for regex, pattern in rules.keep:
+    for regex, storage in rules.keep:
         # Saying of what is never pruned that it stays dense is no mistake.
-        known = [*names, "lm_head"] if pattern is None else names
+        known = [*names, "lm_head"] if storage == DENSE else names
         if not any(matches(regex, name) for name in known):
             raise UsageError(f"{regex.pattern!r} matches no linear; one is {structure.linears[0].name}")

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from msp.as_loaded import FLOATS
 from msp.errors import MspError
+from msp.formats.storage import FLOATS
 from msp.manifest import QUANT_METHOD
 from msp.packed_files import TensorHeader
 

@@ -23,9 +23,10 @@ from typing import Any
 import yaml
 
 from msp.errors import MspError, UsageError
+from msp.formats.storage import Storage
 from msp.outputs import write_results
-from msp.patterns import Allocation, NMPattern
-from msp.plan import PatternRules, Rule
+from msp.patterns import Allocation
+from msp.plan import PatternRules, Rule, parse_pinned
 from msp.reading import read_yaml, shown
 
 MODIFIER = "NMPruningModifier"
@@ -40,7 +41,7 @@ def read_rules(path: str | Path) -> PatternRules:
     """
     path = Path(path)
     if path.suffix.lower() == ".json":
-        exact: dict[str, NMPattern | None] = dict(Allocation.load(path))
+        exact = {name: Storage(pattern) for name, pattern in Allocation.load(path).items()}
         return PatternRules((), (), exact)
     # Every scalar stays the text it is: YAML 1.1 reads an unquoted 4:8 as the number 248, in base 60.
     content = read_yaml(path, plain=True)
@@ -54,7 +55,7 @@ def read_rules(path: str | Path) -> PatternRules:
                 if not isinstance(text, str):
                     raise UsageError(f"{shown(text)} is not a pattern; N:M is one, like 2:8")
                 regex = target.removeprefix("re:") if target.startswith("re:") else re.escape(target)
-                keep.append((re.compile(regex), None if text == "dense" else NMPattern.parse(text)))
+                keep.append((re.compile(regex), parse_pinned(text)))
             except (UsageError, re.error, TypeError, AttributeError, OverflowError, RecursionError) as error:
                 raise MspError(f"{path}: {shown(target)}: {error}") from error
     return PatternRules((), tuple(keep))

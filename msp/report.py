@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from msp.formats.storage import DENSE, Storage
 from msp.progress import Advance
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ def decode_report(table: DecodeTable, output: object) -> RenderableType:
     for pattern in dict.fromkeys(name for times in table.times.values() for name in times):
         cells = []
         for times in table.times.values():
-            time, dense = times.get(pattern), times["dense"]
+            time, dense = times.get(pattern), times[str(DENSE)]
             cells.append("" if time is None else f"{number(time)}  ({dense / time:.2f}x)")
         shown.add_row(pattern, *cells)
     where = ", ".join(f"{key} {value}" for key, value in table.machine.items() if key != "versions")
@@ -232,7 +233,7 @@ def _levels(allocation: Mapping[str, str]) -> Table:
     table.add_column("", width=BAR_WIDTH)
     counts = Counter(allocation.values())
     most = max(counts.values(), default=1)
-    for pattern in sorted(counts, key=lambda text: [int(part) for part in text.split(":")][::-1]):
+    for pattern in sorted(counts, key=lambda text: Storage.parse(text).order):
         table.add_row(pattern, str(counts[pattern]), _bar(counts[pattern] / most))
     return table
 
@@ -360,7 +361,7 @@ def packed_report(info: PackedInfo) -> RenderableType:
         for label, item in _flat(str(key), value):
             endless = label == "search: generations" and isinstance(item, int) and item >= UNLIMITED
             made.add_row(label.replace("_", " "), Text("until the tokens are spent" if endless else _figure(item)))
-    return Group(table, kept, _levels(info.allocation.to_strings()), made)
+    return Group(table, kept, _levels({name: str(storage) for name, storage in info.manifest.storages.items()}), made)
 
 
 def kinds_report(rows: Iterable[Mapping[str, Any]]) -> Table:

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from msp.errors import MspError
+from msp.formats.storage import BITMASK, Storage
 from msp.model import weight_identity
-from msp.ops import PackedWeight, nm_linear_tiles
+from msp.ops import CodedWeight, PackedWeight, nm_linear_tiles
 from msp.ops._positions import check_positions, count_positions
 from msp.ops.layouts import from_tiles, to_tiles
 from msp.ops.nm_linear import product
 from msp.ops.nm_linear_group import MOST, MOST_TOKENS, nm_linear_group
 from msp.ops.nm_linear_plan import stays_dense
 from msp.ops.nm_spmm import is_compliant
-from msp.ops.packed import unpack, unpack_bits
+from msp.ops.packed import check_stored, pack_bits, unpack, unpack_bits
 from msp.patterns import NMPattern
 
 
@@ -55,18 +56,35 @@ class SparseLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        self._begin(in_features, out_features, Storage(pattern), bias, device, dtype)
+
+    def _begin(
+        self,
+        in_features: int,
+        out_features: int,
+        storage: Storage,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Set everything: parts are zero but for the positions, and those in the dtype of the model are parameters."""
+        assert storage.support is not None
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.pattern = pattern
+        self.storage = storage
+        self.pattern = storage.support
         self.layout: Literal["rows", "tiles", "dense"] = "rows"
-        self.compliant = pattern.always_compliant
-        kept = pattern.kept(out_features, in_features) // max(out_features, 1)
-        self.values = nn.Parameter(torch.zeros(out_features, kept, device=device, dtype=dtype), requires_grad=False)
-        columns = torch.arange(-(-in_features // 8) * 8, device=device)
-        bits = (columns % pattern.m < pattern.n) & (columns < in_features)
-        row = (bits.view(-1, 8) * 2 ** torch.arange(8, device=device)).sum(1).to(torch.uint8)
-        self.register_buffer("bitmask", row.repeat(out_features, 1))
+        self.compliant = self.pattern.always_compliant
+        for name, part in storage.packed_parts(out_features, in_features).items():
+            if name == BITMASK:
+                self.register_buffer(name, self._first_kept(device))
+                continue
+            zeros = torch.zeros(part.shape, device=device, dtype=part.dtype or dtype)
+            if part.dtype is None:
+                self.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
+            else:
+                self.register_buffer(name, zeros)
         self.keeps = False
         # no buffer: it is made anew wherever the module goes, and what offloads modules takes None for a tensor
         self.kept: Tensor | None = None
@@ -77,6 +95,11 @@ class SparseLinear(nn.Module):
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False)
         else:
             self.register_parameter("bias", None)
+
+    def _first_kept(self, device: torch.device | str | None) -> Tensor:
+        """The bitmask that keeps the first N of every group."""
+        columns = torch.arange(self.in_features, device=device)
+        return pack_bits((columns % self.pattern.m < self.pattern.n)[None]).repeat(self.out_features, 1)
 
     @classmethod
     def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None) -> SparseLinear:
@@ -98,7 +121,32 @@ class SparseLinear(nn.Module):
         return module
 
     @property
-    def packed(self) -> PackedWeight:
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors of the weight by name, as they lie here."""
+        return {"values": self.values, BITMASK: self.bitmask}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's, at this place."""
+        return self.values.dtype
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether a part of the weight is not in memory."""
+        return any(part.is_meta for part in self.parts.values())
+
+    @property
+    def identity(self) -> int:
+        """Equal for modules that stand for one weight."""
+        return id(next(iter(self.parts.values())))
+
+    def share(self, other: SparseLinear) -> None:
+        """Have the very parts of ``other``, which has an equal weight."""
+        for name, part in other.parts.items():
+            setattr(self, name, part)
+
+    @property
+    def packed(self) -> PackedWeight | CodedWeight:
         """The weight as the ops take it; shares memory with the module whose layout is ``rows``."""
         values, bitmask = self._canonical()
         return PackedWeight(values, bitmask, self.pattern, (self.out_features, self.in_features))
@@ -119,7 +167,7 @@ class SparseLinear(nn.Module):
         frozen = not self.values.requires_grad and not self.values.is_meta
         cuda = self.values.device.type == "cuda"
         size = self.pattern, self.out_features, self.in_features, self.values.dtype, self.values.device
-        if frozen and cuda and self.pattern.n > 0 and stays_dense(self.pattern, self.values.dtype.itemsize):
+        if frozen and cuda and self.pattern.n > 0 and stays_dense(self.pattern, self.values.dtype):
             self._set_layout("dense")
         elif frozen and nm_linear_tiles.serves(*size):
             self._set_layout("tiles")
@@ -222,10 +270,11 @@ class SparseLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         # What does not fit is refused here, before the copy: also one part alone, which the module has the other of.
-        given = {name: state_dict.get(f"{prefix}{name}") for name in ("values", "bitmask")}
-        if any(isinstance(part, Tensor) and not part.is_meta for part in given.values()):
+        found = {name: state_dict.get(f"{prefix}{name}") for name in self.parts}
+        given = {name: part for name, part in found.items() if isinstance(part, Tensor)}
+        if any(not part.is_meta for part in given.values()):
             try:
-                self._check_loaded(given["values"], given["bitmask"], prefix.removesuffix("."))
+                self._check_loaded(given, prefix.removesuffix("."))
             except MspError as error:
                 error_msgs.append(str(error))
                 return
@@ -236,15 +285,13 @@ class SparseLinear(nn.Module):
         super()._load_from_state_dict(state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self.settle()
 
-    def _check_loaded(self, values: object, bitmask: object, name: str) -> None:
+    def _check_loaded(self, given: Mapping[str, Tensor], name: str) -> None:
         """Raise ``MspError`` unless what is loaded fits together; what is not given stays as it is here."""
-        if not (isinstance(values, Tensor) and isinstance(bitmask, Tensor)):
-            own_values, own_bitmask = (part.detach() for part in self._canonical())
-            values = values if isinstance(values, Tensor) else own_values
-            bitmask = bitmask if isinstance(bitmask, Tensor) else own_bitmask
+        parts = given if given.keys() == self.parts.keys() else {**self.packed.parts, **given}
         shape = self.out_features, self.in_features
-        PackedWeight(values.to("meta"), bitmask.to("meta"), self.pattern, shape).check_parts(name)
-        if not bitmask.is_meta:
+        check_stored({label: part.to("meta") for label, part in parts.items()}, self.storage, shape, name)
+        bitmask = parts.get(BITMASK)
+        if bitmask is not None and not bitmask.is_meta:
             count_positions(bitmask, self.pattern.n, self.pattern.m, self.in_features, name)
 
 
@@ -364,7 +411,7 @@ def guarded_state_dict(model: nn.Module) -> dict[str, Any]:
     state: dict[str, Any] = model.state_dict()
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
-            state[f"{name}.weight"] = torch.empty(0, dtype=module.values.dtype)
+            state[f"{name}.weight"] = torch.empty(0, dtype=module.dtype)
     return state
 
 
@@ -378,18 +425,20 @@ def put_in_place(model: nn.Module, name: str, sparse: SparseLinear) -> None:
     model.set_submodule(name, sparse)
 
 
-def at_places(packed: PackedWeight, dense: Sequence[nn.Module]) -> list[SparseLinear]:
+def at_places(packed: PackedWeight | CodedWeight, dense: Sequence[nn.Module]) -> list[SparseLinear]:
     """A module for each place of one weight, with the bias of the ``dense`` one there; one for all equal biases."""
+    from msp.coded_linear import linear_of  # knows this module
+
     made: dict[int, SparseLinear] = {}
     for module in dense:
         bias = module.bias
         assert bias is None or isinstance(bias, Tensor)
         if id(bias) not in made:
-            made[id(bias)] = sparse = SparseLinear.from_packed(packed, bias)
+            made[id(bias)] = sparse = linear_of(packed, bias, like=dense[0])
             sparse.conv1d, sparse.places = getattr(module, "conv1d", isinstance(module, Conv1D)), len(dense)
     first, *others = made.values()
     for other in others:
-        other.values = first.values
+        other.share(first)
     return [made[id(module.bias)] for module in dense]
 
 
@@ -421,12 +470,12 @@ def note_pattern(linear: nn.Module, pattern: NMPattern) -> None:
     linear.pattern = pattern  # type: ignore[assignment]
 
 
-def patterns_of(model: nn.Module) -> dict[str, NMPattern]:
-    """The pattern of every sparse linear of ``model``, and of every dense one that was given one.
+def storages_of(model: nn.Module) -> dict[str, Storage]:
+    """The storage of every sparse linear of ``model``, and of every dense one that was given a pattern.
 
-    A weight that stands at several places has its pattern under the first of their names, see ``shared_by``.
+    A weight that stands at several places has its storage under the first of their names, see ``shared_by``.
     """
-    return {names[0]: pattern for names, pattern in _by_weight(model)}
+    return {names[0]: storage for names, storage in _by_weight(model)}
 
 
 def shared_by(model: nn.Module) -> dict[str, str]:
@@ -434,12 +483,14 @@ def shared_by(model: nn.Module) -> dict[str, str]:
     return {other: names[0] for names, _ in _by_weight(model) for other in names[1:]}
 
 
-def _by_weight(model: nn.Module) -> list[tuple[list[str], NMPattern]]:
-    """The names and the pattern of every weight that was given one, in the order of ``named_modules``."""
-    found: dict[Hashable, tuple[list[str], NMPattern]] = {}
+def _by_weight(model: nn.Module) -> list[tuple[list[str], Storage]]:
+    """The names and the storage of every weight that was given one, in the order of ``named_modules``."""
+    found: dict[Hashable, tuple[list[str], Storage]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         pattern = getattr(module, "pattern", None)
         if isinstance(pattern, NMPattern):
-            weight = id(module.values) if isinstance(module, SparseLinear) else weight_identity(module.weight)
-            found.setdefault(weight, ([], pattern))[0].append(name)
+            packed = isinstance(module, SparseLinear)
+            weight: Hashable = module.identity if packed else weight_identity(module.weight)
+            storage = module.storage if packed else Storage(pattern)
+            found.setdefault(weight, ([], storage))[0].append(name)
     return list(found.values())

@@ -18,7 +18,7 @@ from msp.evaluate import DenseReference, Reference, Sums, summed
 from msp.gates import GatedModel
 from msp.identity import hashed_tensors
 from msp.model import Linear, check_finite
-from msp.ops import PackedWeight
+from msp.ops import CodedWeight, PackedWeight
 from msp.patterns import Allocation, NMPattern
 from msp.pruners import Pruner
 from msp.search.candidates import Candidates, Ranks
@@ -85,7 +85,7 @@ class StreamedWorkbench(Workbench):
         pruner: Pruner,
         test: DenseReference,
         fitness: Reference | None,
-    ) -> tuple[dict[str, PackedWeight], Sums, Sums | None]:
+    ) -> tuple[dict[str, PackedWeight | CodedWeight], Sums, Sums | None]:
         """Prune block by block, each calibrated behind its pruned predecessors, and store each before the next one.
 
         Host memory: a hidden state for each token of calibration, ``test`` and ``fitness``.
@@ -143,6 +143,6 @@ class StreamedWorkbench(Workbench):
         return nullcontext(runner)
 
 
-def _on_no_device(linear: Linear, pattern: NMPattern) -> PackedWeight:
+def _on_no_device(linear: Linear, pattern: NMPattern) -> PackedWeight | CodedWeight:
     rows, columns = linear.shape
     return SparseLinear(columns, rows, pattern, device="meta", dtype=linear.weight.dtype).packed

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from msp import staging
 from msp.checkpoint import replace_linears, save_packed
 from msp.errors import MspError, UsageError
+from msp.formats.storage import Storage
 from msp.outputs import MARK, check_output
 from msp.packed_files import LinearInfo, read_info, tensor_files, validate_packed
 from msp.patterns import NMPattern
@@ -120,7 +121,7 @@ def test_info_tells_what_a_gpu_unpacks(model: PreTrainedModel, tmp_path: Path) -
 
     def linear(pattern: str, rows: int = 4096, columns: int = 4096, dtype: str = "BF16") -> LinearInfo:
         dense = rows * columns * (2 if dtype == "BF16" else 4)
-        return LinearInfo("layers.0.up", NMPattern.parse(pattern), (rows, columns), dtype, dense // 3, dense)
+        return LinearInfo("layers.0.up", Storage.parse(pattern), (rows, columns), dtype, dense // 3, dense)
 
     found = [linear(pattern).fast_prefill_bytes for pattern in ("2:8", "5:8", "7:8", "8:8", "0:8")]
     assert found == [4096 * 4096 * 9 // 8, 4096 * 4096 * 2, 0, 0, 0]

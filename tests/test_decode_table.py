@@ -15,6 +15,7 @@ import msp
 from msp import measure, opened, pipeline
 from msp.decode_table import DecodeTable
 from msp.errors import MspError, UsageError
+from msp.formats.storage import DENSE, Storage
 from msp.levels import cost, levels_from_densities, repair
 from msp.model import find_structure
 from msp.patterns import NMPattern
@@ -38,7 +39,7 @@ def made_up(seed: int, dtype: str = "float32") -> DecodeTable:
 
 
 def dense_time(table: DecodeTable) -> int:
-    return sum(table.nanoseconds(shape, None) for shape in SHAPES)
+    return sum(table.nanoseconds(shape, DENSE) for shape in SHAPES)
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -70,7 +71,7 @@ def test_rounding_is_far_below_the_noise_of_measuring() -> None:
     table = made_up(1)
     slow = {shape: {name: 1e6 * time for name, time in times.items()} for shape, times in table.times.items()}
     rounded = DecodeTable("float32", {}, slow).rounded(SHAPES)
-    grid = math.gcd(*(rounded.nanoseconds(shape, NMPattern(n, 8)) for shape in SHAPES for n in range(9)))
+    grid = math.gcd(*(rounded.nanoseconds(shape, Storage(NMPattern(n, 8))) for shape in SHAPES for n in range(9)))
     assert grid > 1000
     for shape, times in slow.items():
         for name, time in times.items():
@@ -88,8 +89,8 @@ def test_levels_rise_in_time_and_meet_the_budget(unit: str, seed: int) -> None:
     names = {linear.name: linear.shape for linear in STRUCTURE.linears}
     for entry in plan.units:
         for level, pattern in enumerate(entry.patterns):
-            assert entry.costs[level] == sum(table.nanoseconds(names[name], pattern) for name in entry.linears)
-        dense = sum(table.nanoseconds(names[name], None) for name in entry.linears)
+            assert entry.costs[level] == sum(table.nanoseconds(names[name], Storage(pattern)) for name in entry.linears)
+        dense = sum(table.nanoseconds(names[name], DENSE) for name in entry.linears)
         assert all(low + dense // 100 <= high for low, high in pairwise(entry.costs))
         # 6:8 and 7:8 take longer than dense here, so nothing is gained by them.
         assert [str(p) for p in entry.patterns] == ["0:8", "1:8", "2:8", "3:8", "4:8", "5:8", "8:8"]
@@ -105,7 +106,7 @@ def test_linears_left_dense_take_their_time() -> None:
     rules = PatternRules.parse(8, keep=".*down_proj=dense")
     plan = make_plan(STRUCTURE, Goal(None, nanoseconds=dense_time(table) * 3 // 5, table=table), rules)
     pinned = [linear for linear in STRUCTURE.linears if linear.kind.endswith("down_proj")]
-    assert plan.fixed_cost == sum(table.nanoseconds(linear.shape, None) for linear in pinned) > 0
+    assert plan.fixed_cost == sum(table.nanoseconds(linear.shape, DENSE) for linear in pinned) > 0
 
 
 @pytest.mark.parametrize(

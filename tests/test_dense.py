@@ -25,7 +25,7 @@ from msp.dense import export_dense
 from msp.errors import MspError
 from msp.loading import load_model
 from msp.packed_files import read_headers, read_info, tensor_files
-from msp.sparse_linear import SparseLinear, patterns_of
+from msp.sparse_linear import SparseLinear, storages_of
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_dequantize_gives_the_masked_dense_model(family: str, tmp_path: Path) ->
                 assert type(model.get_submodule(name)) is Conv1D
             elif name in kinds:
                 assert isinstance(model.get_submodule(name), nn.Linear)
-        assert not patterns_of(model) and not model.is_quantized and not hasattr(model, "hf_quantizer")
+        assert not storages_of(model) and not model.is_quantized and not hasattr(model, "hf_quantizer")
         assert all(parameter.requires_grad for parameter in model.parameters())
         model.save_pretrained(tmp_path / "dense")
         assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())

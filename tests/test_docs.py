@@ -14,16 +14,20 @@ import pytest
 import torch
 import typer.main
 from documents import DOCUMENTS, ROOT, document_name
-from families import SMALL, packed_model, save, save_text, tokenizer
+from families import SMALL, build, packed_model, same_state, save, save_text, tokenizer
+from transformers import AutoModelForCausalLM
 from verbs import SMALL as VERB_SIZES
 from verbs import msp_run, one_object
 
 import msp.pipeline
 from msp.allocators import base as allocators
-from msp.checkpoint import save_packed
+from msp.checkpoint import replace_linears, save_packed
 from msp.cli import app
 from msp.errors import UsageError
-from msp.ops import _dispatch, available_backends, force_backend, last_backend
+from msp.formats import storage
+from msp.model import find_structure
+from msp.ops import _dispatch, available_backends, force_backend, last_backend, nm_select, quantise_values
+from msp.packed_files import read_info, validate_packed
 from msp.patterns import NMPattern
 from msp.pruners import base
 
@@ -138,6 +142,22 @@ def test_the_allocator_allocates(workplace: Path, monkeypatch: pytest.MonkeyPatc
     load("ends", example("allocator"), workplace)
     result = msp.prune("path/to/model", sparsity=0.6, allocator="ends", calibration="notes.txt", **SMALL)
     assert 0.39 < result.density <= 0.4
+
+
+def test_the_way_of_storing_values_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(storage, "_ways", [*storage._ways])
+    load("fp8_values", example("values"), tmp_path)
+    model = build("llama")
+    linears = {linear.name: linear.weight.detach() for linear in find_structure(model).linears}
+    packed = {name: quantise_values(nm_select(weight, NMPattern(2, 8)), "fp8") for name, weight in linears.items()}
+    for name, weight in packed.items():
+        near = nm_select(linears[name], NMPattern(2, 8)).unpack()
+        torch.testing.assert_close(weight.unpack(), near, rtol=2**-4, atol=2**-10)
+    replace_linears(model, packed)
+    folder = save_packed(model, None, tmp_path / "out", recipe={})
+    assert {str(linear.storage) for linear in validate_packed(folder).linears} == {"2:8+fp8"}
+    assert {linear.bits_per_weight for linear in read_info(folder).linears} == {3.0}
+    assert same_state(AutoModelForCausalLM.from_pretrained(folder), model)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -14,6 +14,7 @@ from msp import ops
 from msp.allocators import Problem, get_allocator
 from msp.as_loaded import StoredDtypes
 from msp.errors import UsageError
+from msp.formats.storage import DENSE, Storage
 from msp.levels import cost, levels_from_densities, repair
 from msp.model import find_structure
 from msp.patterns import Budget, NMPattern, Unit
@@ -80,8 +81,8 @@ def test_a_byte_cost_is_what_packing_takes(dtype: torch.dtype) -> None:
         weight = linear.weight.to(dtype).contiguous()
         for n, m in ((0, 8), (1, 8), (3, 4), (5, 16)):
             packed = ops.nm_select(weight, NMPattern(n, m))
-            assert goal.cost(linear, packed.pattern) == packed.nbytes
-        assert goal.cost(linear, None) == goal.cost(linear, NMPattern(8, 8)) == weight.nbytes
+            assert goal.cost(linear, packed.storage) == packed.nbytes
+        assert goal.cost(linear, DENSE) == goal.cost(linear, Storage(NMPattern(8, 8))) == weight.nbytes
 
 
 def test_only_the_listed_patterns_are_levels() -> None:

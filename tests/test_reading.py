@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from contents import BUDGET, MANIFEST, ONE, RECIPE, STAGES, TABLE, TWO, UNITS, check_state, state
 from families import VOCABULARY, save_text, tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,41 +26,12 @@ from msp.errors import MspError
 from msp.loading import read_tokenizer
 from msp.manifest import Manifest
 from msp.packed_files import INDEX, read_manifest, tensor_files
-from msp.patterns import Allocation, Budget, NMPattern, Unit
+from msp.patterns import Allocation, NMPattern
 from msp.reading import MOST_BYTES, parse_json, parse_yaml, read_json, read_object, read_yaml
 from msp.recipe import read_rules
 from msp.search.constants import read_constants
 from msp.search.database import _read_manifest as read_database
-from msp.search.state import State, Step, load_state, save_state
-
-UNITS = [Unit(f"u{i}", (f"u{i}",), 64 * (1 + i % 3), 8, i // 2, "k") for i in range(6)]
-BUDGET = Budget.for_units(UNITS, sum(unit.weights for unit in UNITS) // 2)
-STAGES = 2
-
-MANIFEST: dict[str, Any] = {
-    "quant_method": "msp",
-    "format": 1,
-    "allocation": {"layers.0.up": "2:8", "layers.0.down": "8:8", "layers.1.up": "0:8"},
-    "shapes": {"layers.0.up": [32, 64], "layers.0.down": [64, 32], "layers.1.up": [32, 64]},
-    "shared": {"layers.2.up": "layers.0.up"},
-    "recipe": {"pruner": "wanda", "kl": 0.25, "calibration": {"tokens": 64}},
-    "versions": {"msp": "1", "torch": "2"},
-}
-TABLE: dict[str, Any] = {
-    "tokens": 1,
-    "dtype": "float32",
-    "machine": {"cpu": "x", "threads": 2},
-    "linears": [
-        {"shape": [32, 64], "microseconds": {"dense": 10.5, "2:8": 4.25}},
-        {"shape": [64, 32], "microseconds": {"dense": 11, "2:8": 4.5}},
-    ],
-}
-RECIPE = {
-    "pruning_stage": {
-        "pruning_modifiers": {"NMPruningModifier": {"patterns": {"re:layers.0.*": "4:8", "a.b": "2:8", "c": "dense"}}}
-    },
-    "made_by": {"search": {"generations": 3, "survivors": [0.5, 0.5]}},
-}
+from msp.search.state import load_state, save_state
 
 
 def manifest(path: Path) -> object:
@@ -200,32 +172,11 @@ def test_a_mutated_manifest_of_transformers_is_read_or_refused(seed: int) -> Non
         assert rows > 0 and columns % pattern.m == 0
 
 
-ONE, TWO = {"seed": "1"}, {"seed": "2"}
-
-
-def state() -> State:
-    keys = [(4, 4, 4, 4, 4, 4), (5, 3, 4, 4, 4, 4), (4, 3, 4, 5, 4, 4)]
-    costs = [sum(unit.costs[level] for unit, level in zip(UNITS, key, strict=True)) for key in keys]
-    assert max(costs) <= BUDGET.limit
-    measured = {(1, key): 0.5 + index for index, key in enumerate(keys[:2])} | {(0, keys[2]): math.inf}
-    history = [Step(0, 3, 100, 0.75, 1.0), Step(1, 3, 200, 0.5, 1.0)]
-    population = [(0.5, keys[0]), (1.5, keys[1])]
-    return State(1, population, measured, 200, history, 8.0, [(keys[0], {(0, 1): 0.25, (2, -1): math.inf})])
-
-
 def test_a_search_is_read_as_it_was_written(tmp_path: Path) -> None:
     save_state(tmp_path / "search.json", state(), ONE)
     assert load_state(tmp_path / "search.json", ONE, UNITS, BUDGET, STAGES) == state()
     with pytest.raises(MspError, match="another search"):
         load_state(tmp_path / "search.json", TWO, UNITS, BUDGET, STAGES)
-
-
-def check_state(found: State) -> None:
-    """What a search relies on: every individual is one of the problem's."""
-    assert found.population and found.history
-    for _, key in found.population:
-        assert all(0 <= level <= unit.top for level, unit in zip(key, UNITS, strict=True))
-        assert sum(unit.costs[level] for unit, level in zip(UNITS, key, strict=True)) <= BUDGET.limit
 
 
 @FUZZED

@@ -17,10 +17,11 @@ from transformers.pytorch_utils import Conv1D
 import msp
 from msp.checkpoint import replace_linears
 from msp.errors import MspError
+from msp.formats.storage import Storage
 from msp.ops import force_backend, last_backend, nm_linear_tiles, nm_select
 from msp.ops.layouts import from_tiles
 from msp.patterns import NMPattern
-from msp.sparse_linear import SparseLinear, find_linear, patterns_of
+from msp.sparse_linear import SparseLinear, find_linear, storages_of
 
 PATTERNS = ["2:4", "1:8", "3:8", "0:8", "8:8", "5:16", "2:16", "0:4", "7:32"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -424,7 +425,7 @@ def test_a_pattern_that_keeps_all_leaves_the_module() -> None:
     plain = model.plain
     replace_linears(model, {"plain": nm_select(plain.weight.detach(), NMPattern(8, 8))})
     assert model.plain is plain
-    assert patterns_of(model) == {"plain": NMPattern(8, 8)}
+    assert storages_of(model) == {"plain": Storage(NMPattern(8, 8))}
 
 
 @pytest.mark.parametrize(
@@ -443,7 +444,7 @@ def test_one_wrong_name_or_shape_replaces_nothing(name: str, columns: int, messa
     }
     with pytest.raises(MspError, match=message):
         replace_linears(model, packed)
-    assert isinstance(model.conv, Conv1D) and not patterns_of(model)
+    assert isinstance(model.conv, Conv1D) and not storages_of(model)
 
 
 def test_find_linear_sees_conv1d_transposed() -> None:

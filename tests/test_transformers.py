@@ -42,7 +42,7 @@ from msp.loading import load_model
 from msp.ops import force_backend
 from msp.packed_files import read_info, validate_packed
 from msp.patterns import NMPattern
-from msp.sparse_linear import SparseLinear, patterns_of
+from msp.sparse_linear import SparseLinear, storages_of
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_every_family_there_and_back(family: str, seed: int, tmp_path: Path) -> 
 
     replace_linears(model, packed)
     assert torch.equal(logits(model, ids), masked)
-    assert patterns_of(model) == {name: weight.pattern for name, weight in packed.items()}
+    assert storages_of(model) == {name: weight.storage for name, weight in packed.items()}
 
     save_packed(model, tokenizer(), tmp_path / "out", recipe={"seed": seed})
     validate_packed(tmp_path / "out")
@@ -78,7 +78,7 @@ def test_every_family_there_and_back(family: str, seed: int, tmp_path: Path) -> 
     assert not any(report.values()), report
     assert same_state(loaded, model)
     assert torch.equal(logits(loaded, ids), masked)
-    assert patterns_of(loaded) == patterns_of(model)
+    assert storages_of(loaded) == storages_of(model)
 
     loaded.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")

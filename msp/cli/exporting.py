@@ -63,7 +63,7 @@ def export(
             "model": model,
             "output": str(output),
             "form": "dense",
-            "linears": sum(not linear.pattern.is_dense for linear in info.linears),
+            "linears": sum(not linear.storage.is_dense for linear in info.linears),
             "bytes": {"packed": packed, "dense": written},
             "files": sorted(file.name for file in target.iterdir()),
         }

@@ -44,7 +44,10 @@ class SparseLoraLinear(LoraLinear):  # type: ignore[misc]
             raise MspError(
                 f"{name}: its weight stands at {base_layer.places} places; an adapter would be at one of them"
             )
-        if base_layer.values.is_meta or base_layer.bitmask.is_meta:
+        if base_layer.storage.is_coded:
+            name = kwargs.get("target_name") or "a packed linear"
+            raise MspError(f"{name}: it is stored in {base_layer.storage}, into which no adapter can be merged")
+        if base_layer.is_offloaded:
             name = kwargs.get("target_name") or "a packed linear"
             raise MspError(f"{name}: its weights are offloaded, not in memory; load the whole model to adapt it")
         super().__init__(base_layer, adapter_name, config, **kwargs)

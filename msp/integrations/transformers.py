@@ -66,9 +66,10 @@ class MspQuantizer(HfQuantizer):
         from torch import nn
 
         from msp.as_loaded import names_as_loaded
+        from msp.coded_linear import new_linear
         from msp.hashes import Hashing, note_without, wanted
         from msp.packed_files import check_headers, read_headers, split_guards
-        from msp.sparse_linear import SparseLinear, find_linear, note_pattern, put_in_place
+        from msp.sparse_linear import find_linear, note_pattern, put_in_place
 
         if not checkpoint_files:
             raise MspError("a packed model is loaded from its safetensors files, not from a state dict")
@@ -82,17 +83,16 @@ class MspQuantizer(HfQuantizer):
         self._places = {name: linears[name] for name in manifest.shared}
         for name, linear in linears.items():
             first = manifest.shared.get(name, name)
-            pattern, (rows, columns) = manifest.patterns[first], manifest.shapes[first]
+            storage, shape = manifest.storages[first], manifest.shapes[first]
             if name != first:  # its weight comes when all are loaded, and its bias too if it is not its own
                 place, own = nn.Module(), f"{name}.bias" in stored or f"{first}.bias" not in stored
                 place.register_parameter("bias", linear.bias if own else None)
                 model.set_submodule(name, place)
-            elif pattern.is_dense:
-                note_pattern(linear, pattern)
+            elif storage.is_dense:
+                note_pattern(linear, manifest.patterns[first])
             else:
                 has_bias, dtype = linear.bias is not None, linear.weight.dtype
-                sparse = SparseLinear(columns, rows, pattern, has_bias, device="meta", dtype=dtype)
-                put_in_place(model, name, sparse)
+                put_in_place(model, name, new_linear(storage, shape, has_bias, device="meta", dtype=dtype))
         _forget_dense(model, manifest)
         names = names_as_loaded(model, stored, self)
         self._headers = {name: stored[own] for own, loaded, _ in names for name in loaded}
@@ -114,8 +114,7 @@ class MspQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from msp.finite import check_finite, named_tensors
         from msp.hashes import NAMES
-        from msp.ops import PackedWeight
-        from msp.packed_files import read_tensor
+        from msp.packed_files import read_packed, read_tensor
         from msp.sparse_linear import SparseLinear, at_places, note_pattern
 
         if self._hashing is not None:
@@ -139,9 +138,8 @@ class MspQuantizer(HfQuantizer):
                 continue
             module.requires_grad_(False)
             packed = module.packed
-            if packed.values.is_meta or packed.bitmask.is_meta:  # offloaded: what will be read is in the files
-                values, bitmask = (read_tensor(self._headers, f"{name}.{kind}") for kind in ("values", "bitmask"))
-                packed = PackedWeight(values, bitmask, packed.pattern, packed.shape)
+            if module.is_offloaded:  # what will be read is in the files
+                packed = read_packed(self._headers, name, packed.storage, packed.shape)
             packed.check(name)
         for first, others in self.quantization_config.manifest.places.items():
             names = [first, *others]
@@ -181,11 +179,12 @@ class MspQuantizer(HfQuantizer):
         """The masked dense model, in place; without ``dtype`` every weight keeps its own."""
         from msp.dense import unpack_linears
 
+        dense = _dense_names(model)
         unpack_linears(model)
         model._weight_conversions = None  # it is saved under published names again
         tied = dict(model._tied_weights_keys or {})
         model._tied_weights_keys = {
-            _dense_name(name): _dense_name(first) for name, first in tied.items() if not name.endswith(".bitmask")
+            dense.get(name, name): dense.get(first, first) for name, first in tied.items() if dense.get(name, name)
         }
         if dtype is not None:
             model.to(dtype)
@@ -244,7 +243,7 @@ def _keep_names(model: Any) -> None:
 
 def _forget_dense(model: PreTrainedModel, manifest: Manifest) -> None:
     """Take the weights that are packed now out of those that transformers ties when it loads."""
-    packed = [name for name in manifest.names if not manifest.patterns[manifest.shared.get(name, name)].is_dense]
+    packed = [name for name in manifest.names if not manifest.storages[manifest.shared.get(name, name)].is_dense]
     gone = {f"{name}.weight" for name in (*packed, *manifest.shared)}
     tied = dict(model.all_tied_weights_keys)
     model.all_tied_weights_keys = {name: first for name, first in tied.items() if not gone & {name, first}}
@@ -260,9 +259,16 @@ def _tie(model: PreTrainedModel, manifest: Manifest) -> None:
         model._tied_weights_keys = {**(model._tied_weights_keys or {}), **keys}
 
 
-def _dense_name(name: str) -> str:
-    """The tensor of a dense linear that has the place of ``name`` of a packed one."""
-    return f"{name.removesuffix('values')}weight" if name.endswith(".values") else name
+def _dense_names(model: PreTrainedModel) -> dict[str, str]:
+    """Of each tensor of a packed weight, the one of the dense linear in its place: for the first part, else empty."""
+    from msp.sparse_linear import SparseLinear
+
+    names: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, SparseLinear):
+            first, *others = (f"{name}.{label}" for label in module.parts)
+            names |= {first: f"{name}.weight", **dict.fromkeys(others, "")}
+    return names
 
 
 def _name_in(model: PreTrainedModel, name: str) -> str:

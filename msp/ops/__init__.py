@@ -9,9 +9,10 @@ from msp.ops.nm_rank import nm_rank
 from msp.ops.nm_select import nm_select
 from msp.ops.nm_unpack import nm_unpack
 from msp.ops.obs_prune import obs_prune
-from msp.ops.packed import PackedWeight
+from msp.ops.packed import CodedWeight, PackedWeight, quantise_values
 
 __all__ = [
+    "CodedWeight",
     "PackedWeight",
     "available_backends",
     "check_environment",
@@ -25,4 +26,5 @@ __all__ = [
     "nm_select",
     "nm_unpack",
     "obs_prune",
+    "quantise_values",
 ]

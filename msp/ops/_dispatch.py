@@ -177,6 +177,19 @@ class Op(Generic[P, T]):
         self._last.set(name)
         return result
 
+    def by_reference(self, function: Callable[..., T], x: Tensor, *args: Any) -> T:
+        """``function`` of arguments that no backend takes, in the place of the reference.
+
+        Raises:
+            UsageError: another backend was forced.
+        """
+        forced = _forced.get() or _forced_by_environment()
+        if forced not in (None, "reference"):
+            raise UsageError(f"{self.name}: backend {forced!r} was forced, but only the reference takes coded values")
+        result = function(x, *args)
+        self._last.set("reference")
+        return result
+
     def _choose(self, device_type: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         forced = _forced.get() or _forced_by_environment()
         if forced is not None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from msp.errors import MspError
-from msp.patterns import GROUP_SIZES
+from msp.formats.storage import packed_widths
 
 _known: dict[tuple[int, str], tuple[weakref.ref[Tensor], tuple[Any, ...]]] = {}
 
@@ -43,15 +43,18 @@ def check_parts(values: Tensor, bitmask: Tensor, n: int, m: int, columns: int) -
         TypeError: a bitmask that is not uint8.
         ValueError: sizes that do not fit together, or two devices.
     """
-    if m not in GROUP_SIZES or not 0 <= n <= m or columns % m:
-        raise ValueError(f"{n}:{m} is no pattern for {columns} columns")
+    try:
+        kept, index = packed_widths(n, m, columns)
+    except MspError as error:
+        raise ValueError(f"{n}:{m} is no pattern for {columns} columns: {error}") from error
     if bitmask.dtype != torch.uint8:
         raise TypeError(f"the bitmask is {bitmask.dtype}, but must be torch.uint8")
-    rows = values.shape[0] if values.ndim else 0
-    wanted = (rows, columns // m * n), (rows, -(-columns // 8))
-    if (values.shape, bitmask.shape) != wanted:
+    found = values.shape, bitmask.shape
+    rows = found[0][0] if found[0] else 0
+    wanted = (rows, kept), (rows, index)
+    if found != wanted:
         raise ValueError(
-            f"values have shape {list(values.shape)} and bitmask has {list(bitmask.shape)}, but {n}:{m} needs "
+            f"values have shape {list(found[0])} and bitmask has {list(found[1])}, but {n}:{m} needs "
             f"{list(wanted[0])} and {list(wanted[1])}"
         )
     if bitmask.device != values.device:

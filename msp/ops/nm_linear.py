@@ -11,7 +11,7 @@ from torch import Tensor
 from msp.ops._compiled import compiled_module
 from msp.ops._dispatch import Op, define
 from msp.ops._positions import check_parts, check_positions
-from msp.ops.packed import VALUE_DTYPES, PackedWeight, unpack, unpack_bits
+from msp.ops.packed import VALUE_DTYPES, CodedWeight, PackedWeight, unpack, unpack_bits
 
 # On a CPU, few tokens are multiplied by the packed weight as it lies in memory; with more, the time goes into
 # arithmetic, and where torch's is faster than ours a few rows at a time are unpacked for its dense product. Measured at
@@ -181,11 +181,17 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd(nm_linear_op, _backward, setup_context=_setup_context)
 
 
-def nm_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + b`` with W in packed form; gradients flow to ``x``, ``bias`` and the kept values.
+def coded_reference(x: Tensor, packed: CodedWeight, bias: Tensor | None) -> Tensor:
+    """Unpack to the dtype of ``x`` and multiply; gradients flow to ``x`` and ``bias``."""
+    return F.linear(x, packed.unpack(x.dtype), bias)
+
+
+def nm_linear(x: Tensor, packed: PackedWeight | CodedWeight, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b`` with W in packed form; gradients flow to ``x``, ``bias`` and the kept values that are floats.
 
     Args:
-        x: ``[..., K]``, in the dtype and on the device of ``packed``; any strides.
+        x: ``[..., K]``, in the dtype and on the device of ``packed``; any strides. Coded values have no dtype of their
+            own, and are multiplied by the reference only.
         packed: a ``[R, K]`` weight. An empty one (N = 0) costs no product. The bits of its bitmask are counted in the
             first call and in the first one after a write to it.
         bias: ``[R]``, same dtype and device.
@@ -196,7 +202,12 @@ def nm_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Te
     Raises:
         TypeError: dtypes differ.
         ValueError: a shape or device that does not fit.
+        UsageError: coded values, and a backend was forced.
         MspError: the parts of ``packed`` do not fit together, or its bitmask keeps another number than N.
     """
+    if isinstance(packed, CodedWeight):
+        if x.ndim == 0 or x.shape[-1] != packed.shape[1]:
+            raise ValueError(f"x has shape {list(x.shape)}, but its last dimension must be {packed.shape[1]}")
+        return op.by_reference(coded_reference, x, packed, bias)
     pattern = packed.pattern
     return product(x, packed.values, packed.bitmask, bias, pattern.n, pattern.m, packed.shape[1])

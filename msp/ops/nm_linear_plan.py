@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from msp.formats.storage import DENSE, Storage
 from msp.ops.layouts import TILE_COLUMNS, TILE_ROWS
 from msp.patterns import NMPattern
 
@@ -65,14 +66,16 @@ def device_limits(device: torch.device) -> Device:
     return Device(found.multi_processor_count, found.shared_memory_per_multiprocessor)
 
 
-def packed_share(pattern: NMPattern, itemsize: int = 2) -> float:
-    """Packed bytes as a share of the dense ones."""
-    return float(pattern.density) + 1 / (8 * itemsize)
+@functools.cache
+def packed_share(pattern: NMPattern, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Packed bytes as a share of the dense ones, at values of ``dtype``."""
+    parts = Storage(pattern).packed_parts(1, TILE_COLUMNS).values()
+    return sum(part.nbytes(dtype) for part in parts) / DENSE.nbytes(1, TILE_COLUMNS, dtype)
 
 
-def stays_dense(pattern: NMPattern, itemsize: int = 2) -> bool:
+def stays_dense(pattern: NMPattern, dtype: torch.dtype = torch.bfloat16) -> bool:
     """Whether so little is saved that the weight is better unpacked once, when it comes to a CUDA device."""
-    return packed_share(pattern, itemsize) > DENSE_SHARE
+    return packed_share(pattern, dtype) > DENSE_SHARE
 
 
 def kept_bytes(pattern: NMPattern, rows: int, columns: int) -> int:

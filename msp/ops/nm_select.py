@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from msp.formats.storage import Storage, packed_widths
 from msp.ops._compiled import compiled_module
 from msp.ops._dispatch import Op
 from msp.ops.packed import PackedWeight, pack_bits
@@ -20,16 +21,16 @@ def reference(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> 
         # that rank below 2 in their quad.
         scores = scores.masked_fill(rank_in_groups(scores, 4) >= 2, -torch.inf)
     kept = rank_in_groups(scores, m) < n
-    return weight[kept].view(len(weight), weight.shape[1] // m * n), pack_bits(kept)
+    return weight[kept].view(len(weight), packed_widths(n, m, weight.shape[1])[0]), pack_bits(kept)
 
 
 op = Op("nm_select", reference)
 
 
 def _empty(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-    rows, columns = weight.shape
-    values = weight.new_empty(rows, columns // m * n)
-    return values, weight.new_empty(rows, (columns + 7) // 8, dtype=torch.uint8)
+    parts = Storage(NMPattern(n, m)).packed_parts(*weight.shape)
+    values, bitmask = (weight.new_empty(part.shape, dtype=part.dtype) for part in parts.values())
+    return values, bitmask
 
 
 @op.backend("triton")

@@ -152,10 +152,7 @@ def obs_prune(weight: Tensor, hinv_chol: Tensor, pattern: NMPattern, *, block_si
     if bad:
         raise ValueError(f"obs_prune: {bad} of the {columns} diagonal entries of hinv_chol are not positive")
     if not weight.numel():
-        bitmask = torch.zeros(len(weight), -(-columns // 8), dtype=torch.uint8, device=weight.device)
-        return PackedWeight(
-            weight.new_empty(len(weight), columns // pattern.m * pattern.n), bitmask, pattern, (len(weight), columns)
-        )
+        return PackedWeight.from_mask(weight, torch.zeros_like(weight, dtype=torch.bool), pattern)
     updated, kept = obs_prune_op(weight, hinv_chol, pattern.n, pattern.m, block_size)
     require_finite("obs_prune", f"weight, once updated and cast to {weight.dtype},", updated)
     return _pack(updated, kept, pattern)

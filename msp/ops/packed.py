@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msp.errors import MspError
+from msp.errors import MspError, UsageError
+from msp.formats.storage import BITMASK, VALUE_DTYPES, Storage, packed_widths
 from msp.ops._positions import check_positions, count_bits, count_positions
 from msp.patterns import NMPattern
 
-__all__ = ["VALUE_DTYPES", "PackedWeight", "check_matrix", "count_bits", "pack_bits", "unpack", "unpack_bits"]
-
-VALUE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+__all__ = [
+    "VALUE_DTYPES",
+    "CodedWeight",
+    "PackedWeight",
+    "check_matrix",
+    "check_stored",
+    "count_bits",
+    "from_parts",
+    "pack_bits",
+    "quantise_values",
+    "unpack",
+    "unpack_bits",
+]
 
 
 def pack_bits(kept: Tensor) -> Tensor:
@@ -46,6 +58,34 @@ def check_matrix(name: str, weight: Tensor, group_size: int) -> None:
         raise ValueError(f"{name} has shape {list(weight.shape)}, but must be a matrix [out, in]")
     if weight.shape[1] % group_size:
         raise ValueError(f"{name} has {weight.shape[1]} columns, but must have a multiple of {group_size}")
+
+
+def check_stored(parts: Mapping[str, Tensor], storage: Storage, shape: tuple[int, int], name: str = "") -> None:
+    """Raise ``MspError`` unless ``parts`` are those of a weight of ``shape`` in ``storage``; reads no bit of them.
+
+    Args:
+        name: of the weight, which starts the message.
+    """
+    prefix = f"{name}." if name else ""
+    rows, columns = shape
+    try:
+        table = storage.packed_parts(rows, columns)
+    except MspError as error:
+        raise MspError(f"{prefix}shape {rows}x{columns}: {error}") from error
+    if parts.keys() != table.keys():
+        raise MspError(f"{prefix}parts are {', '.join(parts)}, but {storage} needs {', '.join(table)}")
+    device = next(iter(parts.values())).device
+    for label, part in table.items():
+        found = parts[label]
+        dtypes = VALUE_DTYPES if part.dtype is None else (part.dtype,)
+        if found.dtype not in dtypes:
+            *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+            needed = f"{', '.join(most)} or {last}" if most else last
+            raise MspError(f"{prefix}{label} {'is' if label == BITMASK else 'are'} {found.dtype}, but must be {needed}")
+        if found.shape != part.shape:
+            raise MspError(f"{prefix}{label} has shape {list(found.shape)}, but {storage} needs {list(part.shape)}")
+        if found.device != device:
+            raise MspError(f"{prefix}{next(iter(table))} are on {device}, but {label} is on {found.device}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +123,17 @@ class PackedWeight:
         wrong = int((counts != pattern.n).sum())
         if wrong:
             raise ValueError(f"mask keeps another number than {pattern.n} in {wrong} of {counts.numel()} groups")
-        values = weight.detach()[mask].view(rows, columns // pattern.m * pattern.n)
+        values = weight.detach()[mask].view(rows, packed_widths(pattern.n, pattern.m, columns)[0])
         return cls(values, pack_bits(mask), pattern, (rows, columns))
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(self.pattern)
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors by the names that ``Storage.packed_parts`` gives them."""
+        return {"values": self.values, BITMASK: self.bitmask}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -134,19 +183,83 @@ class PackedWeight:
 
     def check_parts(self, name: str = "") -> None:
         """What ``check`` does without a look at a bit of the bitmask, so on tensors without data too."""
-        prefix = f"{name}." if name else ""
-        rows, columns = self.shape
-        n, m = self.pattern.n, self.pattern.m
-        if columns % m:
-            raise MspError(f"{prefix}shape {rows}x{columns}: the columns are not a multiple of group size {m}")
-        if self.values.dtype not in VALUE_DTYPES:
-            raise MspError(f"{prefix}values are {self.values.dtype}, but must be float32, float16 or bfloat16")
-        if self.bitmask.dtype != torch.uint8:
-            raise MspError(f"{prefix}bitmask is {self.bitmask.dtype}, but must be uint8")
-        wanted = {"values": (rows, columns // m * n), "bitmask": (rows, -(-columns // 8))}
-        for part, size in wanted.items():
-            found = tuple(getattr(self, part).shape)
-            if found != size:
-                raise MspError(f"{prefix}{part} has shape {list(found)}, but {self.pattern} needs {list(size)}")
-        if self.values.device != self.bitmask.device:
-            raise MspError(f"{prefix}values are on {self.values.device}, but bitmask is on {self.bitmask.device}")
+        check_stored(self.parts, self.storage, self.shape, name)
+
+
+@dataclass(frozen=True, eq=False)
+class CodedWeight:
+    """A ``[R, K]`` weight whose kept values are not written as floats; no kernel takes it, the reference unpacks it.
+
+    Attributes:
+        parts: the tensors that ``storage`` asks for, by name.
+        storage: N:M with other values, like ``2:8+int8/64``.
+        shape: ``(R, K)``.
+    """
+
+    parts: Mapping[str, Tensor]
+    storage: Storage
+    shape: tuple[int, int]
+
+    @property
+    def pattern(self) -> NMPattern:
+        assert self.storage.support is not None
+        return self.storage.support
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parts.values())).device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts, in memory as on disk."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    def to(self, device: torch.device | str) -> CodedWeight:
+        """The same weight on another device."""
+        return CodedWeight({name: part.to(device) for name, part in self.parts.items()}, self.storage, self.shape)
+
+    def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense ``[R, K]`` weight, zeros where nothing is kept."""
+        assert self.storage.values is not None
+        values = self.storage.values.decode(self.parts, self.shape[1]).to(dtype)
+        return unpack(values, self.parts[BITMASK], self.shape[1]) if BITMASK in self.parts else values
+
+    def kept(self) -> Tensor:
+        """Bool ``[R, K]``: which weights are kept."""
+        if BITMASK in self.parts:
+            return unpack_bits(self.parts[BITMASK], self.shape[1])
+        return torch.ones(self.shape, dtype=torch.bool, device=self.device)
+
+    def check(self, name: str = "") -> None:
+        """Raise ``MspError`` unless the parts fit together and the bitmask keeps N of every M.
+
+        Args:
+            name: the tensor's name, which starts the message.
+        """
+        check_stored(self.parts, self.storage, self.shape, name)
+        if BITMASK in self.parts:
+            count_positions(self.parts[BITMASK], self.pattern.n, self.pattern.m, self.shape[1], name)
+
+
+def from_parts(parts: Mapping[str, Tensor], storage: Storage, shape: tuple[int, int]) -> PackedWeight | CodedWeight:
+    """The weight of ``shape`` that ``parts`` are; ``check`` says whether they fit."""
+    if storage.is_coded:
+        return CodedWeight(dict(parts), storage, shape)
+    assert storage.support is not None
+    return PackedWeight(parts["values"], parts[BITMASK], storage.support, shape)
+
+
+def quantise_values(packed: PackedWeight, values: str) -> CodedWeight:
+    """The same weights, the kept ones written as ``values`` says, such as ``int8/64``.
+
+    Raises:
+        UsageError: no such way to write values.
+        MspError: a shape, a pattern or values that cannot be written so.
+    """
+    way = Storage.parse(values)
+    if way.support is not None or way.values is None or not way.is_coded:
+        raise UsageError(f"{values!r} is no way to write values; int8/64 is one")
+    storage = Storage(packed.pattern, way.values)
+    table = storage.packed_parts(*packed.shape)
+    parts = {**way.values.encode(packed.values.detach(), packed.shape[1]), BITMASK: packed.bitmask}
+    return CodedWeight({name: parts[name] for name in table}, storage, packed.shape)

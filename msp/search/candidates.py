@@ -66,7 +66,7 @@ class RankedWeight:
     """
 
     def __init__(self, linear: Linear, ranks: Ranks | PackedLevels, room: Room) -> None:
-        self.pattern: NMPattern | None = None
+        self.pattern = NMPattern(4, 4)  # all of them, until ``keep``
         self.dense = linear.weight.contiguous()
         self._ranks = ranks
         self._room = room
@@ -86,7 +86,6 @@ class RankedWeight:
             self._copied = pattern
 
     def _select(self, out: Tensor) -> None:
-        assert self.pattern is not None
         if isinstance(self._ranks, PackedLevels):
             ops.nm_unpack(self._ranks[self.pattern], out=out)
         else:
@@ -95,7 +94,7 @@ class RankedWeight:
     @property
     def kept(self) -> Tensor:
         """``[R, K]``, zero where nothing is kept."""
-        if self.pattern is None or self.pattern.is_dense:
+        if self.pattern.is_dense:
             return self.dense
         if self.pattern.is_empty:
             return torch.zeros_like(self.dense)
@@ -107,7 +106,7 @@ class RankedWeight:
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + b`` with what is kept; the same bits with and without a copy of it."""
-        if self.pattern is not None and self.pattern.is_empty:
+        if self.pattern.is_empty:
             empty = x.new_zeros(*x.shape[:-1], len(self.dense))
             return empty if bias is None else empty + bias
         if x.device.type != "cpu":
@@ -115,7 +114,7 @@ class RankedWeight:
         return product_of_rows(x, len(self.dense), self._rows, bias)
 
     def _rows(self, rows: slice) -> Tensor:
-        if self._copy is not None or self.pattern is None or self.pattern.is_dense:
+        if self._copy is not None or self.pattern.is_dense:
             return self.kept[rows]
         assert not isinstance(self._ranks, PackedLevels)
         dense = self.dense[rows]

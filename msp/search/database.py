@@ -9,7 +9,6 @@ depend on. The metadata of a file are the hashes of its tensors, which are compa
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from msp.errors import MspError
 from msp.files import write_tensors, write_text
+from msp.formats.storage import Storage
 from msp.hashes import hash_tensor
 from msp.identity import Identity, differences, hashed_data
 from msp.ops import PackedWeight
@@ -74,9 +74,8 @@ class LevelDatabase:
         return sum(map(self._nbytes, self._shapes))
 
     def _nbytes(self, name: str) -> int:
-        rows, columns = self._shapes[name]
-        kept = sum(pattern.kept(rows, columns) for pattern in self.patterns[name])
-        return kept * self._dtypes[name].itemsize + len(self.patterns[name]) * rows * math.ceil(columns / 8)
+        storages = map(Storage, self.patterns[name])
+        return sum(storage.nbytes(*self._shapes[name], self._dtypes[name]) for storage in storages)
 
     def missing(self) -> list[str]:
         """The linears that are still to be written."""
@@ -141,7 +140,7 @@ class LevelDatabase:
         tensors: dict[str, Tensor] = {}
         for pattern, packed in zip(self.patterns[name], levels, strict=True):
             stored = packed.to("cpu", self._dtypes[name])
-            tensors |= {f"{pattern}.values": stored.values, f"{pattern}.bitmask": stored.bitmask}
+            tensors |= {f"{pattern}.{part}": tensor for part, tensor in stored.parts.items()}
         hashes = {name: hash_tensor(tensor) or "" for name, tensor in tensors.items()}
         write_tensors(tensors, self._file(name), metadata=hashes)
 
@@ -159,11 +158,12 @@ class LevelDatabase:
             with safe_open(file, framework="pt") as reader:
                 hashes = reader.metadata() or {}
                 for pattern in self.patterns[name]:
-                    values, bitmask = (reader.get_tensor(f"{pattern}.{part}") for part in ("values", "bitmask"))
-                    for part, tensor in (("values", values), ("bitmask", bitmask)):
+                    labels = Storage(pattern).parts(*self._shapes[name])
+                    parts = {part: reader.get_tensor(f"{pattern}.{part}") for part in labels}
+                    for part, tensor in parts.items():
                         if hashes.get(f"{pattern}.{part}") != hash_tensor(tensor):
                             raise MspError(f"{file}: damaged, to be removed: {pattern}.{part} has another hash")
-                    levels[pattern] = PackedWeight(values, bitmask, pattern, self._shapes[name])
+                    levels[pattern] = PackedWeight(**parts, pattern=pattern, shape=self._shapes[name])
         except (OSError, SafetensorError) as error:
             raise MspError(f"{file}: missing or damaged, to be removed: {error}") from error
         for pattern, packed in levels.items():

@@ -158,7 +158,7 @@ def test_check_finds_a_bit_that_moved_to_another_group():
         (r"w\.values are torch\.int8", {"values": torch.zeros(2, 4, dtype=torch.int8)}),
         (r"w\.bitmask is torch\.int32, but must be uint8", {"bitmask": torch.zeros(2, 2).int()}),
         (r"w\.values are on cpu, but bitmask is on meta", {"bitmask": torch.zeros(2, 2, device="meta").byte()}),
-        (r"w\.shape 2x20: the columns are not a multiple of group size 8", {"shape": (2, 20)}),
+        (r"w\.shape 2x20: 20 columns are not a multiple of the group size 8", {"shape": (2, 20)}),
         (r"w\.values has shape \[2, 4\], but 1:8 needs \[2, 2\]", {"pattern": NMPattern(1, 8)}),
     ],
 )

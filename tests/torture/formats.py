@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from contents import BUDGET, MANIFEST, ONE, RECIPE, STAGES, TABLE, UNITS, check_state, state
 from families import VOCABULARY, packed_model, save, tokenizer
-from test_reading import BUDGET, MANIFEST, ONE, RECIPE, STAGES, TABLE, UNITS, check_state, state
 from texts import VOCABULARY as TEXT_VOCABULARY
 from texts import byte_tokenizer, random_text
 
