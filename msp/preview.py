@@ -116,5 +116,7 @@ def fitting(model: Any, settings: PruneOptions, *, may_stream: bool) -> PruneOpt
 
 def _needed(model: str | Path, settings: PruneOptions) -> int | None:
     """Beyond what the process takes now."""
+    if settings.budget_decode is not None:  # times may have to be measured first, and memory hardly depends on them
+        settings = replace(settings, budget_decode=None, decode_table=None, sparsity=0.5)
     memory = preview(model, settings).memory
     return None if memory is None else memory.peak - resident()
