@@ -60,7 +60,7 @@ class Workers:
         address: of a Ray cluster (``auto`` or ``host:port``); without it Ray is started here and ended afterwards.
 
     Raises:
-        UsageError: a count below 1, neither of the two, or Ray is not installed.
+        UsageError: a count below 1, neither of the two, an address with no port, or Ray is not installed.
     """
 
     count: int | None = None
@@ -71,6 +71,10 @@ class Workers:
             raise UsageError("workers: neither how many nor the address of a cluster")
         if self.count is not None and self.count < 1:
             raise UsageError(f"{self.count} workers: a search needs at least one")
+        if self.address is not None:
+            _, colon, port = self.address.rpartition(":")
+            if colon and not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 1 << 16):
+                raise UsageError(f"the address of a cluster is auto or host:port, and {port[:20]!r} is no port")
         if importlib.util.find_spec("ray") is None:
             raise UsageError("workers need the ray library: pip install 'mixed-sparsity-pruning[ray]'")
 

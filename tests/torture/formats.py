@@ -114,7 +114,10 @@ def read_folder(folder: Path) -> dict[str, bytes]:
 
 
 def rules(path: Path) -> Any:
-    return [(regex.pattern, pattern and (pattern.n, pattern.m)) for regex, pattern in read_rules(path).keep]
+    return [
+        (regex.pattern, None if storage.support is None else (storage.support.n, storage.support.m))
+        for regex, storage in read_rules(path).keep
+    ]
 
 
 def expected_rules(data: bytes) -> Any:
