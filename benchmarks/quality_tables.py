@@ -301,7 +301,7 @@ def write(folder: Path) -> None:
     results = Results(folder)
     write_table(ROOT / "docs" / "quality.md", "quality", quality_page(results))
     write_table(ROOT / "docs" / "quality.md", "patterns", pattern_table(results))
-    write_table(ROOT / "docs" / "search.md", "ablation", ablation_table(results))
+    write_table(ROOT / "docs" / "search-notebook.md", "ablation", ablation_table(results))
     if results.seeds(Cell()):
         write_table(ROOT / "README.md", "quality", readme_table(results))
         picture(results, ROOT / "docs" / "quality.png")

@@ -6,7 +6,8 @@ A benchmark is a pytest-benchmark test that ends in ``measure``::
 
 ``python benchmarks/runner.py out.json`` prints the rows of such a file; ``--save`` also writes them, with commit,
 versions and machine, to ``benchmarks/results/cpu-<machine>-<date>.json`` (those of the search to ``search-...``),
-and the tables of docs/cpu.md and docs/search.md from the newest of every machine. ``make bench`` does all of it.
+and the tables of docs/cpu.md and docs/search-notebook.md from the newest of every machine. ``make bench`` does all
+of it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+# The page in docs/ with the table of each kind of benchmark.
+PAGES = {"cpu": "cpu.md", "search": "search-notebook.md"}
 Call = Callable[[], object]
 # Counted calls of one turn.
 TURN = 5
@@ -253,7 +256,7 @@ def save(where: dict[str, Any], entries: list[dict[str, Any]]) -> None:
             name = f"{kind}-{machine_name(where['processor'])}-{datetime.date.today().isoformat()}.json"
             content = json.dumps({"machine": where, "rows": mine}, indent=1) + "\n"
             write_text(RESULTS / name, content)
-            write_table(ROOT / "docs" / f"{kind}.md", kind, tables(kind))
+            write_table(ROOT / "docs" / PAGES[kind], kind, tables(kind))
 
 
 def write_table(page: Path, name: str, text: str) -> None:

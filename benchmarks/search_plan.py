@@ -1,7 +1,7 @@
 """What a search of a large model would take, by arithmetic: tokens, bytes and seconds on one and on eight H200.
 
     python benchmarks/search_plan.py            # print the table
-    python benchmarks/search_plan.py --write    # put it into docs/search.md
+    python benchmarks/search_plan.py --write    # put it into docs/search-reference.md
 
 No run on such a device stands behind any of it. The device's peaks are NVIDIA's data sheet; the shares of them that a
 run would reach are assumptions, all of them in ``Device``.
@@ -204,11 +204,11 @@ def default_plans() -> list[Plan]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the table into docs/search.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/search-reference.md")
     made = table(default_plans())
     sys.stdout.write(made)
     if parser.parse_args().write:
-        write_table(ROOT / "docs" / "search.md", "plan", made)
+        write_table(ROOT / "docs" / "search-reference.md", "plan", made)
 
 
 if __name__ == "__main__":

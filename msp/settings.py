@@ -49,7 +49,7 @@ class PruneOptions:
         fitness: what a search minimises: ``kl`` (to the dense model), ``perplexity``, or a loss of one's own, itself or
             as ``"module:function"``; ``msp.task_loss.TaskLoss`` says what it is given and returns.
         fitness_noise: share of the fitness tokens replaced by random ones of theirs, in [0, 1), for ``kl``: a
-            search on clean text alone fits that kind of text (docs/search.md).
+            search on clean text alone fits that kind of text (docs/search-notebook.md).
         candidates: what a search measures: ``ranks``, linears cut down to what the pruner ranks first; ``database``,
             linears pruned to every level beforehand; ``auto``, the database for pruners that update weights.
         evaluations: candidates a search may breed, in whole generations; its first ones and measured sensitivities do

@@ -61,7 +61,7 @@ def test_a_large_model_is_streamed_once_a_pass() -> None:
 
 
 def test_the_page_has_the_table_of_the_present_constants() -> None:
-    page = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "search-reference.md").read_text(encoding="utf-8")
     made = search_plan.table(search_plan.default_plans())
     assert f"<!-- table:plan -->\n{made}<!-- /table:plan -->" in page, "run benchmarks/search_plan.py --write"
 
@@ -90,9 +90,9 @@ def test_rows_of_the_search_have_a_file_and_a_table(tmp_path: Path, monkeypatch:
     row |= {"candidates_per_second": 3.25, "tokens_per_second": {"ours": 9500.0, "bare forward": 10_000.0}}
     row |= {"share": {"engine": 0.0123}}
     (tmp_path / "docs").mkdir()
-    for kind in ("cpu", "search"):
+    for kind, page in runner.PAGES.items():
         text = f"before\n<!-- table:{kind} -->\nold\n<!-- /table:{kind} -->\nafter\n"
-        (tmp_path / "docs" / f"{kind}.md").write_text(text)
+        (tmp_path / "docs" / page).write_text(text)
     monkeypatch.setattr(runner, "RESULTS", tmp_path)
     monkeypatch.setattr(runner, "ROOT", tmp_path)
     (tmp_path / "search-trials.json").write_text("{}")
@@ -102,7 +102,7 @@ def test_rows_of_the_search_have_a_file_and_a_table(tmp_path: Path, monkeypatch:
     runner.save({**where, "versions": {"torch": "9"}}, [row, two])
     (path,) = tmp_path.glob("search-some-*.json")
     assert json.loads(path.read_text())["rows"] == [row, two]
-    told = (tmp_path / "docs" / "search.md").read_text()
+    told = (tmp_path / "docs" / "search-notebook.md").read_text()
     assert "| test_search[some] | 3.25 | 9,500 | 10,000 (**0.95x**) | 1.2% | 1.0e-04 |\n\n" in told
     assert told.startswith("before") and told.endswith("after\n") and "old" not in told
     assert "old" in (tmp_path / "docs" / "cpu.md").read_text() and not list(tmp_path.glob("cpu-*"))

@@ -186,7 +186,7 @@ SearchOptions = Annotated[
     typer.Option(
         metavar="NAME: VALUE,...",
         help="Constants of the search in the place of its own, like 'generations: 20, sensitivities: 0', or a "
-        "recipe.yaml, to search as that one did; docs/search.md has them.",
+        "recipe.yaml, to search as that one did; docs/search-reference.md explains them.",
         rich_help_panel=COST,
     ),
 ]
