@@ -201,7 +201,7 @@ class named:
 
 
 def tell(warn: Warn | None, message: str) -> None:
-    """Pass ``message`` to ``warn``, or raise a Python warning if ``warn`` is None."""
+    """Pass ``message`` to ``warn``, or issue a Python warning if ``warn`` is None."""
     if warn is None:
         warnings.warn(message, stacklevel=3)
     else:
