@@ -97,13 +97,13 @@ def _pickled(state: Any) -> str:
 
 
 def hashed_config(config: Any) -> str:
-    """The hash of what a forward takes from a model's configuration."""
+    """The hash of the entries of a model's configuration that a forward uses."""
     entries = {name: value for name, value in config.to_dict().items() if name not in NOT_IN_A_FORWARD}
     return hashed_data([entries, getattr(config, "_attn_implementation", None)])
 
 
 def environment(device: torch.device) -> Identity:
-    """What equal inputs give equal bits on."""
+    """The processor and the libraries; equal inputs give equal bits if both are the same."""
     on_gpu = device.type == "cuda"
     processor = torch.cuda.get_device_name(device) if on_gpu else f"CPU {torch.backends.cpu.get_cpu_capability()}"
     libraries = f"msp {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
@@ -111,12 +111,14 @@ def environment(device: torch.device) -> Identity:
 
 
 def differences(own: Identity, found: Mapping[str, Any], *, partial: bool = False) -> list[str]:
-    """What of ``own`` is another in ``found``, the identity that an earlier run kept.
+    """The differences between ``own`` and ``found``, the stored identity of an earlier run.
 
-    A message can show the phrases as they are: ``the weights differ``, ``seed 1, was 0``.
+    Each is a phrase for a message: ``the weights differ``, ``seed 1, was 0``.
 
     Args:
-        partial: ``own`` is not complete yet, so what only ``found`` has does not count.
+        own: the identity of this run.
+        found: the identity of the earlier run.
+        partial: ``own`` is not complete yet, so entries that only ``found`` has do not count.
     """
     told = []
     for name in [*own, *(() if partial else (name for name in found if name not in own))]:
