@@ -1,4 +1,4 @@
-"""Streams a token set through a model one block at a time and gathers what pruners ask of a linear."""
+"""Streams a token set through a model one block at a time, and collects the input statistics that pruners need."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ HESSIAN = "hessian"
 
 
 class BlockStream:
-    """The states of a token set in front of one block after another, waiting in host memory.
+    """The states of a token set before the current block, in host memory.
 
     Args:
-        gates: the model, entered while blocks run.
+        gates: the model; its context must be entered while blocks run.
         windows: int64 ``[S, T]`` token ids.
         batch_size: sequences per forward.
     """
@@ -37,15 +37,15 @@ class BlockStream:
         self._states: list[State | None] = [None] * len(self._batches)
 
     def copy(self) -> BlockStream:
-        """Another one in front of the same block."""
+        """A second stream before the same block."""
         other = copy(self)
         other._states = list(self._states)
         return other
 
     def run(self, index: int, *, advance: bool) -> Iterator[None]:
-        """Run every batch through block ``index``, one per item drawn; keep the outputs if ``advance``.
+        """Run the batches through block ``index``, one for each item drawn; keep the outputs if ``advance``.
 
-        Blocks must be advanced in order: block ``index`` reads what ``index - 1`` left.
+        The blocks must be advanced in order, because block ``index`` reads the outputs of block ``index - 1``.
         """
         for batch, tokens in enumerate(self._batches):
             state = self._states[batch]
@@ -57,12 +57,12 @@ class BlockStream:
             yield
 
     def pass_through(self, index: int) -> None:
-        """Bring every batch behind block ``index``."""
+        """Run every batch through block ``index`` and keep the outputs."""
         for _ in self.run(index, advance=True):
             pass
 
     def logits(self) -> Iterator[torch.Tensor]:
-        """``[B, T, V]`` of every batch, when all blocks have been advanced."""
+        """The logits ``[B, T, V]`` of every batch, after all blocks have been advanced."""
         for batch, tokens in enumerate(self._batches):
             state, self._states[batch] = self._states[batch], None
             assert state is not None, "the head runs before the blocks"
@@ -79,10 +79,11 @@ def gather(linears: Sequence[Linear], needs: frozenset[str]) -> Iterator[dict[st
     """Within the context, forwards of ``linears`` add to the statistics that are yielded.
 
     ``needs`` may hold ``"input_sum_squares"`` (fp32 ``[K]``, sum over tokens of x^2) and ``"hessian"``
-    (fp32 ``[K, K]``, sum over tokens of x x^T). A weight that stands at several places has the sum over all of them.
+    (fp32 ``[K, K]``, sum over tokens of x x^T). If a weight has several places in the model, the sum is over all of
+    them.
 
     Raises:
-        MspError: a sum is not finite when the context ends; names the linear.
+        MspError: a sum is not finite when the context ends; the message names the linear.
     """
     statistics = {linear.name: LinearStatistics() for linear in linears}
 
@@ -137,15 +138,26 @@ def stream_statistics(
 ) -> Iterator[tuple[Block, Mapping[str, LinearStatistics]]]:
     """Yield each block, on ``device``, with the input statistics of its linears.
 
-    With ``sequential`` the block runs again after the caller has changed it, so that later blocks see
-    what a pruned model gives them; without, one run serves both. ``only`` names the linears to look at.
     Memory beyond the model: one block, its statistics, and one state per token of ``windows`` in host memory.
 
-    The statistics of a weight that later blocks have too are of all its places, as the model is when its first block
-    is yielded: the blocks up to the last such place run once more for it.
+    A weight that later blocks share has statistics over all its places. They are measured when its first block is
+    yielded, and the blocks up to its last place run once more for that.
 
-    With ``whole``, for models of which blocks do not run alone, every block costs a forward of the whole model, where
-    it is, and ``device`` says nothing.
+    Args:
+        model, structure: the causal LM and its blocks.
+        windows: int64 ``[S, T]`` token ids.
+        needs: the statistics to collect, see ``gather``.
+        sequential: run each block again after the caller has changed it, so that later blocks get the outputs of the
+            pruned blocks. Without it, one run collects the statistics and gives the outputs.
+        only: the names of the linears to collect statistics of; None for all.
+        batch_size: sequences per forward.
+        device: the device that blocks run on.
+        whole: run the whole model for each block, on the model's own device, because its blocks do not run alone.
+            Without ``sequential``, one forward serves all blocks. ``device`` is then ignored.
+        progress, label: the progress display, and the name of the stage in it.
+
+    Raises:
+        MspError: a statistic is not finite, or a forward does not reach a block.
     """
     if whole:
         return _whole_statistics(model, structure, windows, needs, sequential, only, batch_size, progress, label)
@@ -166,7 +178,7 @@ def _streamed_statistics(
     blocks = gates.structure.blocks
     wanted = {block.index: _wanted(block, only) for block in blocks}
     last = {index: max((x.last_block for x in linears), default=index) for index, linears in wanted.items()}
-    # a block whose weights stand elsewhere too is run for its statistics and again to go on
+    # a block that shares weights with later blocks runs once for the statistics, and again for its outputs
     again = [sequential or last[block.index] > block.index for block in blocks]
     runs = sum(1 + last[block.index] - block.index + again[block.index] for block in blocks)
     with gates, (progress or NoProgress()).stage(label, runs * len(stream)) as advance:
@@ -182,7 +194,7 @@ def _streamed_statistics(
                         with later.on(gates.device):
                             for _ in ahead.run(later.index, advance=True):
                                 advance(next(steps))
-                        block.module.to(gates.device)  # what both share has just left
+                        block.module.to(gates.device)  # the weights that both blocks share have just left the device
                 yield block, statistics
                 del statistics
                 if again[block.index]:
@@ -201,7 +213,7 @@ def _whole_statistics(
     progress: Progress | None,
     label: str,
 ) -> Iterator[tuple[Block, Mapping[str, LinearStatistics]]]:
-    """Of one forward for all blocks where they stay as they are, and else of one for each block."""
+    """The statistics from one forward for all blocks or, with ``sequential``, from one forward for each block."""
     batches = torch.split(windows, batch_size)
     home = device_of(model)
     groups = [[block] for block in structure.blocks] if sequential else [list(structure.blocks)]

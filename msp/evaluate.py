@@ -18,15 +18,15 @@ from msp.model import device_of
 from msp.ops._sums import ordered_sum
 from msp.progress import NoProgress, Progress
 
-# Probabilities of the dense model are kept in fp32 up to this many bytes and in fp16 beyond, scaled so that
-# only those below 1e-12 vanish: the rounding then moves the KL by less than 1e-4.
+# Probabilities of the dense model are kept in fp32 up to this many bytes, and in fp16 above. In fp16 they are scaled so
+# that only probabilities below 1e-12 become zero; the rounding then moves the KL by less than 1e-4.
 FULL_PRECISION_BYTES = 2 << 30
 HALF_PRECISION_SCALE = 2.0**15
 
 
 @dataclass(frozen=True)
 class Quality:
-    """How well a model predicts a token set. ``kl`` is the mean KL(dense || model) per token, in nats."""
+    """The quality of a model on a token set. ``kl`` is the mean KL(dense || model) per token, in nats."""
 
     perplexity: float
     kl: float
@@ -35,7 +35,7 @@ class Quality:
 
 @dataclass
 class Sums:
-    """Loss and divergence summed over predicted tokens, in nats; ``tokens`` counts what was forwarded."""
+    """Loss and divergence summed over the ``predicted`` tokens, in nats; ``tokens`` counts the forwarded tokens."""
 
     loss: float = 0.0
     divergence: float = 0.0
@@ -59,7 +59,7 @@ def summed(parts: Iterable[Sums]) -> Sums:
 
 
 class Reference(ABC):
-    """What models are measured against on ``windows``, int64 ``[S, T]``, ``batch_size`` sequences at a time."""
+    """Measures models on ``windows``, int64 ``[S, T]``, with ``batch_size`` sequences at a time."""
 
     def __init__(self, windows: Tensor, batch_size: int) -> None:
         self.windows = windows
@@ -74,11 +74,11 @@ class Reference(ABC):
         return self.windows[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def sums(self, model: Any, batches: Iterable[int]) -> Sums:
-        """What ``compare`` says of ``model`` on ``batches``, by their numbers, summed."""
+        """The sum of the ``compare`` results of ``model`` over ``batches``, given by their numbers."""
         return summed(self._each(model, list(batches)))
 
     def total(self, model: Any, *, progress: Progress | None = None, label: str = "Evaluating") -> Sums:
-        """``sums`` over all batches."""
+        """The ``sums`` of ``model`` over all batches."""
         total = Sums()
         with (progress or NoProgress()).stage(label, self.batches) as advance:
             for batch, sums in enumerate(self._each(model, range(self.batches))):
@@ -95,29 +95,29 @@ class Reference(ABC):
 
     @abstractmethod
     def compare(self, batch: int, logits: Tensor) -> Sums:
-        """Of a model that has ``logits [B, T, V]`` for a batch."""
+        """The sums of a model that returns ``logits [B, T, V]`` for the batch with this number."""
 
 
 class DenseReference(Reference):
-    """What the dense model predicts on a token set, kept on the host to measure candidates against.
+    """The predictions of the dense model on a token set, kept in host memory; candidates are compared with them.
 
-    With a large vocabulary (``msp.head.LARGE_VOCABULARY``) the hidden states that enter the output head are kept, and
-    the head itself, which must stay as it is: its predictions are computed anew for each comparison. Otherwise, and
-    where a soft cap or a scale follows the head, the probabilities are kept.
+    With a large vocabulary (``msp.head.LARGE_VOCABULARY``) the object keeps the hidden states that enter the output
+    head, and the head itself, which must not change. Each comparison then computes the predictions again. With a small
+    vocabulary, or if a soft cap or a scale follows the head, the object keeps the probabilities.
 
     Args:
         model: the dense causal LM.
         windows: int64 ``[S, T]``; each window predicts its tokens 1 ... T-1.
         batch_size: sequences per forward.
-        logits: ``[B, T, V]`` of the dense model for every batch, if not from plain forwards of it: drawn one after
-            the other, each from a run of the model at that moment.
+        logits: the dense model's logits ``[B, T, V]`` for every batch. They are drawn one by one, and each item runs
+            the model when it is drawn. None runs plain forwards of the model.
 
     Raises:
-        MspError: its perplexity is not finite; names the block whose output is not.
+        MspError: the perplexity is not finite; the message names the block whose output is not finite.
 
     Attributes:
         quality: the dense model's own perplexity (its KL is 0).
-        windows: as given.
+        windows: the windows as they were given.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class DenseReference(Reference):
                 predicted += self.tokens(batch)[:, 1:].numel()
                 advance(batch + 1)
         self.quality = Quality(_perplexity(loss, predicted), 0.0, predicted)
-        give_back()  # activations, and logits before they became probabilities
+        give_back()  # the memory of activations, and of the logits that became probabilities
         dense = {"perplexity of the dense model": self.quality.perplexity}
         check_figures(dense, model, windows[:batch_size], streamed=logits is not None)
 
@@ -156,7 +156,7 @@ class DenseReference(Reference):
             yield self._compare(batch, output)
 
     def compare(self, batch: int, logits: Tensor) -> Sums:
-        """Summed loss and KL divergence of a model that has ``logits [B, T, V]`` for a batch."""
+        """The summed loss and KL divergence of a model that returns ``logits [B, T, V]`` for the batch."""
         return self._compare(batch, Output.of_logits(logits))
 
     @torch.inference_mode()
@@ -170,16 +170,16 @@ class DenseReference(Reference):
         return sums
 
     def measure(self, model: Any, *, progress: Progress | None = None, label: str = "Evaluating") -> Quality:
-        """Perplexity of ``model`` on all windows, and its KL from the dense one."""
+        """The perplexity of ``model`` on all windows, and its KL to the dense model."""
         return self.quality_of(self.total(model, progress=progress, label=label))
 
     def quality_of(self, total: Sums) -> Quality:
-        """Of a model that has ``total`` on all windows."""
+        """The quality of a model whose sums over all windows are ``total``."""
         return Quality(_perplexity(total.loss, total.predicted), total.divergence / total.predicted, total.predicted)
 
 
 class _Hidden:
-    """A batch of hidden states of the dense model, in host memory; predictions are computed from them when needed."""
+    """A batch of hidden states of the dense model, in host memory; each comparison computes predictions from them."""
 
     plogp = 0.0
 
@@ -190,7 +190,7 @@ class _Hidden:
         pass
 
     def divergence(self, piece: Piece, log_probs: Tensor) -> float:
-        """Sum of p (log p - log q); ``log_probs``, log q, is overwritten."""
+        """The sum of p (log p - log q); ``log_probs`` holds log q and is overwritten."""
         dense = self._output.log_probabilities(piece).to(log_probs.device)
         weighted = log_probs.neg_().add_(dense).mul_(dense.exp_())
         return float(ordered_sum(weighted.sum(-1).double()))
@@ -207,22 +207,22 @@ class _Probabilities:
         self.plogp = 0.0
 
     def add(self, piece: Piece, log_probs: Tensor) -> None:
-        """Keep the probabilities of ``piece``; ``log_probs``, log p, is overwritten."""
+        """Keep the probabilities of ``piece``; ``log_probs`` holds log p and is overwritten."""
         self._probs[piece] = log_probs.exp().mul_(self._scale).to("cpu", self._probs.dtype)
         self.plogp -= self.divergence(piece, log_probs)
 
     def divergence(self, piece: Piece, log_probs: Tensor) -> float:
-        """Minus the sum of p log q; ``log_probs``, log q, is overwritten."""
+        """Minus the sum of p log q; ``log_probs`` holds log q and is overwritten."""
         weighted = log_probs.mul_(self._probs[piece].to(log_probs.device, torch.float32))
         return -float(ordered_sum(weighted.sum(-1).double())) / self._scale
 
 
 @torch.inference_mode()
 def perplexity(model: Any, windows: Tensor, *, batch_size: int = 8, progress: Progress | None = None) -> Quality:
-    """Perplexity alone, keeping nothing; ``kl`` is NaN.
+    """The perplexity of ``model`` on ``windows``, int64 ``[S, T]``; ``kl`` is NaN. No predictions are kept.
 
     Raises:
-        MspError: it is not finite; names the block whose output is not.
+        MspError: the perplexity is not finite; the message names the block whose output is not finite.
     """
     batches = torch.split(windows, batch_size)
     loss = 0.0
@@ -238,7 +238,7 @@ def perplexity(model: Any, windows: Tensor, *, batch_size: int = 8, progress: Pr
 
 
 def _loss(log_probs: Tensor, tokens: Tensor, piece: Piece) -> float:
-    """Summed negative log-likelihood of the ``tokens`` [B, T] that follow the positions of ``piece``."""
+    """The summed negative log-likelihood of the ``tokens`` [B, T] that follow the positions of ``piece``."""
     windows, positions = piece
     followers = tokens[windows, positions.start + 1 : positions.stop + 1].to(log_probs.device)
     return -float(ordered_sum(log_probs.gather(-1, followers[..., None]).double()))

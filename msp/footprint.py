@@ -1,9 +1,9 @@
-"""How much host memory a run takes, before it takes any; and how much there is.
+"""An estimate of the host memory that a run takes, made before the run; and the memory that is free.
 
     msp prune ./my-model -o out --sparsity 0.75 --calibration notes.txt --dry-run
 
-The estimate counts bytes: weights as they are held, what each stage adds to them, and what the process takes already.
-docs/memory.md has it beside measured peaks.
+The estimate adds the bytes that the process has already, the weights in memory, and the bytes of the largest stage.
+docs/memory.md compares it with measured peaks.
 """
 
 from __future__ import annotations
@@ -33,31 +33,32 @@ from msp.settings import PruneOptions
 from msp.text_sources import TokenSource
 from msp.workbench import ACTIVATION_BYTES, FITNESS_BATCH_TOKENS, backward_bytes, batch_size
 
-# What libraries take when the first products run, and the heap keeps between tensors.
+# Bytes that libraries allocate when the first products run, and gaps between tensors in the heap.
 FIRST_PRODUCTS = 40 << 20
-# Of a token of one long text while a tokenizer works on it: ids, offsets, strings.
+# Bytes per token while a tokenizer works on one long text: ids, offsets, strings.
 TOKENISED_BYTES = 500
-# fp32 numbers of a token that a forward without gradients holds: hidden states and the widest layer, so often each.
+# The fp32 values per token that a forward without gradients holds: this many times the hidden size, and this many times
+# the width of the widest layer.
 WIDTHS = 6, 4
-# Logits of a batch and what is computed from them at once.
+# The logits of a batch and the values computed from them, in multiples of the fp32 logits.
 LOGITS = 3.5
-# Hidden states that candidates share: so much at least, for models of which half is less.
+# The least limit on the hidden states that candidates share: it replaces half of the weights of a small model.
 LEAST_HIDDEN_BYTES = 256 << 20
-# Allocators that measure no Fisher traces, and those that search nothing.
+# Allocators that measure no Fisher traces, and allocators that do not search.
 WITHOUT_TRACES = ("uniform", "ramp", "ramp-best", "owl", "evopress", "msp-random")
 WITHOUT_SEARCH = ("uniform", "ramp", "owl", "fisher-rank", "fisher-rank-linear", "fisher-knapsack")
-# Bytes of each entry: Hessian, its factor, in float64, and their copies in float32.
+# Bytes per entry of a Hessian: the Hessian and its factor in float64, and their copies in float32.
 FACTORS = 40
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of host memory.
+    """An estimate of host memory, in bytes.
 
     Attributes:
-        base: what the process takes before it loads the weights.
-        weights: of the dense model as it is held.
-        stages: what each stage takes beyond both.
+        base: bytes of the process before it loads the weights.
+        weights: bytes of the dense model in memory.
+        stages: bytes that each stage adds to ``base`` and ``weights``.
     """
 
     base: int
@@ -66,7 +67,7 @@ class Footprint:
 
     @property
     def stage(self) -> str:
-        """The stage that takes most."""
+        """The name of the stage that takes most memory."""
         return max(self.stages, key=lambda name: self.stages[name])
 
     @property
@@ -79,7 +80,7 @@ class Footprint:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """The sizes that memory grows with."""
+    """The sizes of a model that decide its memory; the methods return bytes."""
 
     structure: Structure
     window: int
@@ -87,41 +88,43 @@ class _Sizes:
     vocabulary: int
 
     def forward(self, tokens: int) -> int:
-        """Of a forward of ``tokens`` without gradients, up to the output head."""
+        """Bytes of a forward of ``tokens`` without gradients, up to the output head."""
         widest = max(max(linear.shape) for linear in self.structure.linears)
         return 4 * tokens * (WIDTHS[0] * self.hidden + WIDTHS[1] * widest) + 2 * WIDENED_BYTES
 
     def kept(self, tokens: int) -> int:
-        """Of what the dense model predicts on ``tokens``."""
+        """Bytes of the kept predictions of the dense model on ``tokens``."""
         if self.vocabulary >= LARGE_VOCABULARY:
             return 4 * tokens * self.hidden
         probabilities = 4 * tokens * self.vocabulary
         return probabilities if probabilities <= 2 << 30 else probabilities // 2
 
     def measured(self, tokens: int) -> int:
-        """Of measuring a model on batches of ``tokens``."""
+        """Bytes that a measurement of a model takes, on batches of ``tokens``."""
         if self.vocabulary >= LARGE_VOCABULARY:
             return self.forward(tokens) + 4 * PIECE_BYTES["cpu"]
         return self.forward(tokens) + self.logits(tokens)
 
     def compared(self, tokens: int) -> int:
-        """Of measuring a candidate on ``tokens``, whose logits are made at once."""
+        """Bytes that a measurement of a candidate takes; the logits of its ``tokens`` are made at once."""
         if self.vocabulary >= LARGE_VOCABULARY:
             return self.measured(tokens) + int(1.2 * 4 * tokens * self.vocabulary)
         return self.measured(tokens)
 
     def logits(self, tokens: int) -> int:
-        """Of the logits of ``tokens`` and what is computed from them."""
+        """Bytes of the logits of ``tokens`` and of the values computed from them."""
         return int(LOGITS * 4 * tokens * self.vocabulary)
 
 
 def predict(
     model: Any, structure: Structure, plan: Plan, options: PruneOptions, *, window: int, packed: int
 ) -> Footprint:
-    """What ``prune`` with ``options`` takes on a CPU.
+    """The memory that ``prune`` with ``options`` takes on a CPU.
 
     Args:
-        model, structure: whose weights may be on no device.
+        model, structure: the model and its blocks; the weights may be on the meta device.
+        plan: the units to prune.
+        options: the options of the run.
         window: tokens per sequence.
         packed: bytes of the packed model.
     """
@@ -153,7 +156,10 @@ def predict(
 
 
 def held_bytes(module: nn.Module) -> int:
-    """Of the parameters and buffers of ``module``, each once; tied ones too, which on no device are not tied yet."""
+    """Bytes of the parameters and buffers of ``module``, each counted once.
+
+    Tied weights count once too, although they are not yet tied on the meta device.
+    """
     tied = getattr(module, "all_tied_weights_keys", None) or {}
     named = [*module.named_parameters(), *module.named_buffers()]
     tensors = {id(tensor): tensor for name, tensor in named if name not in tied}
@@ -161,7 +167,7 @@ def held_bytes(module: nn.Module) -> int:
 
 
 def _tokenising(options: PruneOptions) -> list[int]:
-    """Of each text, while it is tokenised as one string."""
+    """Bytes for each text while it is tokenised."""
     drawn = POOL_FACTOR * (options.calibration_tokens + options.fitness_tokens) + options.test_tokens
     texts = {options.calibration or DEFAULT_CALIBRATION: drawn}
     if options.evaluate is not None:
@@ -179,7 +185,7 @@ def _tokenising(options: PruneOptions) -> list[int]:
 
 
 def _statistics(needs: frozenset[str], structure: Structure, linears: Sequence[Linear]) -> int:
-    """Of what a pruner needs to know of a block while it prunes it; Fisher diagonals are there for all blocks."""
+    """Bytes of the statistics that a pruner needs for one block; Fisher diagonals are held for all blocks."""
     found = 0
     if "hessian" in needs:
         columns = [linear.shape[1] for linear in structure.blocks[0].linears]
@@ -218,13 +224,16 @@ def _searching(sizes: _Sizes, plan: Plan, linears: Sequence[Linear], options: Pr
 
 
 def _levels_bytes(linear: Linear, patterns: Sequence[NMPattern]) -> int:
-    """Of the pages of a level database that a search reads."""
+    """Bytes of the pages of a level database that a search reads, for one linear."""
     storages = [Storage(pattern) for pattern in patterns if not pattern.is_dense]
     return sum(storage.nbytes(*linear.shape, linear.weight.dtype) for storage in storages)
 
 
 def hidden_bytes(options: PruneOptions, weights: int) -> int:
-    """What hidden states may take: as asked, or on a CPU in proportion to the ``weights``, in bytes."""
+    """The most bytes of hidden states: the option if it is given, or else a limit that suits the device.
+
+    On a CPU it depends on the free memory and, without ``stream``, on the bytes of the ``weights``.
+    """
     if options.hidden_bytes != "auto":
         return parse_bytes(options.hidden_bytes)
     if find_device(options.device).type != "cpu":
@@ -235,18 +244,18 @@ def hidden_bytes(options: PruneOptions, weights: int) -> int:
 
 
 def resident() -> int:
-    """Of this process now, in memory."""
+    """Bytes of this process that are in memory now."""
     if sys.platform.startswith("linux"):
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts it in bytes
 
 
 def available(mapped: int = 0) -> int:
-    """Bytes that this process may still take: of the machine, its control group and its own limits the least.
+    """Bytes that this process may still take: the least that the machine, the control groups and its limits leave.
 
     Args:
-        mapped: bytes of files that are mapped meanwhile. They count against limits of the process, and nowhere else:
-            the system takes their pages back when it needs them.
+        mapped: bytes of files that will be mapped. They count only against the limits of the process, because the
+            system frees their pages when it needs memory.
     """
     rooms = [_free_on_machine()]
     for name, counted in (("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")):
@@ -266,7 +275,7 @@ def _free_on_machine() -> int:
 
 
 def _status(name: str) -> int:
-    """A size in ``/proc/self/status``, in bytes; 0 where there is none."""
+    """A size in ``/proc/self/status``, in bytes; 0 if the file or the entry is absent."""
     status = Path("/proc/self/status")
     if not status.exists():
         return 0
@@ -275,7 +284,7 @@ def _status(name: str) -> int:
 
 
 def _rooms_of_groups(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """What the control group of this process, and those that hold it, leave; page cache can be taken back."""
+    """Bytes that the control group of this process and each group above it leave; inactive cache counts as free."""
     if not groups.exists():
         return []
     rooms = []

@@ -1,11 +1,11 @@
-"""Runs a model piece by piece: the embeddings, one block, or what lies behind the blocks.
+"""Runs a model piece by piece: the embeddings, one block, or the modules after the blocks.
 
-The model's own forward drives: every block is replaced by a gate, so embeddings, masks and position
-encodings are made by the model itself, with whatever arguments this version of transformers passes.
-Gates before the piece that is wanted pass hidden states through; behind it the forward is cut short.
+Every block is replaced by a gate, and the model's own forward runs. The model itself therefore makes the embeddings,
+masks and position encodings, with the arguments that this version of transformers passes. The gates before the wanted
+piece pass hidden states through. The forward ends after the piece.
 
-What a block is given that earlier blocks made is its ``State``: hidden states, and whatever else reaches its gate
-only if the blocks before it have run (keys and values that blocks share, a residual stream, router states).
+The ``State`` of a block is the part of its input that earlier blocks made: the hidden states, and every other argument
+that reaches its gate only after those blocks ran (keys and values that blocks share, a residual stream, router states).
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from msp.errors import MspError, first_line
 from msp.model import Structure, device_of
 
 Slot = tuple[Any, ...]
-"""Where something stands in the arguments of a block: the argument's position or name, and its key in a mapping."""
+"""The place of a value in the arguments of a block: the argument's position or name, and its key in a mapping."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What a block is given that the blocks before it made; or what comes out of the last one.
+    """The part of a block's input that the blocks before it made, or the output of the last block.
 
     Attributes:
-        hidden: the hidden states, ``[B, T, H]`` as a rule.
-        left: what else earlier blocks left, by its slot among the arguments: tensors, or tuples and lists of them.
+        hidden: the hidden states, usually ``[B, T, H]``.
+        left: other arguments that earlier blocks made, by slot: tensors, or tuples and lists of tensors.
     """
 
     hidden: Tensor
@@ -48,11 +48,11 @@ class State:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> State:
-        """The same with every tensor changed."""
+        """A state in which ``change`` was applied to every tensor."""
         return self.replaced([change(tensor) for tensor in self.tensors])
 
     def replaced(self, tensors: Sequence[Tensor]) -> State:
-        """The same with other tensors, in the order of ``tensors``."""
+        """A state with new tensors, in the order of the property ``tensors``."""
         leaves, spec = self._flat()
         new = iter(tensors)
         hidden, left = tree_unflatten([next(new) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
@@ -66,24 +66,24 @@ class State:
 
 
 Keep = Callable[[int, State], None]
-"""Hears of the state behind so many blocks."""
+"""A callback that receives a number of blocks and the state after them."""
 
 
 class _Reached(Exception):
-    """What was wanted is there: nothing behind it is run."""
+    """Ends the forward at the gate whose state was asked for."""
 
 
 class _Gate(nn.Module):
-    """Stands in for one block of the model while a ``GatedModel`` is entered."""
+    """Takes the place of one block while the context of a ``GatedModel`` is entered."""
 
     def __init__(self, block: nn.Module, index: int, gates: GatedModel) -> None:
         super().__init__()
         self.block = block
         self._index = index
-        self._gates = [gates]  # in a list, so that nn.Module does not look at it
+        self._gates = [gates]  # in a list, so that nn.Module does not register it
 
     def __getattr__(self, name: str) -> Any:
-        # Models read attributes of their blocks (an attention type, say) before calling them.
+        # Models read attributes of their blocks, for example an attention type, before they call them.
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -98,12 +98,12 @@ class _Run:
     """One forward of the gated model.
 
     Attributes:
-        first: the first block that runs; those before it pass hidden states through.
-        stop: the gate before which the forward is cut short, the number of blocks for behind the last one; or None.
-        entering: what the first block is given instead of what passed through.
-        found: the hidden states at ``stop``, and what else stands there in the arguments.
-        keep: hears of the state at every gate behind the first one.
-        passed: the gates that the forward came to.
+        first: the first block that runs; the gates before it pass hidden states through.
+        stop: the gate at which the forward ends, or the number of blocks to end after the last one; None runs it all.
+        entering: the state for the first block, in the place of the hidden states that passed through.
+        found: the hidden states at ``stop``, and the other arguments there by slot.
+        keep: called with the state at every gate after the first block.
+        passed: the gates that the forward reached.
     """
 
     first: int
@@ -115,12 +115,12 @@ class _Run:
 
 
 class GatedModel(AbstractContextManager["GatedModel"]):
-    """A causal LM whose pieces can be run one at a time while it is entered, as often as wanted.
+    """A causal LM whose pieces can run one at a time, any number of times, while the context is entered.
 
     Args:
-        model: only the block that runs needs to be on ``device``, and its weights to be there at all.
-        structure: its blocks, from ``find_structure``.
-        device: where blocks run; the rest of the model stays where it is.
+        model: the causal LM. Only the block that runs needs its weights in memory, on ``device``.
+        structure: the blocks of the model, from ``find_structure``.
+        device: the device that blocks run on; the rest of the model stays on its device.
     """
 
     def __init__(self, model: Any, structure: Structure, device: str | torch.device | None = None) -> None:
@@ -128,9 +128,9 @@ class GatedModel(AbstractContextManager["GatedModel"]):
         self.structure = structure
         self.device = torch.device(device) if device is not None else device_of(model)
         self._depth = len(structure.blocks)
-        # How each block returns hidden states: known once it has run.
+        # The form in which each block returns hidden states; filled when the block has run.
         self._wrap: dict[int, Callable[[Any], Any]] = {}
-        # What stands at a gate only if the blocks before it have run: known once they have.
+        # The arguments that reach a gate only after the blocks before it ran; filled when they have run.
         self._carried: dict[int, frozenset[Slot]] = {}
         self._run = _Run(0)
 
@@ -146,18 +146,18 @@ class GatedModel(AbstractContextManager["GatedModel"]):
             self.model.set_submodule(block.name, block.module)
 
     def embedded(self, tokens: Tensor) -> State:
-        """The state in front of the first block."""
+        """The state before the first block, from int64 ``tokens [B, T]``."""
         return State(self._until(tokens, _Run(0, stop=0))[0])
 
     def block(self, index: int, tokens: Tensor, state: State | None = None) -> State:
-        """The state behind block ``index``: what the next block is given, or what the last one gives.
+        """The state after block ``index``: the input of the next block, or the output of the last block.
 
         Args:
             tokens: int64 ``[B, T]``, from which the model makes masks and positions.
-            state: the one before the block; may be left out for the first one.
+            state: the state before the block; it may be None for the first block.
 
         Raises:
-            MspError: the model's forward does not come there.
+            MspError: the model's forward ends before it reaches the block.
         """
         entering = None if state is None else state.to(self.device)
         hidden, standing = self._until(tokens, _Run(index, index + 1, entering))
@@ -167,23 +167,27 @@ class GatedModel(AbstractContextManager["GatedModel"]):
         return State(hidden, {slot: standing[slot] for slot in self._carried[index + 1] if slot in standing})
 
     def logits(self, tokens: Tensor, state: State) -> Tensor:
-        """``[B, T, V]`` from the state behind the last block; each block must have run before."""
+        """The logits ``[B, T, V]`` from the state after the last block; each block must have run before."""
         return self._logits(tokens, _Run(self._depth, entering=state.to(device_of(self.model))))
 
     def resume(self, depth: int, tokens: Tensor, state: State | None, keep: Keep) -> Tensor:
-        """``[B, T, V]`` from the state behind ``depth`` blocks, in one forward.
+        """The logits ``[B, T, V]`` from the state after ``depth`` blocks, in one forward.
 
         Args:
-            state: may be left out for ``depth`` 0; each block must have run by itself before.
-            keep: hears of the state behind every block that runs.
+            depth: the number of blocks that do not run.
+            tokens: int64 ``[B, T]``.
+            state: the state after ``depth`` blocks. It may be None for ``depth`` 0. For any other depth, each block
+                must have run by itself before.
+            keep: called with the state after every block that runs.
         """
         return self._logits(tokens, _Run(depth, entering=state, keep=keep))
 
     def why_not_one_by_one(self, tokens: Tensor) -> str | None:
-        """Why single blocks do not give what a whole forward gives; None if they do.
+        """The reason why single blocks do not give the result of a whole forward; None if they give it.
 
-        ``tokens``, int64 ``[1, T]``, and the same in the opposite order go through each block behind one another:
-        whatever a block remembers is of other tokens. Blocks run where the rest of the model is.
+        The test runs ``tokens``, int64 ``[1, T]``, and then the same tokens in reverse order through each block. A
+        block that remembers values from a call then holds values of other tokens, and the results differ. The blocks
+        run on the device of the rest of the model.
         """
         counts = self.structure.calls
         if counts is not None and max(counts) > 1:
@@ -198,7 +202,7 @@ class GatedModel(AbstractContextManager["GatedModel"]):
                     states = [self.block(block.index, each, state) for each, state in zip(both, states, strict=True)]
                 assert states[0] is not None
                 single = self.logits(tokens, states[0])
-        except Exception as error:  # whatever a model's own code raises where blocks before it have not run
+        except Exception as error:  # any error that the model's own code raises if earlier blocks have not run
             return f"they do not run alone ({type(error).__name__}: {first_line(error)})"
         finally:
             self.device = device
@@ -208,19 +212,19 @@ class GatedModel(AbstractContextManager["GatedModel"]):
         return None
 
     def _differing(self, index: int, tokens: Tensor, standing: Mapping[Slot, Any]) -> frozenset[Slot]:
-        """What of ``standing``, at the gate ``index``, is not there or differs when no block has run."""
+        """The slots of ``standing``, at the gate ``index``, that are absent or differ if no block has run."""
         if index == self._depth:
             return frozenset()
         try:
             untouched = self._until(tokens, _Run(index, index))[1]
         except MspError:
             raise
-        except Exception:  # what a model computes between blocks may need that they have run: all is carried then
+        except Exception:  # the code between blocks may need the outputs of blocks: all arguments are carried then
             untouched = {}
         return frozenset(slot for slot, value in standing.items() if not _equal(value, untouched.get(slot)))
 
     def _until(self, tokens: Tensor, run: _Run) -> tuple[Tensor, dict[Slot, Any]]:
-        """What stands at the gate where ``run`` stops."""
+        """The hidden states and the other arguments at the gate at which ``run`` stops."""
         with suppress(_Reached):
             self._forward(tokens, run)
         if run.found is None:
@@ -242,7 +246,7 @@ class GatedModel(AbstractContextManager["GatedModel"]):
     def _at_gate(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = self._run
         standing = _entries(args, kwargs)
-        # the first argument, or by the name that most models have for it
+        # the hidden states are the first argument, or have the name that most models use
         at: Slot = ("hidden_states",) if ("hidden_states",) in standing else next(iter(standing))
         hidden = standing.pop(at)
         if run.stop == index:
@@ -274,7 +278,7 @@ class GatedModel(AbstractContextManager["GatedModel"]):
 
 
 def _entries(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Slot, Any]:
-    """The arguments that hold tensors; of a mapping, each of its entries."""
+    """The arguments that hold tensors, by slot; each entry of a mapping has its own slot."""
     entries: dict[Slot, Any] = {}
     named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
     for name, value in named.items():
@@ -286,7 +290,10 @@ def _entries(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Slot, Any
 
 
 def _put(args: tuple[Any, ...], kwargs: dict[str, Any], entries: Mapping[Slot, Any]) -> tuple[Any, ...]:
-    """Put ``entries`` into their slots, in mappings and lists that blocks share themselves; the new positional ones."""
+    """Put ``entries`` into their slots; returns the new positional arguments.
+
+    Mappings and lists are changed in place, because blocks share them.
+    """
     positional: list[Any] = list(args)
     named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
     for (name, *key), value in entries.items():
@@ -301,7 +308,7 @@ def _put(args: tuple[Any, ...], kwargs: dict[str, Any], entries: Mapping[Slot, A
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """``value`` with all tensors on ``device``; mappings and lists stay the objects that blocks share."""
+    """``value`` with all tensors on ``device``; mappings and lists are changed in place, because blocks share them."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, MutableMapping):
@@ -326,7 +333,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _wrapper_like(output: Any) -> Callable[[Any], Any]:
-    """Gives hidden states the form in which a block returns them: alone, or first of a tuple."""
+    """A function that gives hidden states the form in which a block returns them: alone, or first in a tuple."""
     if isinstance(output, tuple):
         rest = (None,) * (len(output) - 1)
         return lambda hidden: (hidden, *rest)

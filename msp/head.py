@@ -1,7 +1,7 @@
-"""What a causal LM predicts, a few tokens at a time.
+"""The predictions of a causal LM, computed for a few tokens at a time.
 
-Logits take tokens x vocabulary, the hidden states that enter the output head tokens x hidden size. With a large
-vocabulary forwards therefore end in front of the head, and the head makes logits of a few tokens at a time.
+Logits have tokens x vocabulary values; the hidden states that enter the output head have tokens x hidden size. With a
+large vocabulary a forward therefore ends before the head, and the head computes the logits of a few tokens at a time.
 """
 
 from __future__ import annotations
@@ -16,26 +16,27 @@ from torch import Tensor, nn
 
 from msp.model import device_of
 
-# Vocabularies of so many words are large. In a smaller one the head is a larger part of each product of few tokens.
+# A vocabulary with at least this many words is large. The logits of a smaller one are computed whole.
 LARGE_VOCABULARY = 16_384
 
-# Logits of so many bytes, in fp32, are made at a time.
+# The bytes of fp32 logits that are computed at a time.
 PIECE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 
-# Tokens of the forward that shows whether logits are the output of the head.
+# The number of tokens in the forward that tests whether the logits are the output of the head.
 PROBE_TOKENS = 8
 
 Piece = tuple[slice, slice]
-"""Some windows of a batch, and some of their positions but the last one."""
+"""A range of windows of a batch, and a range of their positions; the last position is in no range."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a forward gives on ``[B, T]`` tokens.
+    """The result of a forward on ``[B, T]`` tokens.
 
     Attributes:
-        states: ``[B, T, H]``, the hidden states that enter ``head``; without a head the logits ``[B, T, V]``.
-        vocabulary: V.
+        states: the hidden states ``[B, T, H]`` that enter ``head``, or the logits ``[B, T, V]`` if ``head`` is None.
+        vocabulary: the size V of the vocabulary.
+        head: the output head of the model, or None.
     """
 
     states: Tensor
@@ -47,7 +48,7 @@ class Output:
         return cls(logits, logits.shape[-1])
 
     def pieces(self) -> Iterator[Piece]:
-        """Cuts the batch: whole windows where several fit, or parts of one window of about equal length."""
+        """Cut the batch into pieces: several whole windows if they fit, or else equal parts of one window."""
         windows, predicted = self.states.shape[0], self.states.shape[1] - 1
         rows = max(1, PIECE_BYTES.get(self.states.device.type, PIECE_BYTES["cpu"]) // (4 * self.vocabulary))
         together = max(1, rows // predicted)
@@ -57,9 +58,9 @@ class Output:
                 yield slice(first, first + together), slice(start, min(start + length, predicted))
 
     def log_probabilities(self, piece: Piece) -> Tensor:
-        """fp32 ``[b, t, V]``, of what follows each of the positions.
+        """The log-probabilities, fp32 ``[b, t, V]``, of the token that follows each position.
 
-        They are computed in the precision of the head, also where autocast lowers that of other products.
+        They are computed in the precision of the head, even if autocast lowers the precision of other products.
         """
         if self.head is None:
             logits = self.states[piece]
@@ -71,9 +72,9 @@ class Output:
 
 
 def outputs(model: Any, batches: Sequence[Tensor]) -> Iterator[Output]:
-    """What ``model`` gives on each of ``batches``, int64 ``[B, T]``: hidden states if its vocabulary is large."""
+    """The output of ``model`` on each of ``batches``, int64 ``[B, T]``: hidden states if its vocabulary is large."""
     device = device_of(model)
-    # With a large vocabulary a few tokens come first, so that not even one whole batch has to give logits.
+    # With a large vocabulary a few tokens run first, so that no whole batch has to make logits.
     large = model.get_input_embeddings().num_embeddings >= LARGE_VOCABULARY
     few = [tokens[:1, :PROBE_TOKENS] for tokens in batches[:1] if large]
 
@@ -89,7 +90,10 @@ def outputs(model: Any, batches: Sequence[Tensor]) -> Iterator[Output]:
 
 
 def outputs_of(model: Any, logits: Iterable[Tensor]) -> Iterator[Output]:
-    """The same from ``logits [B, T, V]``, which come one by one from forwards of ``model`` when they are drawn."""
+    """The outputs of ``model``, as ``outputs`` yields them, from an iterable of ``logits [B, T, V]``.
+
+    Each item runs a forward of ``model`` when it is drawn.
+    """
     drawn = iter(logits)
     with _watched(model) as calls:
         first = next(drawn, None)
@@ -97,7 +101,7 @@ def outputs_of(model: Any, logits: Iterable[Tensor]) -> Iterator[Output]:
         return
     vocabulary = first.shape[-1]
     call = _head_of(first, calls) if vocabulary >= LARGE_VOCABULARY else None
-    calls.clear()  # they hold as much as the logits
+    calls.clear()  # the calls hold as many bytes as the logits
     if call is None:
         yield Output.of_logits(first)
         del first
@@ -126,7 +130,7 @@ class _Call:
 
 @contextmanager
 def _watched(model: Any) -> Iterator[list[_Call]]:
-    """Yields a list to which every call of the output head within the context is added."""
+    """Yield a list to which every call of the output head within the context is added."""
     calls: list[_Call] = []
     head = model.get_output_embeddings()
     if head is None:
@@ -140,7 +144,7 @@ def _watched(model: Any) -> Iterator[list[_Call]]:
 
 
 def _head_of(logits: Tensor, calls: Sequence[_Call]) -> tuple[nn.Module, Tensor] | None:
-    """The head and its input ``[B, T, H]`` if ``logits`` are its output and nothing more, no soft cap and no scale."""
+    """The head and its input ``[B, T, H]`` if ``logits`` are its output without a soft cap or a scale, else None."""
     if len(calls) != 1:
         return None
     call = calls[0]
@@ -148,7 +152,7 @@ def _head_of(logits: Tensor, calls: Sequence[_Call]) -> tuple[nn.Module, Tensor]
         return None
     if call.output.shape != logits.shape or call.entering.shape[:-1] != logits.shape[:-1]:
         return None
-    # The same tensor may still have been changed in place: another look at a few tokens shows it.
+    # The tensor may have been changed in place: a second product of a few tokens shows it.
     with torch.inference_mode():
         again, few = call.head(call.entering[:1, :PROBE_TOKENS]), logits[:1, :PROBE_TOKENS]
     tolerance = 0.01 * float(few.float().abs().max())
@@ -159,8 +163,8 @@ def _head_of(logits: Tensor, calls: Sequence[_Call]) -> tuple[nn.Module, Tensor]
 
 @contextmanager
 def _left_out(head: nn.Module) -> Iterator[None]:
-    """Within the context ``head`` returns its input: forwards of its model give hidden states in place of logits."""
-    before = head.__dict__.get("forward")  # a library that moves weights about may have put its own there
+    """Within the context ``head`` returns its input: a forward of its model returns hidden states and no logits."""
+    before = head.__dict__.get("forward")  # a library that moves weights may have set its own forward
     head.__dict__["forward"] = _unchanged
     try:
         yield

@@ -1,7 +1,7 @@
-"""What a result depends on, in a form that two runs can compare.
+"""The identity of a result: the inputs that it depends on, in a form that two runs can compare.
 
-An identity maps nouns to short texts: ``seed`` to ``0``, ``weights`` to the hash of all bytes of all weights. Whatever
-is kept between runs has one, and is used again only by a run with the same.
+An identity maps nouns to short texts: ``seed`` to ``0``, ``weights`` to the hash of all bytes of all weights. Every
+file that is kept between runs has an identity, and only a run with the same identity uses it again.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from msp import __version__
 
 Identity = Mapping[str, str]
 
-# Begins a hash: of those a message can only say that they differ.
+# The prefix of a hash. A message does not show hashes, only that they differ.
 HASH = "xxh3:"
-# Entries of a configuration that no forward depends on, or that the hash of the weights covers.
+# Entries of a configuration that do not change a forward, or that the hash of the weights covers.
 NOT_IN_A_FORWARD = {
     "_name_or_path",
     "architectures",
@@ -39,7 +39,7 @@ NOT_IN_A_FORWARD = {
 def hashed(data: Any) -> str:
     """The hash of bytes, of text, or of a tensor: its dtype, its shape and its bytes.
 
-    It is not cryptographic, and fast: docs/reliability.md says how fast.
+    The hash is fast and not cryptographic; docs/reliability.md has its speed.
     """
     state = xxhash.xxh3_128()
     if isinstance(data, Tensor):
@@ -50,23 +50,24 @@ def hashed(data: Any) -> str:
 
 
 def hashed_data(data: Any) -> str:
-    """The hash of JSON-like data, in which mappings have no order; what JSON does not know counts as its ``str``."""
+    """The hash of JSON-like data. The order of mappings does not count; other objects count as their ``str``."""
     return hashed(json.dumps(data, sort_keys=True, default=str))
 
 
 def hashed_tensors(tensors: Mapping[str, Any]) -> dict[str, str]:
-    """The hash of every tensor by name; one that stands under several names is read once."""
+    """The hash of every tensor by name; a tensor with several names is read once."""
     distinct = {id(tensor): tensor for tensor in tensors.values()}
     hashes = {key: hashed(tensor if isinstance(tensor, Tensor) else repr(tensor)) for key, tensor in distinct.items()}
     return {name: hashes[id(tensor)] for name, tensor in tensors.items()}
 
 
 def hashed_code(thing: Any) -> str:
-    """The hash of the code of a function, class or object, and of what it holds.
+    """The hash of the code and the state of a function, class or object.
 
-    That is the source of its whole module, since it may call what stands beside it, its own byte code, default
-    arguments, variables of enclosing functions, and the pickled state of an object. What it imports is not followed.
-    What cannot be pickled counts as its ``repr``: where this has an address in it, each process has another hash.
+    It covers the source of the whole module, because the code may call other functions of the module. It also covers
+    the byte code, default arguments, variables of enclosing functions, and the pickled state of an object. Imports are
+    not followed. State that cannot be pickled counts as its ``repr``; if the ``repr`` contains an address, the hash
+    differs in each process.
     """
     owner = thing if inspect.isclass(thing) or inspect.isroutine(thing) else type(thing)
     try:
@@ -84,7 +85,7 @@ def hashed_code(thing: Any) -> str:
 
 
 def _code(code: Any) -> str:
-    # Without the path of the file and the numbers of its lines.
+    # The hash leaves out the path of the file and the line numbers.
     constants = [_code(each) if inspect.iscode(each) else repr(each) for each in code.co_consts]
     return hashed_data([hashed(code.co_code), constants, list(code.co_names), hashed(marshal.dumps(code.co_varnames))])
 
@@ -92,18 +93,18 @@ def _code(code: Any) -> str:
 def _pickled(state: Any) -> str:
     try:
         return hashed(pickle.dumps(state))
-    except Exception:  # whatever a class raises that is not made for it
+    except Exception:  # any error of a class that cannot be pickled
         return repr(state)
 
 
 def hashed_config(config: Any) -> str:
-    """The hash of what a forward takes from a model's configuration."""
+    """The hash of the entries of a model's configuration that a forward uses."""
     entries = {name: value for name, value in config.to_dict().items() if name not in NOT_IN_A_FORWARD}
     return hashed_data([entries, getattr(config, "_attn_implementation", None)])
 
 
 def environment(device: torch.device) -> Identity:
-    """What equal inputs give equal bits on."""
+    """The processor and the libraries; equal inputs give equal bits if both are the same."""
     on_gpu = device.type == "cuda"
     processor = torch.cuda.get_device_name(device) if on_gpu else f"CPU {torch.backends.cpu.get_cpu_capability()}"
     libraries = f"msp {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
@@ -111,12 +112,14 @@ def environment(device: torch.device) -> Identity:
 
 
 def differences(own: Identity, found: Mapping[str, Any], *, partial: bool = False) -> list[str]:
-    """What of ``own`` is another in ``found``, the identity that an earlier run kept.
+    """The differences between ``own`` and ``found``, the stored identity of an earlier run.
 
-    A message can show the phrases as they are: ``the weights differ``, ``seed 1, was 0``.
+    Each is a phrase for a message: ``the weights differ``, ``seed 1, was 0``.
 
     Args:
-        partial: ``own`` is not complete yet, so what only ``found`` has does not count.
+        own: the identity of this run.
+        found: the identity of the earlier run.
+        partial: ``own`` is not complete yet, so entries that only ``found`` has do not count.
     """
     told = []
     for name in [*own, *(() if partial else (name for name in found if name not in own))]:

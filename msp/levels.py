@@ -1,4 +1,4 @@
-"""Integer levels per unit that meet a budget: rounding of wished densities, and repair."""
+"""Integer levels per unit that meet a budget: the rounding of wanted densities, and the repair of levels."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from msp.patterns import Budget, Unit, base_and_step
 
 Levels = NDArray[np.int64]
 
-# Pairs of moves are looked through, so their number is what this bounds.
+# The most moves of which all pairs are tried.
 MAX_CLOSING_MOVES = 1024
 
 
 def cost(levels: Levels, units: Sequence[Unit]) -> int:
-    """What ``levels`` take of the budget."""
+    """The cost of ``levels``, in the unit of the budget."""
     return sum(unit.costs[level] for level, unit in zip(levels, units, strict=True))
 
 
 def kept_weights(levels: Levels, units: Sequence[Unit]) -> int:
-    """Weights that ``levels`` keep."""
+    """The number of weights that ``levels`` keep."""
     return sum(unit.kept(int(level)) for level, unit in zip(levels, units, strict=True))
 
 
 def levels_from_densities(densities: Sequence[float], units: Sequence[Unit], budget: Budget) -> Levels:
     """The levels nearest to real-valued ``densities`` that meet ``budget`` exactly.
 
-    Densities are shifted by a common amount, within what each unit can have, until they cost what the
-    budget allows; the fractions that rounding leaves are then filled largest first.
+    All densities are shifted by one amount, within the range of each unit, until their cost is the budget. They are
+    then rounded down, and units rise by a level in the order of their lost fractions, the largest first.
     """
     wished = np.asarray(densities, dtype=np.float64)
     offered = _offered(units)
@@ -50,7 +50,7 @@ def levels_from_densities(densities: Sequence[float], units: Sequence[Unit], bud
 
 
 def uniform_density(units: Sequence[Unit], budget: Budget) -> float:
-    """The density that costs what the budget allows when every unit has it, as far as the unit can."""
+    """The density whose cost is the budget if every unit has it, within the range of the unit."""
     low, high, offered = 0.0, 1.0, _offered(units)
     for _ in range(60):
         middle = (low + high) / 2
@@ -67,7 +67,7 @@ def _offered(units: Sequence[Unit]) -> list[list[float]]:
 def _cost_of(
     densities: Sequence[float] | NDArray[np.float64], offered: list[list[float]], units: Sequence[Unit]
 ) -> float:
-    """The cost of real-valued densities, between those of the levels around them."""
+    """The cost of real-valued densities, interpolated between the levels around them."""
     trios = zip(densities, offered, units, strict=True)
     return float(sum(np.interp(density, has, unit.costs) for density, has, unit in trios))
 
@@ -80,11 +80,14 @@ def repair(
     rng: np.random.Generator | None = None,
     order: Sequence[int] | NDArray[np.int64] | None = None,
 ) -> Levels:
-    """Change ``levels`` as little as needed to meet ``budget`` (never above, within a smallest step).
+    """Change ``levels`` as little as possible to meet ``budget``: the cost is not above it, and near it from below.
 
-    Single levels are taken or given in ``order`` (or in an order drawn from ``rng``), each unit once
-    per round, so that no unit pays for all. Where units of different size leave a gap that no single
-    level fits, the levels of several units change together.
+    Units fall or rise by single levels in ``order``, or in an order drawn from ``rng``. Each unit moves once per round,
+    so that no unit pays for all. If units of different size leave a gap that no single level fits, the levels of
+    several units change together.
+
+    Raises:
+        MspError: no levels meet the budget.
     """
     fixed = np.clip(levels, 0, [unit.top for unit in units])
     turns = np.asarray(order if order is not None else np.arange(len(units)))
@@ -118,7 +121,7 @@ def repair(
 def _close_with_two(
     levels: Levels, units: Sequence[Unit], budget: Budget, turns: NDArray[np.int64], radius: int
 ) -> Levels | None:
-    """New levels for one or two units that meet the budget, of those up to ``radius`` away; None if there are none."""
+    """Levels that meet the budget and differ in at most two units by at most ``radius``; None if there are none."""
     near = [
         (index, level)
         for index in turns
@@ -141,9 +144,9 @@ def _close_with_two(
 
 
 def _close_exactly(levels: Levels, units: Sequence[Unit], budget: Budget, turns: NDArray[np.int64]) -> Levels:
-    """Levels that meet the budget, by a dynamic programme over the sums that units reach one after the other.
+    """Levels that meet the budget, by a dynamic programme over the costs that the first units can reach together.
 
-    A unit keeps its level where what the others can reach allows it, and else takes the nearest one.
+    A unit keeps its level if the other units can then reach the budget; otherwise it takes the nearest such level.
     """
     base, step = base_and_step(units)
     room = (budget.limit - base) // step

@@ -1,8 +1,8 @@
-"""Weights that stay in the 16 bits of their files on a CPU, while everything is computed in float32.
+"""Weights that keep the 16 bits of their files on a CPU, while everything is computed in float32.
 
-Half of an fp32 model's memory is zeros that widening added. Here a matrix keeps its stored dtype, and a product widens
-a few MiB of its rows at a time, which stay in the cache. fp16 and bf16 values are fp32 values, so products are those of
-an fp32 model. All other tensors (norms, biases, tables) are small and in fp32.
+If 16-bit weights are widened to fp32, half of the memory holds zeros. Here a matrix keeps its stored dtype, and a
+product widens a few MiB of its rows at a time, which stay in the cache. Every fp16 or bf16 value is also an fp32 value,
+so the products are those of an fp32 model. All other tensors (norms, biases, tables) are small and in fp32.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from transformers.pytorch_utils import Conv1D
 from msp.text_forward import Changes, changed_by
 
 NARROW = (torch.float16, torch.bfloat16)
-# Of how many bytes of fp32 rows are made at a time.
+# The bytes of fp32 rows that are made at a time.
 WIDENED_BYTES = 8 << 20
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + b`` in the dtype of ``x``; or as autocast has it.
+    """``x W^T + b`` in the dtype of ``x``, or in the dtype of autocast within an autocast context.
 
     Args:
         x: ``[..., K]``.
@@ -48,7 +48,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def product_of_rows(x: Tensor, rows: int, take: Callable[[slice], Tensor], bias: Tensor | None = None) -> Tensor:
-    """``product`` with a weight of ``rows`` rows of which ``take`` gives some at a time, in any dtype."""
+    """``product`` with a weight of ``rows`` rows; ``take`` returns some of its rows at a time, in any dtype."""
     dtype = x.dtype
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -69,7 +69,7 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if weight.dtype == dtype or weight.is_meta:
         return weight.to(dtype)
     if weight.dtype == torch.float16 and dtype == torch.bfloat16:
-        # torch casts fp16 to bf16 value by value: five times slower than by way of fp32
+        # torch casts fp16 to bf16 value by value, which is five times slower than two casts with fp32 between them
         weight = scratch("wide", weight, torch.float32).copy_(weight)
     return scratch("cast", weight, dtype).copy_(weight)
 
@@ -78,15 +78,15 @@ _scratch = threading.local()
 
 
 def scratch(name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory of the shape of ``like``, for a moment: the next call from this thread with ``name`` gives the same again.
+    """Temporary memory of the shape of ``like``: the next call with ``name`` from this thread returns the same memory.
 
-    Rows widened into new memory each time would lie between longer-lived tensors and tear holes into the heap: the C
-    library then needs twice as much for the activations of a backward.
+    If each product widened its rows into new memory, that memory would lie between longer-lived tensors and leave holes
+    in the heap. The C library would then need twice as much memory for the activations of a backward.
     """
     held: dict[str, Tensor] = _scratch.__dict__
     key = f"{name} {dtype} {like.device}"
     if key not in held or held[key].numel() < like.numel():
-        with torch.inference_mode(False):  # to be written to outside of it as well
+        with torch.inference_mode(False):  # so that code outside inference mode can write to it too
             held[key] = torch.empty(like.numel(), dtype=dtype, device=like.device)
     return held[key][: like.numel()].view(like.shape)
 
@@ -98,7 +98,7 @@ def _row_ranges(rows: int, columns: int) -> Iterator[slice]:
 
 
 class _Product(torch.autograd.Function):
-    """Keeps the narrow weight for the backward, where autograd would keep the wide one."""
+    """The product that keeps the narrow weight for the backward; autograd alone would keep the wide weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class _Product(torch.autograd.Function):
 
 
 class _Narrow(nn.Module):
-    """What has a narrow weight; once it is cast as a whole (``model.half()``), it is the plain module again."""
+    """A module with a narrow weight; it becomes the plain module again if it is cast as a whole (``model.half()``)."""
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> _Narrow:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -147,7 +147,7 @@ class NarrowConv1D(_Narrow, Conv1D):
 
 
 class NarrowEmbedding(_Narrow, nn.Embedding):
-    """An ``nn.Embedding`` with a weight in 16 bits that gives fp32."""
+    """An ``nn.Embedding`` with a weight in 16 bits that returns fp32."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).float()
@@ -165,10 +165,10 @@ LINEARS = (nn.Linear, Conv1D, NarrowLinear, NarrowConv1D)
 
 @contextmanager
 def narrow_weights(dtype: torch.dtype | None) -> Iterator[None]:
-    """Within the context, modules are made with weights in ``dtype``, if it is given, in place of fp32.
+    """Within the context, fp32 weights of new modules are made in ``dtype``; None changes nothing.
 
-    Only on the meta device, where transformers makes what it then loads, and linears and embeddings alone: subclasses
-    may do with their weights as they like.
+    Only plain linears and embeddings on the meta device are changed: transformers makes a model there before it loads
+    the weights. Subclasses keep fp32, because their code may use the weight in any way.
     """
     if dtype is None:
         yield
@@ -181,7 +181,7 @@ def narrow_weights(dtype: torch.dtype | None) -> Iterator[None]:
             return None
         return nn.Parameter(parameter.to(dtype), parameter.requires_grad)
 
-    hook: Callable[..., None] = narrowed  # type: ignore[assignment]  # torch takes what it returns in place
+    hook: Callable[..., None] = narrowed  # type: ignore[assignment]  # torch uses the returned parameter
     handle = register_module_parameter_registration_hook(hook)
     try:
         yield
@@ -190,10 +190,10 @@ def narrow_weights(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def compute_in_fp32(model: nn.Module) -> None:
-    """Let ``model``, made with ``narrow_weights``, compute in fp32; widen its weights if it can't with narrow ones.
+    """Make ``model``, built with ``narrow_weights``, compute in fp32; its weights are widened if it cannot.
 
-    Models that take weights without calling their linears, or that cast to the dtype of a weight, can't. A forward of a
-    few tokens shows it.
+    A model cannot compute in fp32 with narrow weights if it reads weights without calling their linears, or casts to
+    the dtype of a weight. A forward of a few tokens tests this.
     """
     found = [
         module
@@ -207,23 +207,23 @@ def compute_in_fp32(model: nn.Module) -> None:
 
 
 def widen(model: nn.Module) -> None:
-    """Bring the narrow weights of ``model`` to fp32, and its modules back to their plain classes."""
+    """Convert the narrow weights of ``model`` to fp32, and its modules to their plain classes."""
     for module in model.modules():
         if type(module) in PLAIN:
             weight = module.get_parameter("weight")
-            weight.data = weight.data.float()  # one parameter may stand at several places
+            weight.data = weight.data.float()  # in place, because several modules may share one parameter
             module.__class__ = PLAIN[type(module)]
 
 
 def computed_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype that ``model`` computes in: that of its first parameter, unless its weights are narrow."""
+    """The dtype that ``model`` computes in: fp32 if its weights are narrow, else the dtype of its first parameter."""
     if any(type(module) in PLAIN for module in model.modules()):
         return torch.float32
     return next(model.parameters()).dtype
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees whether any op, but those of narrow modules, gives values of 16 bits."""
+    """Records in ``found`` whether an op outside narrow modules returns values of 16 bits."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -244,10 +244,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _computes_in_fp32(model: nn.Module) -> bool:
-    """Whether a forward of a few tokens, of a twin that shares the tensors, has values of 16 bits in no other place."""
+    """Whether a forward of a few tokens makes no values of 16 bits outside narrow modules.
+
+    The forward runs on a copy of the model that shares its tensors.
+    """
     watch = _Watch()
     try:
-        # a first forward may leave notes in attributes that it has been
+        # a first forward may set attributes of the model, so it runs on a copy
         tensors = [*model.parameters(), *model.buffers()]
         twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
         for module in twin.modules():
@@ -256,7 +259,7 @@ def _computes_in_fp32(model: nn.Module) -> bool:
                 module.register_forward_hook(watch.leave, always_call=True)
         with watch:
             changes = Changes(changed_by(twin))
-    except Exception:  # whatever a model's own code raises where dtypes differ
+    except Exception:  # any error that the model's own code raises if dtypes differ
         return False
     changes.undo(model)
     return not watch.found

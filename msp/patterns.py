@@ -20,8 +20,8 @@ from msp.reading import read_json, shown
 
 GROUP_SIZES = (4, 8, 16, 32)
 
-# Above this many distinct sums (a bit each) exact reachability costs more memory than it is worth,
-# and so many units of a tiny common step reach the last step anyway.
+# The most sums, at one bit each, for which the exact set of reachable sums is computed. A larger set costs too much
+# memory, and with so many small steps the units reach the limit within one step anyway.
 MAX_REACHABLE_BITS = 1 << 28
 
 
@@ -47,7 +47,7 @@ class NMPattern:
 
     @classmethod
     def parse(cls, text: str) -> NMPattern:
-        """Read ``"2:8"``."""
+        """Read a text like ``"2:8"``; ``UsageError`` if it is not a pattern."""
         match = re.fullmatch(r"\s*([0-9]{1,6})\s*:\s*([0-9]{1,6})\s*", text)
         if match is None:
             raise UsageError(f"{shown(text)} is not a pattern; write N:M with N the number kept, like 2:8")
@@ -58,7 +58,7 @@ class NMPattern:
 
     @property
     def density(self) -> Fraction:
-        """Share of the weights kept, N/M."""
+        """The share of kept weights, N/M."""
         return Fraction(self.n, self.m)
 
     @property
@@ -75,7 +75,7 @@ class NMPattern:
         return self.n <= 2
 
     def kept(self, rows: int, columns: int) -> int:
-        """Weights kept in a ``[rows, columns]`` matrix; ``columns`` must be a multiple of M."""
+        """The number of kept weights in a ``[rows, columns]`` matrix; ``columns`` must be a multiple of M."""
         if columns % self.m:
             raise MspError(f"{columns} columns are not a multiple of the group size {self.m}")
         return rows * (columns // self.m) * self.n
@@ -100,7 +100,7 @@ class Allocation(Mapping[str, NMPattern]):
         return f"Allocation({self.to_strings()!r})"
 
     def kept(self, shapes: Mapping[str, tuple[int, int]]) -> int:
-        """Weights kept over all linears, given their ``[out, in]`` shapes."""
+        """The number of kept weights of all linears, from their ``[out, in]`` shapes."""
         return sum(pattern.kept(*shapes[name]) for name, pattern in self.items())
 
     def to_strings(self) -> dict[str, str]:
@@ -111,7 +111,7 @@ class Allocation(Mapping[str, NMPattern]):
         return cls({name: NMPattern.parse(text) for name, text in patterns.items()})
 
     def save(self, path: str | Path) -> None:
-        """Write ``path`` in one step; ``MspError`` where it cannot be written."""
+        """Write ``path`` in one step; ``MspError`` if the write fails."""
         from msp.files import write_text
 
         write_text(path, self.to_json())
@@ -122,7 +122,7 @@ class Allocation(Mapping[str, NMPattern]):
 
     @classmethod
     def load(cls, path: str | Path) -> Allocation:
-        """Read what ``save`` wrote; ``MspError`` names the file when it is not an allocation."""
+        """Read a file that ``save`` wrote; ``MspError`` names the file if it is not an allocation."""
         patterns = read_json(path)
         if not isinstance(patterns, dict) or not all(isinstance(p, str) for p in patterns.values()):
             raise MspError(f'{path}: an allocation is a JSON object of "name": "N:M"')
@@ -134,13 +134,17 @@ class Allocation(Mapping[str, NMPattern]):
 
 @dataclass(frozen=True)
 class Unit:
-    """What gets one level: one linear, or all prunable linears of a block.
+    """The part of a model that gets one level: one linear, or all prunable linears of a block.
 
     Attributes:
-        weights: how many the unit has.
+        name: the name of the linear or of the block.
+        linears: the names of the linears in the unit.
+        weights: the number of weights of the unit.
         group_size: the largest M among its patterns.
-        patterns: what level 0, 1, ... stands for, ascending in density; without any, 0:M ... M:M.
-        costs: what each level takes of the budget, ascending; without any, the weights it keeps.
+        block: the index of the block.
+        kind: the kind of the linear, or ``"block"``.
+        patterns: the pattern of each level 0, 1, ..., in rising density; the default is 0:M ... M:M.
+        costs: the cost of each level, rising; the default is the number of kept weights.
     """
 
     name: str
@@ -165,7 +169,7 @@ class Unit:
         return len(self.patterns) - 1
 
     def kept(self, level: int) -> int:
-        """Weights kept at ``level``."""
+        """The number of kept weights at ``level``."""
         pattern = self.patterns[level]
         return self.weights // pattern.m * pattern.n
 
@@ -174,16 +178,20 @@ _NUMBER = re.compile(r"[+-]?([0-9]{1,40}/[0-9]{1,40}|[0-9]{0,40}\.?[0-9]{0,40}([
 
 
 def parse_sparsity(sparsity: float | str | Fraction) -> Fraction:
-    """The exact fraction a decimal stands for: 0.1 is 1/10, not its nearest double."""
+    """The exact fraction of a decimal number: 0.1 is 1/10, not the nearest double.
+
+    Raises:
+        UsageError: it is not a number, or not in (0, 1).
+    """
     try:
-        # an exponent of many digits would be written out
+        # Fraction would write out a number with a long exponent, so the text is checked first
         text = sparsity if isinstance(sparsity, Fraction) else str(sparsity)
         if isinstance(text, str) and not _NUMBER.fullmatch(text.strip()):
             raise ValueError(text)
         exact = Fraction(text)
     except (ValueError, ZeroDivisionError) as error:
         raise UsageError(f"sparsity {shown(sparsity)} is not a number") from error
-    # as a double too, which recipes hold
+    # the nearest double must be in (0, 1) too, because recipes hold it
     if not 0 < exact < 1 or not 0 < float(exact) < 1:
         found = f"{float(exact):g}" if abs(exact) < 1e300 else shown(sparsity)
         raise UsageError(f"sparsity {found} is outside (0, 1)")
@@ -192,10 +200,13 @@ def parse_sparsity(sparsity: float | str | Fraction) -> Fraction:
 
 @dataclass(frozen=True)
 class Budget:
-    """What the levels of units may cost together: kept weights, unless the units count something else.
+    """The budget of all units together, in the unit of their costs; by default they count kept weights.
 
-    ``limit`` may not be exceeded. ``target_floor`` is what repair fills up to: within one smallest step of
-    the limit, or, where the sizes of the units cannot reach that, the largest sum they can.
+    Attributes:
+        limit: the most that the levels may cost.
+        target_floor: the least cost that counts as meeting the budget. It is within one smallest step of the limit or,
+            if the sizes of the units cannot reach that, the largest cost that they can reach.
+        total: the cost of the highest levels.
     """
 
     limit: int
@@ -204,10 +215,11 @@ class Budget:
 
     @classmethod
     def for_units(cls, units: Sequence[Unit], limit: int) -> Budget:
-        """``limit`` over ``units``, in what their ``costs`` count.
+        """The budget ``limit`` for ``units``, in the unit of their ``costs``.
 
         Raises:
-            UsageError: the lowest levels cost more, or the highest ones are at least a smallest step short of it.
+            UsageError: the lowest levels cost more than the limit, or the highest levels cost less than it by at least
+                one smallest step.
         """
         least, most = sum(unit.costs[0] for unit in units), sum(unit.costs[-1] for unit in units)
         rises = [high - low for unit in units for low, high in pairwise(unit.costs)]
@@ -221,15 +233,15 @@ class Budget:
 
 
 def base_and_step(units: Sequence[Unit]) -> tuple[int, int]:
-    """The cost of all lowest levels, and the greatest common divisor of all that can be added to it."""
+    """The cost of all lowest levels, and the greatest common divisor of the rises above it."""
     base = sum(unit.costs[0] for unit in units)
     return base, math.gcd(*(cost - unit.costs[0] for unit in units for cost in unit.costs)) or 1
 
 
 def _largest_reachable(units: Sequence[Unit], limit: int) -> int:
-    """The largest sum of costs not above ``limit``: a bit set of sums in units of the steps' common divisor.
+    """The largest sum of costs that is not above ``limit``, or ``limit`` itself if the computation is too large.
 
-    Where that set would be too large, ``limit`` itself.
+    The computation holds the sums as a bit set, in units of the common divisor of the steps.
     """
     base, divisor = base_and_step(units)
     counts = Counter(tuple(cost - unit.costs[0] for cost in unit.costs) for unit in units)
@@ -250,7 +262,7 @@ def _largest_reachable(units: Sequence[Unit], limit: int) -> int:
 
 
 def _add_even_steps(reachable: int, step: int, count: int, mask: int) -> int:
-    """All of ``reachable`` with 0 ... ``count`` steps more, in a logarithm of as many shifts."""
+    """The sums of ``reachable`` plus 0 ... ``count`` steps, computed with about log2(``count``) shifts."""
     chunk = 1
     while count:
         take = min(chunk, count)

@@ -1,4 +1,4 @@
-"""The whole way from a dense model to a packed one, and comparisons of such ways."""
+"""The verbs of msp: prune a dense model to a packed one, search, compare, measure sensitivities and evaluate."""
 
 from __future__ import annotations
 
@@ -83,16 +83,17 @@ def prune(
 
     Args:
         model: a directory, a hub id, or a model object (which is packed in place).
-        sparsity: share of the linears' weights to remove, in (0, 1); or ``budget_bytes`` among the options.
-        output: directory to save the packed model to; ``force`` replaces one that is there, if msp wrote all that is
-            in it. No other run can write to it, or to ``work_dir``, meanwhile.
-        tokenizer: to go with a model object.
-        progress: hears of every stage.
+        sparsity: share of the linears' weights to remove, in (0, 1), unless the options give another budget.
+        output: the directory to save the packed model to. No other run can write to it, or to ``work_dir``, during the
+            run.
+        force: replace the directory ``output`` if it exists and msp wrote all its files.
+        tokenizer: the tokenizer of a model object.
+        progress: the progress display.
         options: the other fields of ``PruneOptions``.
 
     Raises:
-        UsageError: a wrong request (before the model is loaded where that can be known).
-        MspError: a model, text or place that does not serve.
+        UsageError: the request is wrong. The error comes before the model is loaded if the request alone shows it.
+        MspError: a model, a text or a folder cannot be used.
     """
     settings = _options(sparsity, options)
     if output is None and settings.stream:
@@ -108,10 +109,10 @@ def prune(
 def dry_run(
     model: str | Path, *, sparsity: float | None = None, progress: Progress | None = None, **options: Any
 ) -> Preview:
-    """What ``prune`` with the same options would do, and the memory that it would take; reads no weights and no text.
+    """The plan of ``prune`` with the same options, and an estimate of its memory; no weights and no text are read.
 
     Raises:
-        UsageError, MspError: as for ``prune``, for what can be known before that.
+        UsageError, MspError: the errors of ``prune`` that need neither the weights nor the text.
     """
     return preview(model, _options(sparsity, options), progress)
 
@@ -171,7 +172,7 @@ def _prune(
                 for module in linear.modules:
                     note_pattern(module, allocation[linear.name])
         replace_linears(opened.model, packed)
-        del packed  # the model has them, and is rounded to its stored dtype as it is saved
+        del packed  # the model holds the packed weights, and is rounded to its stored dtype when it is saved
         bytes_ = {"dense": stored.dense_bytes, "packed": stored.nbytes(opened.model)}
         recipe = _recipe(settings, opened, bench, plan, found)
         recipe |= {"perplexity": _both(reference.quality, quality), "kl": quality.kl, "bytes": bytes_}
@@ -210,14 +211,14 @@ def search(
     progress: Progress | None = None,
     **options: Any,
 ) -> SearchResult:
-    """Find an allocation and prune nothing; arguments and errors as for ``prune``.
+    """Find an allocation without pruning the model; the other arguments and the errors are those of ``prune``.
 
-    ``prune`` with the same options and the ``allocation`` found gives the model that it would have given alone. The
-    test tokens are set aside as there.
+    ``prune`` with the same options and this ``allocation`` returns the same model as ``prune`` with a search. The test
+    tokens are set aside as in ``prune``.
 
     Args:
-        output: directory to write ``allocation.json`` and ``recipe.yaml`` to. It is checked before any work; either of
-            them is replaced if msp wrote it and nobody changed it since.
+        output: the directory for ``allocation.json`` and ``recipe.yaml``. It is checked before any work. An existing
+            file is replaced if msp wrote it and it was not changed since.
     """
     with working_folder(output):
         if output is not None:
@@ -236,13 +237,16 @@ def search_all(
     progress: Progress | None = None,
     measured: bool = False,
 ) -> Iterator[SearchResult]:
-    """A search for each of ``requests``, options that differ in the budget and ``work_dir`` alone.
+    """Yield the result of a search for each of ``requests``; they differ only in the budget and ``work_dir``.
 
-    They share the model and all that is known of it. One that starts from seeds has another in the result before it,
-    its densities scaled to the new budget.
+    The searches share the model and its statistics. A search that starts from seeds gets one more seed: the result of
+    the search before it, with its densities scaled to the new budget.
 
     Args:
-        measured: have the ``loss`` of every result, also where the allocator measures none.
+        measured: measure the ``loss`` of every result, even if the allocator does not measure it.
+
+    Raises:
+        UsageError, MspError: as for ``prune``; also if a request gives an allocation.
     """
     settings = [_options(request.get("sparsity"), {**request}) for request in requests]
     if any(each.allocation is not None for each in settings):
@@ -293,7 +297,7 @@ def _search_all(
 
 
 def _loss(problem: Problem, found: Allocated) -> float:
-    """Of what was found, on all fitness tokens."""
+    """The loss of the found levels on all fitness tokens."""
     if found.history:
         return found.history[-1].best
     with problem.evidence.fitness((1.0,)) as fitness:
@@ -307,7 +311,7 @@ def _problem(bench: Workbench, pruner: Pruner, settings: PruneOptions, seed: int
 
 
 def _check_resume(bench: Workbench, problems: Sequence[Problem], pruner: Pruner, settings: PruneOptions) -> None:
-    """Refuse what an earlier run of another search left, before any work; warn where it left nothing."""
+    """Raise an error before any work if another search left the files to resume; warn if there are no files."""
     checkpoints = [problem.search.checkpoint for problem in problems]
     if not settings.resume:
         return
@@ -332,7 +336,7 @@ def _pruned(
     fitness: Reference | None,
     clock: _Stopwatch,
 ) -> tuple[dict[str, PackedWeight | CodedWeight], Sums, Sums | None]:
-    """``StreamedWorkbench.prune_to`` of a model in memory; it is the dense one again afterwards."""
+    """``StreamedWorkbench.prune_to`` for a model in memory; afterwards the model is dense again."""
     with ExitStack() as stack:
         with clock("prune"):
             model = stack.enter_context(bench.pruned(allocation, pruner))
@@ -348,13 +352,13 @@ def _pruned(
 
 
 def _check_quality(quality: Quality, model: Any, test: Reference, *, streamed: bool = False) -> None:
-    """Raise ``MspError`` unless the figures of a pruned model are finite: it is of no use, and is not saved."""
+    """Raise ``MspError`` if a figure of the pruned model is not finite; such a model is useless and is not saved."""
     figures = {"perplexity of the pruned model": quality.perplexity, "KL": quality.kl}
     check_figures(figures, model, test.tokens(0), streamed=streamed)
 
 
 def _search_fitness(found: Allocated, total: Sums | None, settings: PruneOptions) -> dict[str, float] | None:
-    """What the search measured of the candidate it found, and the same of the model pruned to its levels."""
+    """The loss of the best candidate in the search, and the loss of the model that was pruned to its levels."""
     if total is None:
         return None
     loss = total.divergence if settings.measure == "kl" else total.loss
@@ -392,8 +396,8 @@ def compare(
 ) -> CompareResult:
     """Measure every allocator with every pruner on the same model, budget and test tokens.
 
-    The seed draws calibration and fitness tokens and steers the search; test tokens never depend on it.
-    Arguments and errors as for ``prune``; the model is dense again afterwards.
+    The seed decides the calibration tokens, the fitness tokens and the search; the test tokens do not depend on it.
+    The other arguments and the errors are those of ``prune``. Afterwards the model is dense again.
     """
     settings = _options(sparsity, options)
     chosen = [(name, get_allocator(name)) for name in allocators]
@@ -458,7 +462,7 @@ def _compare(
 def sensitivity(
     model: Any, *, tokenizer: Any = None, progress: Progress | None = None, **options: Any
 ) -> SensitivityResult:
-    """The Fisher trace of every linear, on the calibration tokens."""
+    """The Fisher trace of every linear, on the calibration tokens; arguments and errors are those of ``prune``."""
     settings = _options(0.5, {"fitness_tokens": 0, "test_tokens": 0, **options})
     listener = progress or NoProgress()
     opened = open_model(model, settings, tokenizer, listener)
@@ -492,19 +496,19 @@ def evaluate(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Perplexity of a dense or packed model on a text, and KL to a dense ``reference`` if one is given.
+    """The perplexity of a dense or packed model on a text, and its KL to a dense ``reference`` if one is given.
 
-    Both models compute in the same dtype, or their figures would differ by more than their weights: ``auto`` is
-    float32 on a CPU, for a packed model too, and elsewhere the dtype in which the reference (without one, the model)
-    is stored. One model at a time is in memory.
+    Both models compute in the same dtype, because another dtype would change the figures too. On a CPU ``auto`` is
+    float32, also for a packed model. On other devices it is the stored dtype of the reference or, without a reference,
+    of the model. One model at a time is in memory.
 
     Returns:
         ``model``, ``perplexity``, ``evaluate``, ``window``, ``tokens``, ``dtype``; with a reference also ``kl``, in
         nats a token, and ``reference``.
 
     Raises:
-        UsageError: a window longer than the model's context, an unknown dtype or device.
-        MspError: no model, a text that does not serve, or a reference with another vocabulary.
+        UsageError: the window is longer than the model's context, or the dtype or the device is unknown.
+        MspError: the model is absent, the text cannot be used, or the reference has another vocabulary.
     """
     TokenSource.parse(evaluate).check()
     listener = progress or NoProgress()
@@ -527,7 +531,7 @@ def evaluate(
         with run_text(loaded.model, ()).changes.steady(loaded.model):
             dense = DenseReference(loaded.model, windows, batch_size=size, progress=listener)
         del loaded
-        gc.collect()  # modules refer to each other, so counting references does not free them
+        gc.collect()  # modules refer to each other, so reference counts do not free them
         give_back()
     measured = load_model(model, dtype=dtype, device=place, dequantise=dequantise, narrow=True, **trust).model
     with run_text(measured, ()).changes.steady(measured):

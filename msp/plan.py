@@ -1,4 +1,4 @@
-"""What of a model is pruned: which linears in which units, with which patterns, to which budget."""
+"""The plan of a run: the linears to prune, their units, their patterns and the budget."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from msp.reading import shown
 UNITS = ("linear", "block")
 BYTE_UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 TIME_UNITS = {"us": 10**3, "ms": 10**6, "s": 10**9}
-# Measured times that differ by less than this share of the dense one do not differ.
+# Two measured times count as equal if they differ by less than this share of the dense time.
 TIME_NOISE = Fraction(1, 100)
 
 
@@ -27,14 +27,17 @@ Rule = tuple[re.Pattern[str], Storage]
 
 @dataclass(frozen=True)
 class Plan:
-    """Which linears are pruned in which units, what is left alone and why, and the budget.
+    """The units to prune, the skipped linears, and the budget.
 
     Attributes:
-        objective: what the budget counts, ``weights``, ``bytes`` or ``nanoseconds``.
-        fixed_cost: of that, what no level changes: linears left alone, and for bytes the rest of the model.
-        dense_cost: what the dense model takes.
-        skipped_weights: in linears left alone.
-        total_weights: in all linears.
+        units: the units that get levels.
+        skipped: the linears that stay dense, with the reason.
+        budget: the budget that the units share.
+        objective: the unit of the budget: ``weights``, ``bytes`` or ``nanoseconds``.
+        fixed_cost: the cost that no level changes: the skipped linears and, for bytes, the rest of the model.
+        dense_cost: the cost of the dense model.
+        skipped_weights: the number of weights in skipped linears.
+        total_weights: the number of weights in all linears.
     """
 
     units: tuple[Unit, ...]
@@ -48,22 +51,23 @@ class Plan:
 
     @property
     def limit(self) -> int:
-        """The budget over everything it counts."""
+        """The budget of the whole model: the budget of the units and the fixed cost."""
         return self.budget.limit + self.fixed_cost
 
 
 @dataclass(frozen=True)
 class Goal:
-    """How much may stay: a share of the weights removed, bytes of the whole model when packed, or time to decode.
+    """The goal of pruning: a share of removed weights, bytes of the packed model, or time to decode.
 
-    Without any, what the lowest patterns keep: for linears that are all pinned.
+    If none is given, the budget is the cost of the lowest patterns; this serves a model whose linears are all pinned.
 
     Attributes:
-        sparsity: of all linears.
-        bytes: what all tensors of the model may take as stored.
-        other_bytes: of the tensors that are no weight of a linear.
-        stored: the dtypes that weights are stored in, in the count of bytes.
-        nanoseconds: what all linears may take together to decode a token, each called once, as ``table`` predicts it.
+        sparsity: the share of the weights of all linears to remove.
+        bytes: the most bytes of all tensors of the model as stored.
+        other_bytes: the bytes of the tensors that are not weights of linears.
+        stored: the dtypes of the stored weights, for the count of bytes.
+        nanoseconds: the most time that all linears together take to decode a token, each called once.
+        table: the decode times that predict it.
     """
 
     sparsity: Fraction | None
@@ -91,16 +95,16 @@ class Goal:
         return f"sparsity {float(self.sparsity):g}, {limit:,} of {total_weights:,} weights,"
 
     def least_rise(self, linears: Sequence[Linear]) -> int:
-        """How much less than a denser pattern another must cost to be worth having, for all of ``linears``."""
+        """The least difference in cost between two patterns of ``linears`` for which both are kept as levels."""
         if self.table is None:
             return 1
         return max(1, int(sum(self.cost(linear, DENSE) for linear in linears) * TIME_NOISE))
 
     def cost(self, linear: Linear, storage: Storage) -> int:
-        """What ``linear`` takes in ``storage`` of what the goal limits.
+        """The cost of ``linear`` in ``storage``, in the unit of the goal.
 
         Raises:
-            UsageError: the table has no time for that.
+            UsageError: the table has no time for this shape and storage.
         """
         if self.table is not None:
             return self.table.nanoseconds(linear.shape, storage)
@@ -111,13 +115,15 @@ class Goal:
 
 @dataclass(frozen=True)
 class PatternRules:
-    """Which patterns linears may have: the ``allowed`` ones, except where a rule pins one; without any, dense.
+    """The patterns that linears may have: the ``allowed`` ones, unless a rule pins the linear.
+
+    If no pattern is allowed, linears without a rule stay dense.
 
     Attributes:
-        allowed: ascending in density.
-        keep: rules: a regex that a linear's name must match from a dot (or its beginning) to its end, and the
-            storage it is pinned to, a pattern's or ``DENSE``; the first that matches counts.
-        exact: pinned storages by whole names.
+        allowed: the patterns in rising density.
+        keep: rules, each with a regex and the storage, a pattern's or ``DENSE``, that it pins a linear to. The regex
+            must match the linear's name from its beginning, or from after a dot, to its end. The first match counts.
+        exact: the pinned storage of each linear by its whole name.
     """
 
     allowed: tuple[NMPattern, ...]
@@ -128,13 +134,17 @@ class PatternRules:
     def parse(
         cls, group_size: int, patterns: str | None = None, keep: str | None = None, *, compliant: bool = False
     ) -> PatternRules:
-        """``patterns`` is ``"1:8,2:8"``, or None for all of one ``group_size``; ``keep`` ``"REGEX=N:M,REGEX=dense"``.
+        """The rules from the texts of a user.
 
-        ``compliant`` leaves of the patterns those that 2:4 sparse tensor cores run whatever is selected.
+        Args:
+            group_size: M of the allowed patterns if ``patterns`` is None.
+            patterns: the allowed patterns, like ``"1:8,2:8"``.
+            keep: the rules, like ``"REGEX=N:M,REGEX=dense"``.
+            compliant: allow only the patterns that 2:4 sparse tensor cores run for any choice of weights.
 
         Raises:
-            UsageError: what is no pattern or no regex, a pattern named twice, or, of those named, one pinned or all
-                listed that are not compliant where they must be.
+            UsageError: a pattern or a regex is malformed, or a pattern is named twice; or, with ``compliant``, a pinned
+                pattern is not compliant, or none of ``patterns`` is.
         """
         if patterns is None:
             size = check_group_size(group_size)
@@ -155,19 +165,19 @@ class PatternRules:
 
     @property
     def patterns(self) -> tuple[NMPattern, ...]:
-        """All that a linear may get, ``allowed`` or pinned."""
+        """All patterns that a linear may get, allowed or pinned."""
         pinned = [storage for _, storage in self.keep] + list(self.exact.values())
         return tuple(dict.fromkeys([*self.allowed, *(each.support for each in pinned if each.support is not None)]))
 
     def rule_for(self, name: str) -> tuple[str, Storage] | None:
-        """The rule, as it was written, that pins a linear, and its storage."""
+        """The text and the storage of the rule that pins a linear; None if there is no such rule."""
         if name in self.exact:
             return name, self.exact[name]
         return next(((regex.pattern, storage) for regex, storage in self.keep if matches(regex, name)), None)
 
 
 def matches(regex: re.Pattern[str], name: str) -> bool:
-    """Whether ``regex`` matches all of ``name``, or all behind one of its dots."""
+    """Whether ``regex`` matches all of ``name``, or all of it after one of its dots."""
     starts = [0, *(match.end() for match in re.finditer(r"\.", name))]
     return any(regex.fullmatch(name, start) for start in starts)
 
@@ -184,16 +194,16 @@ def _parse_rule(text: str) -> Rule:
 
 
 def parse_pinned(text: str) -> Storage:
-    """What a rule can pin a linear to: ``"N:M"`` or ``"dense"``; ``UsageError`` for anything else."""
+    """The storage that a rule names: ``"N:M"`` or ``"dense"``; ``UsageError`` for any other text."""
     return DENSE if text.strip() == str(DENSE) else Storage(NMPattern.parse(text))
 
 
-# No more digits than a 64-bit integer holds, so that no sum of such numbers leaves it by much.
+# At most as many digits as a 64-bit integer holds, so that sums of such numbers exceed it by little.
 _DECIMAL = r"[0-9]{1,18}(?:\.[0-9]{1,18})?"
 
 
 def parse_bytes(text: str | int) -> int:
-    """``"1.5GB"``, ``"300 MB"``, ``"4096"``: whole bytes, in decimal units."""
+    """The whole bytes of a text in decimal units, like ``"1.5GB"``, ``"300 MB"`` or ``"4096"``."""
     match = re.fullmatch(rf"\s*({_DECIMAL})\s*([kMG]?B)?\s*", text if isinstance(text, str) else shown(text))
     if match is None:
         raise UsageError(f"{shown(text)} is not a number of bytes, like 300MB or 1.5GB")
@@ -201,7 +211,7 @@ def parse_bytes(text: str | int) -> int:
 
 
 def parse_time(text: str) -> int:
-    """``"12ms"``, ``"800 us"``, ``"1.5s"``: whole nanoseconds."""
+    """The whole nanoseconds of a text like ``"12ms"``, ``"800 us"`` or ``"1.5s"``."""
     match = re.fullmatch(rf"\s*({_DECIMAL})\s*(us|ms|s)\s*", text)
     if match is None:
         raise UsageError(f"{shown(text)} is not a time, like 12ms or 800us")
@@ -209,12 +219,13 @@ def parse_time(text: str) -> int:
 
 
 def make_plan(structure: Structure, goal: Goal, rules: PatternRules, *, unit: str = "linear") -> Plan:
-    """Split the linears into units and skipped ones, and share the budget.
+    """Split the linears into units and skipped linears, and compute the budget of the units.
 
-    The budget counts all linears: what one that no pattern fits keeps too much, the others make good.
+    The budget counts all linears. If no pattern fits a linear, it stays dense, and the other linears pay for it.
 
     Raises:
-        UsageError: an unknown unit, a rule that fits nothing, nothing to prune, or a budget out of reach.
+        UsageError: the unit is unknown, a rule matches no linear, there is nothing to prune, or the budget is out of
+            reach.
     """
     if unit not in UNITS:
         raise UsageError(f"unit {unit!r} is not one of {', '.join(UNITS)}")
@@ -260,7 +271,7 @@ def make_plan(structure: Structure, goal: Goal, rules: PatternRules, *, unit: st
 
 
 def _patterns_for(linear: Linear, rules: PatternRules) -> tuple[list[NMPattern], str]:
-    """The patterns that ``linear`` may have, or why it stays dense."""
+    """The patterns that ``linear`` may have, and the reason for it to stay dense if there are none."""
     columns = linear.shape[1]
     rule = rules.rule_for(linear.name)
     if rule is not None:
@@ -283,7 +294,7 @@ def _patterns_for(linear: Linear, rules: PatternRules) -> tuple[list[NMPattern],
 def _unit(
     name: str, linears: Sequence[Linear], patterns: Sequence[NMPattern], goal: Goal, block: int, kind: str
 ) -> Unit:
-    """A unit whose levels rise in density and in cost: a pattern that costs no less than a denser one is left out."""
+    """A unit whose levels rise in density and cost; a pattern that costs as much as a denser one is left out."""
     levels: list[tuple[NMPattern, int]] = []
     least_rise = goal.least_rise(linears)
     for pattern in reversed(patterns):
@@ -302,7 +313,7 @@ def _check_rules(structure: Structure, rules: PatternRules) -> None:
     if missing:
         raise UsageError(f"{missing[0]!r} is no linear of the model; one is {structure.linears[0].name}")
     for regex, storage in rules.keep:
-        # Saying of what is never pruned that it stays dense is no mistake.
+        # A rule that keeps the output head dense is valid, although the head is never pruned.
         known = [*names, "lm_head"] if storage == DENSE else names
         if not any(matches(regex, name) for name in known):
             raise UsageError(f"{regex.pattern!r} matches no linear; one is {structure.linears[0].name}")

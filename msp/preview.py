@@ -1,4 +1,4 @@
-"""What a run would do, and whether the memory there is suffices, before it does anything."""
+"""The plan of a run before it starts, and the check that its memory suffices."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from msp.packed_files import tensor_files
 from msp.progress import NoProgress, Progress
 from msp.settings import PruneOptions
 
-# A run that leaves so many bytes free whatever it does is not looked at: that takes a second.
+# If a run surely leaves this many bytes free, its memory is not estimated, because an estimate takes a second.
 AMPLE = 8 << 30
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What ``prune`` with some options would do.
+    """The plan of ``prune`` with some options.
 
     Attributes:
-        units, linears: how many there are to give levels to.
+        model: the source of the model.
+        blocks, units, linears: the numbers of blocks, of units that get a level, and of linears in them.
         skipped: linears that stay dense, with the reason.
-        objective: what the budget counts, ``weights``, ``bytes`` or ``nanoseconds``.
-        budget, dense_cost: of that, how much may stay, and how much the dense model has.
-        bytes: of all tensors, of the dense model and about of the packed one.
-        memory: an estimate of the host memory; None for a GPU, where the weights are elsewhere.
-        available: bytes of memory that are free for it.
+        objective: the unit of the budget: ``weights``, ``bytes`` or ``nanoseconds``.
+        budget, dense_cost: the budget, and the cost of the dense model, in that unit.
+        bytes: bytes of all tensors of the ``dense`` model, and an estimate for the ``packed`` model.
+        memory: an estimate of the host memory; None for a GPU, which holds the weights in its own memory.
+        available: bytes of free host memory.
     """
 
     model: str
@@ -50,10 +51,10 @@ class Preview:
 
 
 def preview(model: str | Path, settings: PruneOptions, progress: Progress | None = None) -> Preview:
-    """Plan to prune ``model`` with ``settings``, reading none of its weights and none of the text.
+    """Plan a run of ``prune`` on ``model`` with ``settings``, without reading any weight or any text.
 
     Raises:
-        UsageError, MspError: as ``prune`` for what it can know before that.
+        UsageError, MspError: the errors of ``prune`` that need neither the weights nor the text.
     """
     opened = open_skeleton(model, settings)
     plan = opened.plan(settings, progress or NoProgress())
@@ -81,12 +82,13 @@ def _memory(opened: Opened, settings: PruneOptions, packed: int, plan: Any) -> F
 
 
 def fitting(model: Any, settings: PruneOptions, *, may_stream: bool) -> PruneOptions:
-    """``settings`` for the memory that there is: of one block at a time if the whole model does not fit.
+    """``settings`` that fit the free memory: if the whole model does not fit, it is streamed one block at a time.
 
-    Looks only where memory may be short, and not at what is in memory already or goes to a GPU.
+    Memory is estimated only if it may be short. A model that is in memory already, or that goes to a GPU, is not
+    checked.
 
     Raises:
-        MspError: it does not fit so either; says what it needs and what there is.
+        MspError: the streamed model does not fit either; the message gives the needed and the free bytes.
     """
     if not isinstance(model, (str, Path)) or settings.dequantise or find_device(settings.device).type != "cpu":
         return settings
@@ -95,7 +97,7 @@ def fitting(model: Any, settings: PruneOptions, *, may_stream: bool) -> PruneOpt
         if sizes and available() > AMPLE + 4 * sum(sizes):
             return settings
         needed, room = _needed(model, settings), available()
-    except MspError:  # the run says it
+    except MspError:  # the run raises the same error
         return settings
     if needed is None or needed <= room:
         return settings
@@ -115,8 +117,8 @@ def fitting(model: Any, settings: PruneOptions, *, may_stream: bool) -> PruneOpt
 
 
 def _needed(model: str | Path, settings: PruneOptions) -> int | None:
-    """Beyond what the process takes now."""
-    if settings.budget_decode is not None:  # times may have to be measured first, and memory hardly depends on them
+    """The bytes that a run needs beyond the memory of the process now; None if they are not estimated."""
+    if settings.budget_decode is not None:  # a measurement of times takes long, and memory hardly depends on them
         settings = replace(settings, budget_decode=None, decode_table=None, sparsity=0.5)
     memory = preview(model, settings).memory
     return None if memory is None else memory.peak - resident()

@@ -1,4 +1,4 @@
-"""How long work tells what it is doing, without knowing who listens."""
+"""The interface through which long work reports its progress."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Protocol
 
 
 class Advance(Protocol):
-    """Called as a stage proceeds."""
+    """A callback that a stage calls as it proceeds."""
 
     def __call__(self, done: int, total: int | None = None, /, **info: object) -> None:
-        """``done`` steps are finished, counted from the start of the stage; ``total`` replaces the stage's own.
+        """Report that ``done`` steps are finished since the start of the stage; ``total`` replaces the stage's total.
 
-        ``info`` holds figures worth showing beside the bar (``best=0.61``).
+        ``info`` holds figures to show next to the bar (``best=0.61``).
         """
 
 
 class Progress(Protocol):
-    """Listens to the stages of a run. Stages may be nested."""
+    """Displays the stages of a run. Stages may be nested."""
 
     def stage(self, name: str, total: int | None = None) -> AbstractContextManager[Advance]:
-        """Announce a stage of ``total`` steps (``None``: not known yet), in words a user understands."""
+        """Begin a stage of ``total`` steps; None if the number is not known yet. Users see its ``name``."""
 
 
 class NoProgress:
-    """Listens to nothing: the default."""
+    """Displays nothing; the default."""
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:

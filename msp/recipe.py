@@ -1,8 +1,8 @@
 """Patterns by the name of a linear, on disk: ``allocation.json`` and YAML recipes.
 
-A recipe has the shape of llm-compressor's: stages, in them modifiers, and targets that are names or, behind ``re:``,
-regular expressions. The modifier is this project's own, since theirs know one pattern for all their targets, and
-count in N the weights that go::
+A recipe has the form of llm-compressor's. It holds stages, stages hold modifiers, and the targets of a modifier are
+names or, after ``re:``, regular expressions. The modifier is this project's own, because a modifier of llm-compressor
+has one pattern for all its targets, and its N counts the removed weights::
 
     pruning_stage:
       pruning_modifiers:
@@ -34,16 +34,16 @@ ALLOCATION_FILES = ("allocation.json", "recipe.yaml")
 
 
 def read_rules(path: str | Path) -> PatternRules:
-    """The rules of an ``allocation.json`` or of a YAML recipe; linears without one stay dense.
+    """The rules of an ``allocation.json`` or of a YAML recipe; linears without a rule stay dense.
 
     Raises:
-        MspError: unreadable, or neither of the two; the message names the file and what is wrong in it.
+        MspError: the file is unreadable, or is neither of the two; the message names the file and the fault.
     """
     path = Path(path)
     if path.suffix.lower() == ".json":
         exact = {name: Storage(pattern) for name, pattern in Allocation.load(path).items()}
         return PatternRules((), (), exact)
-    # Every scalar stays the text it is: YAML 1.1 reads an unquoted 4:8 as the number 248, in base 60.
+    # Every scalar is read as text, because YAML 1.1 reads an unquoted 4:8 as the number 248, in base 60.
     content = read_yaml(path, plain=True)
     found = list(_modifiers(content))
     if not found:
@@ -62,7 +62,7 @@ def read_rules(path: str | Path) -> PatternRules:
 
 
 def _modifiers(content: Any) -> Iterator[Mapping[str, Any]]:
-    """The ``patterns`` of every modifier of ours, whatever stages and groups are called."""
+    """The ``patterns`` of every ``NMPruningModifier``, for any names of stages and groups."""
     for stage in content.values() if isinstance(content, dict) else ():
         for group in stage.values() if isinstance(stage, dict) else ():
             modifier = group.get(MODIFIER) if isinstance(group, dict) else None
@@ -71,12 +71,12 @@ def _modifiers(content: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def write_allocation(folder: Path, allocation: Allocation, made_by: Mapping[str, Any]) -> list[Path]:
-    """``allocation.json`` and ``recipe.yaml`` in ``folder``, each replaced in one step if it is there.
+    """Write ``allocation.json`` and ``recipe.yaml`` to ``folder``; an existing file is replaced in one step.
 
-    ``made_by`` goes into the recipe as plain data, for readers only.
+    ``made_by`` is stored in the recipe as plain data, for readers only.
 
     Raises:
-        MspError: one is there that msp did not write, or that was edited since; or they cannot be written.
+        MspError: msp did not write an existing file, a user edited it, or a file cannot be written.
     """
     recipe = {
         "pruning_stage": {"pruning_modifiers": {MODIFIER: {"patterns": allocation.to_strings()}}},

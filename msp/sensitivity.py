@@ -1,7 +1,7 @@
-"""How much the loss feels each linear: Fisher traces and diagonals through hooks, with no ``.grad``.
+"""The sensitivity of the loss to each linear: Fisher traces and diagonals, computed by hooks without ``.grad``.
 
-For a linear with inputs x ``[T, K]`` and gradients g ``[T, R]`` of its outputs, the weight's gradient
-over one sequence is ``g^T x``; the fisher ops square and sum it without ever forming it for the model.
+A linear has inputs x ``[T, K]`` and gradients g ``[T, R]`` of its outputs. The weight's gradient over one sequence is
+``g^T x``. The fisher ops square and sum this product and never hold it for the whole model.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def fisher_traces(
     memory beyond that backward is the inputs of ``linears`` for one sequence.
 
     Args:
-        model: a causal LM; its mode, ``requires_grad`` flags and ``.grad`` are left as they were.
-        linears: what to measure; nothing else is hooked. One that the model never calls has trace 0.
+        model: a causal LM; its mode, ``requires_grad`` flags and ``.grad`` are not changed.
+        linears: the linears to measure; nothing else is hooked. A linear that the model never calls has trace 0.
         windows: integer token ids ``[S, T]``, T >= 2.
         progress: called as ``progress(done, total)`` after each sequence.
 
     Raises:
         UsageError: ``windows`` is empty, not ``[S, T]`` or not integers.
-        MspError: the loss or a gradient is NaN or infinite, naming the sequence or the linear.
+        MspError: the loss or a gradient is NaN or infinite; the message names the sequence or the linear.
     """
     traces = {linear.name: 0.0 for linear in linears}
 
@@ -67,8 +67,8 @@ def fisher_diagonals(
 ) -> dict[str, Tensor]:
     """``F_l = (1/S) sum_s (dL_s/dW_l)^2`` per linear: fp32 ``[R, K]`` in host memory.
 
-    Arguments, errors and the loss are those of ``fisher_traces``. On an accelerator, accumulators stay
-    on the device while they fit into half of its free memory; the others are added up on the host.
+    The arguments, errors and the loss are those of ``fisher_traces``. On an accelerator, the accumulators that fit
+    into half of the free device memory stay on the device; the others are added up on the host.
     """
     totals = {linear.name: torch.zeros(linear.shape, device=home) for linear, home in _homes(linears)}
 
@@ -84,7 +84,7 @@ def fisher_diagonals(
 
 
 def _homes(linears: Sequence[Linear]) -> Iterator[tuple[Linear, torch.device]]:
-    """Each linear with the device that keeps its accumulator."""
+    """Yield each linear with the device of its accumulator."""
     room: dict[torch.device, float] = {}
     for linear in linears:
         device = linear.weight.device
@@ -111,16 +111,16 @@ def _each_sequence(
     consume: Consume,
     progress: ProgressCallback | None,
 ) -> float:
-    """Hand (x, g) of every linear and sequence to ``consume``; return what a sum of squares is to be scaled by.
+    """Pass (x, g) of every linear and sequence to ``consume``; return the factor that scales a sum of squares.
 
-    The backward starts from the *sum* over tokens of the cross-entropy: the mean's gradients are T
-    times smaller and underflow in float16. The factor returned makes up for it.
+    The backward starts from the *sum* of the cross-entropy over tokens, because the gradients of the mean are T times
+    smaller and underflow in float16. The returned factor corrects for that.
     """
     check_windows(windows)
     sequences, tokens = windows.shape
     embeddings = _input_embeddings(model)
     device = next(embeddings.parameters()).device
-    # The caller may be in inference mode, whose tensors no backward accepts.
+    # The caller may be in inference mode, and a backward does not accept tensors of inference mode.
     with torch.inference_mode(False), torch.enable_grad(), frozen(model), Tap(embeddings, linears, consume) as tap:
         for index in range(sequences):
             window = windows[index : index + 1].clone().to(device)
@@ -131,7 +131,7 @@ def _each_sequence(
 
 
 def check_windows(windows: Tensor) -> None:
-    """Raise ``UsageError`` for what is no ``[S, T]`` of token ids to predict."""
+    """Raise ``UsageError`` if ``windows`` is not ``[S, T]`` token ids with tokens to predict."""
     if windows.ndim != 2 or windows.is_floating_point() or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise UsageError(
             f"windows must be integer token ids [S, T] with S >= 1 and T >= 2; "
@@ -140,7 +140,11 @@ def check_windows(windows: Tensor) -> None:
 
 
 def sequence_loss(logits: Tensor, window: Tensor, index: int) -> Tensor:
-    """The sum over ``window [1, T]`` of the next-token cross-entropy; ``MspError`` names sequence ``index``."""
+    """The sum of the next-token cross-entropy over ``window [1, T]``.
+
+    Raises:
+        MspError: the sum is not finite; the message names sequence ``index``.
+    """
     targets = window[0, 1:].to(logits.device)
     loss = functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum")
     if not torch.isfinite(loss):
@@ -158,7 +162,7 @@ def _input_embeddings(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter asking for a gradient; both as before afterwards."""
+    """Within the context the model is in evaluation mode, and no parameter requires a gradient."""
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -174,12 +178,12 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 class Tap:
-    """Sees (x, g) of each linear during a forward and a backward, and passes them on.
+    """Records (x, g) of each linear during a forward and a backward, and passes them to ``consume``.
 
-    Gradients flow back to the output of ``embeddings``; without them, to what is made ``with_gradient``.
+    Gradients flow back to the output of ``embeddings``. If it is None, they flow to the tensors from ``with_gradient``.
 
-    A linear called several times in one forward, at one place or at several, gets its calls joined along T: its
-    gradient is the sum over calls. x and g are let go as soon as the last call's g is there.
+    If a forward calls a linear several times, at one place or at several, its calls are joined along T, because the
+    gradient is the sum over the calls. x and g are freed as soon as the last call has its g.
     """
 
     def __init__(self, embeddings: nn.Module | None, linears: Sequence[Linear], consume: Consume) -> None:
@@ -207,11 +211,14 @@ class Tap:
     def backward(
         self, output: Tensor | Sequence[Tensor], gradient: Sequence[Tensor] | None = None
     ) -> tuple[Tensor | None, ...]:
-        """Run the backward from ``output``, a loss or tensors that have each a ``gradient``; all linears are consumed.
+        """Run the backward from ``output``, and pass every linear to ``consume``.
+
+        Args:
+            output: a loss, or tensors with one ``gradient`` each.
 
         Returns:
-            The gradients of what was made ``with_gradient``, in that order: the embeddings as a rule. None where
-            ``output`` does not depend on it.
+            The gradients of the tensors from ``with_gradient``, in order; usually of the embeddings. A gradient is None
+            if ``output`` does not depend on the tensor.
         """
         outputs = [output] if isinstance(output, Tensor) else list(output)
         pairs = [
@@ -221,7 +228,7 @@ class Tap:
         ]
         kept, given = zip(*pairs, strict=True)
         found = torch.autograd.grad(kept, self._sources, None if gradient is None else given, allow_unused=True)
-        # Left over: linears of which one call's output did not reach the loss.
+        # These linears have a call whose output did not reach the loss.
         for linear in self._linears:
             self._finish(linear)
         self._calls.clear()
@@ -229,7 +236,7 @@ class Tap:
         return found
 
     def with_gradient(self, output: Tensor) -> Tensor:
-        """``output`` as something gradients flow to: a leaf, behind a copy that may be changed in place."""
+        """A copy of ``output`` that may be changed in place; its gradients flow to a new leaf tensor."""
         source = output.detach().requires_grad_()
         self._sources.append(source)
         return source.clone()
@@ -237,17 +244,17 @@ class Tap:
     def _watch(self, linear: Linear) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
-                return output  # the model itself keeps this call out of its gradient
+                return output  # the model itself excludes this call from its gradient
             if not output.requires_grad:
-                # Its input does not depend on the embeddings (a relative position, say); its loss may.
+                # The input, for example a relative position, does not depend on the embeddings; the loss may use it.
                 output = self.with_gradient(output)
             elif output._is_view():
-                # Changing a view in place rewrites the graph behind it and would drop the hook below.
+                # An in-place change of a view rewrites its graph and would drop the hook below.
                 output = output.clone()
             call = _Call(inputs[0].detach())
             calls = self._calls.setdefault(linear.name, [])
             calls.append(call)
-            # Autograd calls back from threads of its own, which would not know of a forced backend.
+            # Autograd runs hooks in its own threads, in which a forced backend is not set.
             context = copy_context()
 
             def receive(g: Tensor) -> None:
@@ -290,7 +297,7 @@ class _Call:
         self.g: Tensor | None = None
 
     def input(self, name: str) -> Tensor:
-        # Kept without a copy, as autograd does, and so checked as autograd does.
+        # The input is kept without a copy, so it is checked for in-place changes, as autograd checks its own.
         if self._x._version != self._version:
             raise MspError(f"{name}: the model overwrote this linear's input in place before the backward")
         return self._x

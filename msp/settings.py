@@ -1,4 +1,4 @@
-"""What a user can ask of ``prune``, ``search`` and ``compare``, and the check of it before any work."""
+"""The options of ``prune``, ``search`` and ``compare``, and their check before any work."""
 
 from __future__ import annotations
 
@@ -27,47 +27,56 @@ CANDIDATES = ("auto", "ranks", "database")
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """What ``prune`` and ``compare`` share; see the README for the words.
+    """The options that ``prune``, ``search`` and ``compare`` share; see the README for the terms.
+
+    Exactly one of ``sparsity``, ``budget_bytes``, ``budget_decode`` and ``allocation`` must be given.
 
     Attributes:
-        sparsity: share of the linears' weights to remove, in (0, 1); or else
-        budget_bytes: what all tensors of the packed model may take: a number, or a text like ``"300MB"``; or else
-        budget_decode: what all linears may take together to decode a token, each called once, like ``"12ms"``, by
-        decode_table: a file of ``msp measure``; without it the linears are measured first.
+        sparsity: share of the linears' weights to remove, in (0, 1).
+        budget_bytes: the most bytes of all tensors of the packed model: a number, or a text like ``"300MB"``.
+        budget_decode: the most time that all linears together take to decode a token, each called once, like
+            ``"12ms"``.
+        decode_table: a file of ``msp measure`` with the times for ``budget_decode``; without it the linears are
+            measured first.
         group_size: M of N:M: 4, 8, 16 or 32.
-        patterns: the patterns linears may have, like ``"1:8,2:8,4:8"``, in the place of all of one group size.
-        compliant: only those of them that 2:4 sparse tensor cores can run.
-        allocation: a file of ``search``, or a recipe, that gives every linear its pattern; in the place of all of the
-            above and of ``allocator``.
+        patterns: the patterns that linears may have, like ``"1:8,2:8,4:8"``; the default is every N of ``group_size``.
+        compliant: allow only the patterns that 2:4 sparse tensor cores can run.
         keep: pinned linears, like ``"layers.0.*=4:8,.*down_proj=dense"``, see ``PatternRules``.
+        allocation: a file of ``search``, or a recipe, that gives every linear its pattern; it replaces the budget, the
+            patterns and ``allocator``.
         allocator, pruner: registered names.
-        unit: ``linear`` or ``block``: what gets one N.
+        unit: ``linear`` or ``block``: the part of the model that gets one N.
         calibration: source of calibration and fitness tokens; the default is C4 from the hub.
         evaluate: source of the test tokens; without it they are held out of ``calibration``.
         window: tokens per sequence; the default is the model's context, at most 2048.
         calibration_tokens, fitness_tokens, test_tokens: sizes of the token sets, rounded down to windows.
-        fitness: what a search minimises: ``kl`` (to the dense model), ``perplexity``, or a loss of one's own, itself or
-            as ``"module:function"``; ``msp.task_loss.TaskLoss`` says what it is given and returns.
-        fitness_noise: share of the fitness tokens replaced by random ones of theirs, in [0, 1), for ``kl``: a
+        fitness: the measure that a search minimises: ``kl`` (to the dense model), ``perplexity``, or your own loss, as
+            a function or as ``"module:function"``; ``msp.task_loss.TaskLoss`` describes its arguments and result.
+        fitness_noise: share of the fitness tokens, in [0, 1), that random tokens of the same set replace, for ``kl``. A
             search on clean text alone fits that kind of text (docs/search-notebook.md).
-        candidates: what a search measures: ``ranks``, linears cut down to what the pruner ranks first; ``database``,
-            linears pruned to every level beforehand; ``auto``, the database for pruners that update weights.
-        evaluations: candidates a search may breed, in whole generations; its first ones and measured sensitivities do
-            not count; without it the allocator's own number.
-        search_tokens: no generation of a search begins once it has forwarded this many tokens; without
-            ``evaluations`` it is all that ends the search.
-        search_options: constants of a search in the place of the allocator's own, see ``msp.search.constants``.
-        seed: of the token draw and the search.
-        dtype, device: as in ``load_model``; ``auto`` takes a GPU where there is one.
-        dequantise: compute the weights of a quantised model back to floats, which it is refused without.
+        candidates: the weights that a search measures: ``ranks`` keeps the dense weights that the pruner ranks first;
+            ``database`` uses linears that were pruned to every level before the search; ``auto`` chooses the database
+            for pruners that update weights.
+        evaluations: the number of candidates that a search may breed, in whole generations. The first candidates and
+            the measured sensitivities do not count. The default is the allocator's own number.
+        search_tokens: no generation begins after the search has forwarded this many tokens. Without ``evaluations``,
+            only this limit ends the search.
+        search_options: constants of a search that replace the allocator's own, see ``msp.search.constants``.
+        seed: the seed of the token draw and of the search.
+        dtype, device: as in ``load_model``; the device ``auto`` is a GPU if there is one.
+        dequantise: convert the weights of a quantised model to floats; without it such a model is refused.
         trust_remote_code: run the Python code that comes with the model.
-        workers: processes that a search runs candidates in, through Ray; without it, in this one.
-        ray_address: of a Ray cluster to run them on, ``auto`` or ``host:port``; without ``workers`` on all of it.
-        work_dir: where a search keeps its checkpoint and its database; ``resume`` goes on from them.
-        stream: the model does not fit in memory: hold one block at a time (``search`` and ``prune``, docs/search.md).
-        hidden_bytes: memory for hidden states, a number, or a text like ``"4GB"``: with ``stream`` on the host, for
-            those that wait for the next block; else on the model's device, for those that candidates share. ``auto``
-            is at most 4 GB and half of what is free; on a CPU, without ``stream``, also 256 MiB or half of the model.
+        workers: the number of processes that run candidates, through Ray; the default is this process alone.
+        ray_address: the Ray cluster that runs the candidates, ``auto`` or ``host:port``; without ``workers`` the
+            search uses the whole cluster.
+        work_dir: the folder of the checkpoint and the database of a search.
+        resume: continue from the checkpoint and the database in ``work_dir``.
+        stream: hold one block in memory at a time, for a model that does not fit (``search`` and ``prune``,
+            docs/search.md).
+        hidden_bytes: memory for hidden states, a number, or a text like ``"4GB"``. With ``stream`` it is host memory
+            for the states that wait for the next block; otherwise it is memory of the model's device for the states
+            that candidates share. ``auto`` is 4 GB at most. On a CPU it is also at most a quarter of the free memory
+            with ``stream``; without it, half of the free memory, and half of the model or 256 MiB if that is more.
     """
 
     sparsity: float | None
@@ -107,11 +116,11 @@ class PruneOptions:
     hidden_bytes: int | str = "auto"
 
     def check(self) -> None:
-        """Look at all that can be known without the model.
+        """Check everything that can be checked without the model.
 
         Raises:
-            UsageError: options that are wrong, or do not go together.
-            MspError: a text source that cannot be read.
+            UsageError: an option is wrong, or options exclude each other.
+            MspError: a text source cannot be read.
         """
         ways = (self.sparsity, self.budget_bytes, self.budget_decode, self.allocation)
         if sum(given is not None for given in ways) != 1:
@@ -198,7 +207,7 @@ class PruneOptions:
 
     @property
     def budget(self) -> dict[str, Any]:
-        """What was asked of the levels, without what was not, as plain data."""
+        """The options that decide the levels, as plain data, without those that were not given."""
         if self.allocation is not None:
             return {"allocation": name_alone(self.allocation)}
         asked: dict[str, Any] = {"sparsity": None if self.sparsity is None else float(parse_sparsity(self.sparsity))}

@@ -28,18 +28,21 @@ from msp.patterns import NMPattern
 class SparseLinear(nn.Module):
     """``y = x W^T + b`` with ``W`` ``[out_features, in_features]`` in the packed form of one pattern.
 
-    ``values`` is a parameter: it is weight, so ``model.dtype``, parameter counts, casts and offloading treat
-    it as such, and it can be trained at its fixed positions. It starts frozen, so that adapters elsewhere
-    do not make every call keep its input. ``bitmask`` is a buffer: no cast or optimizer may touch it.
+    ``values`` is a parameter, so ``model.dtype``, parameter counts, casts and offloading treat it as a weight, and it
+    can be trained at its fixed positions. It starts frozen, so that a call does not keep its input when adapters
+    elsewhere are trained. ``bitmask`` is a buffer, because no cast or optimizer may change it.
 
-    On a CUDA device ``settle`` puts values and bitmask into another order for the kernels (``layout``), of the same
-    size, or unpacks a weight that would save next to nothing. ``packed``, ``weight`` and the state dict stay canonical.
-    ``kept`` is what products of many tokens need besides, where ``fast_prefill`` asked for it. ``shared`` are the
-    linears that are called with the same input, where ``fast_decode`` found some. ``conv1d`` says that the architecture
-    has a ``Conv1D`` in its place, ``places`` at how many places of the model the weight stands.
+    On a CUDA device ``settle`` puts values and bitmask into an order for the kernels (``layout``) of the same size, or
+    unpacks a weight if packing saves too few bytes. ``packed``, ``weight`` and the state dict keep the canonical form.
 
-    A new module has values of zero at the first N positions of every group; ``from_packed`` is how to
-    get one with content, and loading a state dict checks the positions before any kernel sees them.
+    A new module has zero values at the first N positions of every group. ``from_packed`` makes a module with content.
+    When a state dict is loaded, the positions are checked before any kernel reads them.
+
+    Attributes:
+        kept: the additional form of the weight for products of many tokens, if ``fast_prefill`` asked for it.
+        shared: the linears that are called with the same input, if ``fast_decode`` found some.
+        conv1d: whether the architecture has a ``Conv1D`` at this place.
+        places: the number of places of the model that share the weight.
     """
 
     values: nn.Parameter
@@ -67,7 +70,7 @@ class SparseLinear(nn.Module):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        """Set everything: parts are zero but for the positions, and those in the dtype of the model are parameters."""
+        """Set all attributes. The parts are zero except the bitmask; parts in the model's dtype are parameters."""
         assert storage.support is not None
         super().__init__()
         self.in_features = in_features
@@ -86,7 +89,7 @@ class SparseLinear(nn.Module):
             else:
                 self.register_buffer(name, zeros)
         self.keeps = False
-        # no buffer: it is made anew wherever the module goes, and what offloads modules takes None for a tensor
+        # not a buffer: it is made again on each device, and code that offloads modules would treat None as a tensor
         self.kept: Tensor | None = None
         self.shared: SharedInput | None = None
         self.conv1d = False
@@ -103,7 +106,7 @@ class SparseLinear(nn.Module):
 
     @classmethod
     def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None) -> SparseLinear:
-        """A module that shares memory with ``packed`` and, where given, ``bias`` ``[out_features]``.
+        """A module that shares memory with ``packed`` and, if it is given, with ``bias`` ``[out_features]``.
 
         Raises:
             MspError: the bias or the parts of ``packed`` do not fit; no later call checks them.
@@ -122,12 +125,12 @@ class SparseLinear(nn.Module):
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """The tensors of the weight by name, as they lie here."""
+        """The tensors of the weight by name, in the current layout."""
         return {"values": self.values, BITMASK: self.bitmask}
 
     @property
     def dtype(self) -> torch.dtype:
-        """The model's, at this place."""
+        """The dtype of the values."""
         return self.values.dtype
 
     @property
@@ -137,17 +140,17 @@ class SparseLinear(nn.Module):
 
     @property
     def identity(self) -> int:
-        """Equal for modules that stand for one weight."""
+        """A number that is equal for modules that share one weight."""
         return id(next(iter(self.parts.values())))
 
     def share(self, other: SparseLinear) -> None:
-        """Have the very parts of ``other``, which has an equal weight."""
+        """Replace the parts by those of ``other``, which has an equal weight."""
         for name, part in other.parts.items():
             setattr(self, name, part)
 
     @property
     def packed(self) -> PackedWeight | CodedWeight:
-        """The weight as the ops take it; shares memory with the module whose layout is ``rows``."""
+        """The weight in the canonical form of the ops; it shares memory with the module if the layout is ``rows``."""
         values, bitmask = self._canonical()
         return PackedWeight(values, bitmask, self.pattern, (self.out_features, self.in_features))
 
@@ -160,9 +163,9 @@ class SparseLinear(nn.Module):
         return self.values, self.bitmask
 
     def settle(self) -> None:
-        """Bring the weight into the layout that its device multiplies with fastest.
+        """Convert the weight to the layout that is fastest on its device.
 
-        Called when a model is loaded and when a module is moved or cast. A weight that is trained stays in rows.
+        It is called when a model is loaded and when a module is moved or cast. A weight that is trained stays in rows.
         """
         frozen = not self.values.requires_grad and not self.values.is_meta
         cuda = self.values.device.type == "cuda"
@@ -174,7 +177,8 @@ class SparseLinear(nn.Module):
         else:
             self._set_layout("rows")
         if cuda and self.layout != "dense" and not self.bitmask.is_meta:
-            # now, and not in the first product: counting waits for the device, and a CUDA graph may not
+            # checked now and not in the first product, because the check waits for the device, which a CUDA graph
+            # does not allow
             check_positions(self.bitmask, self.pattern.n, self.pattern.m, self.in_features)
         self.kept = self._for_many_tokens() if self.keeps and self.layout == "tiles" else None
 
@@ -199,10 +203,10 @@ class SparseLinear(nn.Module):
         self.bitmask = bitmask
 
     def set_values(self, values: Tensor) -> None:
-        """Give the weight other ``values`` ``[R, K/M*N]`` at the positions that it keeps, in row order.
+        """Replace the values by ``values`` ``[R, K/M*N]``, in row order, at the same positions.
 
         Raises:
-            MspError: another shape, dtype or device than the values have.
+            MspError: the shape, dtype or device differs from that of the current values.
         """
         if self.shared is not None:
             self.shared.part()
@@ -216,7 +220,7 @@ class SparseLinear(nn.Module):
         self.settle()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseLinear:
-        self.kept = None  # made anew where it is wanted
+        self.kept = None  # ``settle`` makes it again if it is needed
         if self.shared is not None:
             self.shared.part()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -225,7 +229,7 @@ class SparseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, unpacked on every access: for model code that looks at ``.weight`` beside the call."""
+        """The dense weight, unpacked on every access, for model code that reads ``.weight`` directly."""
         return self.packed.unpack()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -233,7 +237,7 @@ class SparseLinear(nn.Module):
         if self.layout == "tiles":
             if self.shared is not None and (found := self.shared.product(self, x)) is not None:
                 return found
-            # values that are trained leave it behind
+            # training changes the values, and the kept form would be stale
             kept = None if self.values.requires_grad else self.kept
             y: Tensor = nm_linear_tiles.nm_linear_tiles(
                 x, self.values, self.bitmask, self.bias, pattern.n, pattern.m, self.in_features, self.compliant, kept
@@ -269,7 +273,7 @@ class SparseLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # What does not fit is refused here, before the copy: also one part alone, which the module has the other of.
+        # Parts that do not fit are refused here, before the copy; a single part is checked with the module's other one.
         found = {name: state_dict.get(f"{prefix}{name}") for name in self.parts}
         given = {name: part for name, part in found.items() if isinstance(part, Tensor)}
         if any(not part.is_meta for part in given.values()):
@@ -286,7 +290,7 @@ class SparseLinear(nn.Module):
         self.settle()
 
     def _check_loaded(self, given: Mapping[str, Tensor], name: str) -> None:
-        """Raise ``MspError`` unless what is loaded fits together; what is not given stays as it is here."""
+        """Raise ``MspError`` if the loaded parts do not fit together; the module's own parts stand for absent ones."""
         parts = given if given.keys() == self.parts.keys() else {**self.packed.parts, **given}
         shape = self.out_features, self.in_features
         check_stored({label: part.to("meta") for label, part in parts.items()}, self.storage, shape, name)
@@ -304,18 +308,19 @@ class SharedInput:
 
     def __init__(self, linears: Sequence[SparseLinear]) -> None:
         self.linears = tuple(linears)
-        # The input, and what was not yet asked for. One attribute: another thread may replace it at any time.
+        # The input, and the products that were not yet asked for. It is one attribute, because another thread may
+        # replace it at any time.
         self.waiting: tuple[Tensor, dict[int, Tensor]] | None = None
         for linear in linears:
             linear.shared = self
 
     def part(self) -> None:
-        """Each by itself again, as when one of them goes elsewhere."""
+        """Separate the linears, for example when one of them is moved."""
         for linear in self.linears:
             linear.shared = None
 
     def product(self, linear: SparseLinear, x: Tensor) -> Tensor | None:
-        """What ``linear`` makes of ``x``, or None where it has to be computed alone."""
+        """The product of ``linear`` with ``x``, or None if it must be computed alone."""
         if linear is self.linears[0]:
             return self._all(x)
         waiting = self.waiting
@@ -345,13 +350,13 @@ class SharedInput:
 
 
 def fast_decode(model: nn.Module) -> int:
-    """Let packed linears that are called with the same input multiply in one launch, for one or two tokens.
+    """Make packed linears with the same input multiply in one launch, for one or two tokens.
 
-    Which these are is found by a forward of one token, so ``model`` takes token ids and is on its CUDA device already.
-    Linears that are moved, cast or loaded anew are by themselves again.
+    A forward of one token finds these linears, so ``model`` must take token ids and be on its CUDA device already.
+    Linears that are moved, cast or loaded again multiply separately.
 
     Returns:
-        How many launches a forward saves; 0 on a CPU, where it would gain next to nothing.
+        The number of launches that a forward saves; 0 on a CPU, where the gain would be tiny.
     """
     in_tiles = [linear for linear in model.modules() if isinstance(linear, SparseLinear) and linear.layout == "tiles"]
     if not in_tiles:
@@ -364,7 +369,7 @@ def fast_decode(model: nn.Module) -> int:
 
     handles = [linear.register_forward_pre_hook(note) for linear in in_tiles]
     try:
-        # tensors of an inference have no versions
+        # tensors of inference mode have no version counter
         with torch.inference_mode(False), torch.no_grad():
             model(torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
     finally:
@@ -377,21 +382,22 @@ def fast_decode(model: nn.Module) -> int:
             groups[-1].append(linear)
         else:
             groups.append([linear])
-    # what is called twice is no part of a group: its second call would find nothing
+    # a linear that is called twice is in no group, because its second call would find no product
     counts = Counter(linear for linear, _, _ in calls)
     groups = [group for group in groups if len(group) > 1 and all(counts[linear] == 1 for linear in group)]
     return sum(len(SharedInput(group).linears) - 1 for group in groups)
 
 
 def fast_prefill(model: nn.Module) -> int:
-    """Let the packed linears of ``model`` keep what products of many tokens need of them on a CUDA device.
+    """Make the packed linears of ``model`` keep a second form of their weight for many tokens, on a CUDA device.
 
-    Without it a product of more than 192 tokens unpacks its weight each time, or brings it into the order of sparse
-    tensor cores, and so may be slower than a dense one. What is kept takes 1.125 bytes a weight (16-bit values) where
-    those can multiply with it, else 2. Decoding reads none of it. It follows a model that is moved; saved it is not.
+    Without it, a product of more than 192 tokens unpacks its weight each time, or converts it to the order of sparse
+    tensor cores, and may be slower than a dense product. With 16-bit values, the second form takes 1.125 bytes a weight
+    if sparse tensor cores can multiply with it, and otherwise 2 bytes. Decoding does not read it. It is made again when
+    the model is moved, and it is not saved.
 
     Returns:
-        The bytes it takes now; 0 on a CPU, where nothing need be kept.
+        The bytes of all second forms; 0 on a CPU, which does not need them.
     """
     total = 0
     for module in model.modules():
@@ -405,8 +411,8 @@ def fast_prefill(model: nn.Module) -> int:
 def guarded_state_dict(model: nn.Module) -> dict[str, Any]:
     """The state dict of ``model`` as files store it: with a guard, an empty ``<name>.weight``, for each packed linear.
 
-    A loader that does not know the packed format expects a weight there and fails on its shape. State dicts in memory
-    have no guards: what copies, shards or trains a model need not know of them.
+    A loader without support for the packed format expects a weight there and fails on its shape. State dicts in memory
+    have no guards, so code that copies, shards or trains a model needs no special case.
     """
     state: dict[str, Any] = model.state_dict()
     for name, module in model.named_modules():
@@ -426,8 +432,8 @@ def put_in_place(model: nn.Module, name: str, sparse: SparseLinear) -> None:
 
 
 def at_places(packed: PackedWeight | CodedWeight, dense: Sequence[nn.Module]) -> list[SparseLinear]:
-    """A module for each place of one weight, with the bias of the ``dense`` one there; one for all equal biases."""
-    from msp.coded_linear import linear_of  # knows this module
+    """A module for each place of one weight, with the bias of the ``dense`` module there; one module per bias."""
+    from msp.coded_linear import linear_of  # imported here, because it imports this module
 
     made: dict[int, SparseLinear] = {}
     for module in dense:
@@ -466,25 +472,25 @@ def shape_of(linear: nn.Module) -> tuple[int, int]:
 
 
 def note_pattern(linear: nn.Module, pattern: NMPattern) -> None:
-    """Remember on a linear that stays dense which pattern it was given, for the checkpoint."""
+    """Store the pattern of a linear that stays dense as its attribute, for the checkpoint."""
     linear.pattern = pattern  # type: ignore[assignment]
 
 
 def storages_of(model: nn.Module) -> dict[str, Storage]:
-    """The storage of every sparse linear of ``model``, and of every dense one that was given a pattern.
+    """The storage of every sparse linear of ``model``, and of every dense linear with a stored pattern.
 
-    A weight that stands at several places has its storage under the first of their names, see ``shared_by``.
+    The storage of a weight with several places is under the first of their names, see ``shared_by``.
     """
     return {names[0]: storage for names, storage in _by_weight(model)}
 
 
 def shared_by(model: nn.Module) -> dict[str, str]:
-    """The places of a weight beyond its first one, and for each the name of the first one."""
+    """The name of every further place of a weight, with the name of the weight's first place."""
     return {other: names[0] for names, _ in _by_weight(model) for other in names[1:]}
 
 
 def _by_weight(model: nn.Module) -> list[tuple[list[str], Storage]]:
-    """The names and the storage of every weight that was given one, in the order of ``named_modules``."""
+    """The names and the storage of every weight that has a storage, in the order of ``named_modules``."""
     found: dict[Hashable, tuple[list[str], Storage]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         pattern = getattr(module, "pattern", None)

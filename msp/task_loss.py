@@ -1,4 +1,4 @@
-"""A loss of the user's own as what a search minimises."""
+"""The user's own loss as the fitness that a search minimises."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from msp.errors import MspError, UsageError
 from msp.evaluate import Reference, Sums
 
 TaskLoss = Callable[[Tensor, Tensor], Tensor | float]
-"""``loss(logits, tokens)``: fp32 ``[B, T, V]`` and int64 ``[B, T]``, on one device, to one number.
+"""``loss(logits, tokens)`` returns one number from fp32 ``[B, T, V]`` and int64 ``[B, T]`` on one device.
 
-``logits[:, t]`` predicts ``tokens[:, t + 1]``. The loss is summed, not averaged, over what the batch predicts, so that
-batches add up; lower is better. It sees the same batches for every candidate and must depend on its arguments alone. To
-run in other processes it must be picklable, as a function of a module is.
+``logits[:, t]`` predicts ``tokens[:, t + 1]``. The loss is the sum, not the mean, over the predicted tokens of the
+batch, so that batches add up; a lower loss is better. It gets the same batches for every candidate, and must depend on
+its arguments alone. To run in other processes it must be picklable, for example a function of a module.
 """
 
 
@@ -26,7 +26,7 @@ def load_task_loss(text: str) -> TaskLoss:
     """The callable that ``"package.module:function"`` names; modules in the current directory are found.
 
     Raises:
-        UsageError: there is no such module, nothing of that name in it, or what is there cannot be called.
+        UsageError: the module is absent or does not have that name, or the object cannot be called.
     """
     module_name, _, name = text.partition(":")
     if os.getcwd() not in sys.path and "" not in sys.path:
@@ -35,7 +35,7 @@ def load_task_loss(text: str) -> TaskLoss:
         loss = importlib.import_module(module_name)
         for part in name.split("."):
             loss = getattr(loss, part)
-    except Exception as error:  # whatever a module of the user's does when it is imported
+    except Exception as error:  # any error that the user's module raises when it is imported
         raise UsageError(f"fitness {text}: {type(error).__name__}: {error}") from error
     if not callable(loss):
         raise UsageError(f"fitness {text} is a {type(loss).__name__}, not a function of logits and tokens")
@@ -43,7 +43,7 @@ def load_task_loss(text: str) -> TaskLoss:
 
 
 def fitness_name(fitness: str | TaskLoss) -> str:
-    """``kl``, ``perplexity``, or where a loss of the user's comes from: ``module:function``."""
+    """The name of a fitness: ``kl``, ``perplexity``, or ``module:function`` for a user's loss."""
     if isinstance(fitness, str):
         return fitness
     named: Any = fitness if hasattr(fitness, "__qualname__") else type(fitness)
@@ -51,14 +51,14 @@ def fitness_name(fitness: str | TaskLoss) -> str:
 
 
 class TaskReference(Reference):
-    """Measures models by ``loss``, in the place of ``DenseReference``, on ``windows`` int64 ``[S, T]``."""
+    """Measures models by ``loss`` on ``windows``, int64 ``[S, T]``; it replaces ``DenseReference``."""
 
     def __init__(self, windows: Tensor, loss: TaskLoss, *, batch_size: int) -> None:
         super().__init__(windows, batch_size)
         self.loss = loss
 
     def compare(self, batch: int, logits: Tensor) -> Sums:
-        """Summed loss of a model that has ``logits [B, T, V]`` for a batch."""
+        """The summed loss of a model that returns ``logits [B, T, V]`` for the batch."""
         tokens, logits = self.tokens(batch).to(logits.device), logits.float()
         try:
             loss = float(self.loss(logits, tokens))

@@ -1,4 +1,4 @@
-"""Everything known about one model on one token set: what allocators ask, and pruning to an answer."""
+"""The statistics of one model on one token set, for allocators and pruners, and the pruning to an allocation."""
 
 from __future__ import annotations
 
@@ -42,33 +42,35 @@ from msp.staging import scratch_folder
 from msp.streamed import streamed_fisher_traces
 from msp.task_loss import TaskLoss, TaskReference, fitness_name
 
-# Tokens per forward: enough to fill a machine, few enough that activations stay small.
+# Tokens per forward: enough to use the whole device, few enough that activations stay small.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
-# Of fitness tokens: shorter batches take longer a token.
+# Fitness tokens per forward, at least: with fewer, a forward takes longer per token.
 FITNESS_BATCH_TOKENS = 512
 
-# What a backward may hold on a CPU before it goes block by block, which costs one more forward.
+# A backward on a CPU that holds more bytes runs block by block, which costs one more forward.
 ACTIVATION_BYTES = 128 << 20
 
-# Tokens on which it is tried whether blocks run one by one.
+# The number of tokens in the test whether blocks run one by one.
 PROBED_TOKENS = 32
-# Names that a warning lists.
+# The most names that a warning lists.
 LISTED = 4
 KEEP_HINT = "a search may empty them where its fitness tokens do not need them: pin them with keep, or give other text"
 
 
 class Workbench:
-    """A model, a plan and token sets. Statistics are computed when asked for, and kept.
+    """A model, a plan and token sets. Statistics are computed at the first request, and kept.
 
     Args:
-        model: the dense causal LM; between calls it is always the dense model again.
-        structure, plan: its blocks, and what of them is pruned.
+        model: the dense causal LM; after every call it is the dense model again.
+        structure: the blocks of the model.
+        plan: the units to prune, their patterns and the budget.
         tokens: calibration and fitness windows.
-        name: what messages call the model.
-        stored: dtypes that packed values are rounded to before anything is measured.
-        device: where single blocks are calibrated.
-        hidden_bytes: what the hidden states of candidates may take.
+        name: the name of the model in messages.
+        stored: the dtypes that packed values are rounded to before any measurement.
+        device: the device on which single blocks are calibrated.
+        progress: the progress display.
+        hidden_bytes: the most bytes of hidden states that candidates share.
     """
 
     def __init__(
@@ -111,16 +113,17 @@ class Workbench:
         search: SearchSettings,
         database: bool = False,
     ) -> Problem:
-        """What an allocator is asked to solve when ``pruner`` decides which weights stay.
+        """The problem that an allocator solves when ``pruner`` chooses the kept weights.
 
-        With ``database`` candidates have the weights that the pruner gives them, otherwise those that it ranks first.
+        With ``database``, candidates have the weights that the pruner computes. Without it, they keep the dense weights
+        that the pruner ranks first.
         """
         evidence = WorkbenchEvidence(self, pruner, fitness, search, database)
         return Problem(self.plan.units, self.plan.budget, evidence, seed, search, self.progress)
 
     @cached_property
     def whole(self) -> bool:
-        """Whether single blocks cannot be run alone, so that each one costs a forward of the whole model."""
+        """Whether blocks cannot run alone, so that each block costs a forward of the whole model."""
         with GatedModel(self.model, self.structure) as gates:
             reason = gates.why_not_one_by_one(self.tokens.calibration[:1, :PROBED_TOKENS])
         if reason is not None:
@@ -129,11 +132,10 @@ class Workbench:
 
     @cached_property
     def unreached(self) -> frozenset[str]:
-        """Linears that no calibration token is sent through: nothing but their weights is known of them.
+        """The linears that no calibration token reaches, so that only their weights are known.
 
-        Experts that are never chosen, say, or weights that a model takes without calling their linear.
-
-        They are pruned by magnitude, and to allocators they are as sensitive as the mean weight.
+        Examples are experts that the router never chooses, and weights that the model reads without calling the linear.
+        They are pruned by magnitude. Allocators get the mean sensitivity of a weight for them.
         """
         structure = self.structure
         doubtful = {x.name for x in structure.linears if structure.failure is not None or x.name in structure.unreached}
@@ -148,7 +150,7 @@ class Workbench:
         return frozenset(found)
 
     def fisher_traces(self) -> Mapping[str, float]:
-        """Fisher trace of every linear; ``traces`` holds those that were measured once they were asked for."""
+        """The Fisher trace of every linear; the attribute ``traces`` holds the measured traces after this call."""
         if self.traces is None:
             self.traces = self._measure_traces()
             give_back()
@@ -180,27 +182,33 @@ class Workbench:
         return alone and not structure.remembering and not structure.changes.before and not self.whole
 
     def fisher_diagonals(self) -> Mapping[str, Tensor]:
-        """Fisher diagonal of every linear that is pruned: of one that is all zero, the others' mean for each weight."""
+        """The Fisher diagonal, ``[R, K]``, of every linear that is pruned.
+
+        If a diagonal is zero everywhere, every weight gets the mean of the other diagonals.
+        """
         if self._diagonals is None:
             with self.progress.stage("Fisher diagonals", len(self.tokens.calibration)) as advance:
                 diagonals = fisher_diagonals(self.model, self.linears, self.tokens.calibration, progress=advance)
             sums = {name: float(ordered_sum(diagonal.double())) for name, diagonal in diagonals.items()}
             unknown = {name for name, total in sums.items() if not total}
             mean = _mean_of_weights(sums, {name: diagonal.numel() for name, diagonal in diagonals.items()}, unknown)
-            for name in unknown:  # the same for each of its weights: what is left to tell them apart is magnitude
+            for name in unknown:  # one value for all weights, so that magnitude alone ranks them
                 diagonals[name].fill_(mean)
             self._diagonals = diagonals
         return self._diagonals
 
     def input_norms(self) -> Mapping[str, Tensor]:
-        """Per linear: the sum of squares of every input over the calibration tokens, in the dense model."""
+        """The sum of squares, fp32 ``[K]``, of each input of every linear over the calibration tokens, dense model."""
         if self._norms is None:
             self.dense_ranks(None)
         assert self._norms is not None
         return self._norms
 
     def dense_ranks(self, pruner: Pruner | None) -> Mapping[str, Ranks]:
-        """Rank codes of every pruned linear, for every M it may have, with the dense model's statistics."""
+        """The rank codes of every pruned linear, for every M it may have, from the dense model's statistics.
+
+        Without a pruner, only the input norms are measured.
+        """
         ranks: MutableMapping[str, Ranks] = {} if pruner is None else self._room_for_ranks()
         needs = (pruner.needs if pruner else frozenset()) | {"input_sum_squares"}
         norms: dict[str, Tensor] = {}
@@ -231,9 +239,9 @@ class Workbench:
         return {}
 
     def levels(self, pruner: Pruner, folder: Path, *, resume: bool = False) -> dict[str, PackedLevels]:
-        """Every pruned linear at every level, with the dense model's statistics: from the database in ``folder``.
+        """Every pruned linear at every level, from the dense model's statistics, in the database in ``folder``.
 
-        What the database lacks is computed; see ``LevelDatabase.open`` for ``resume``.
+        Linears that the database lacks are computed; see ``LevelDatabase.open`` for ``resume``.
         """
         with self.progress.stage("Planning the level database") as tell:
             database = self.database(pruner, folder)
@@ -262,7 +270,7 @@ class Workbench:
         return LevelDatabase(folder, shapes, patterns, dtypes, self.origin(pruner))
 
     def origin(self, pruner: Pruner) -> Identity:
-        """What the levels depend on that ``pruner`` makes of each linear in the dense model."""
+        """The identity of the levels of a database: the inputs that decide the result of ``pruner``."""
         code = type(self.model).__module__
         found = {"weights": self.weights, "model settings": hashed_config(self.model.config)}
         if not code.startswith("transformers."):
@@ -279,7 +287,7 @@ class Workbench:
 
     @cached_property
     def weights(self) -> str:
-        """The hash of all tensors of the model, as a checkpoint holds them but in the dtypes they are computed in."""
+        """The hash of all tensors of the model, as a checkpoint holds them but in the dtypes of the computation."""
         return hashed_data(self._hashed_weights())
 
     def _hashed_weights(self) -> dict[str, str]:
@@ -288,7 +296,11 @@ class Workbench:
         return hashed_tensors({name: before.get(name, tensor) for name, tensor in state.items()})
 
     def reference(self, fitness: str | TaskLoss = "kl") -> Reference:
-        """The dense model's predictions on the fitness tokens; or what measures by a loss of the user's there."""
+        """The dense model's predictions on the fitness tokens, or the measure by the user's loss on them.
+
+        Raises:
+            UsageError: there are no fitness tokens.
+        """
         if not len(self.tokens.fitness):
             raise UsageError("this allocator searches, and there are no fitness tokens to search on")
         if not isinstance(fitness, str):
@@ -304,35 +316,35 @@ class Workbench:
         return windows_per_batch(len(self.tokens.fitness), least, self._batch_size)
 
     def predictions(self, windows: Tensor, label: str, *, batch_size: int | None = None) -> DenseReference:
-        """The dense model's predictions on ``windows [S, T]``, kept by batches of as many as calibrate together."""
+        """The dense model's predictions on ``windows [S, T]``, with the batch size of the calibration by default."""
         size = batch_size or self._batch_size
         return DenseReference(self.model, windows, batch_size=size, progress=self.progress, label=label)
 
     def runner(
         self, candidates: Candidates, reference: Reference, workers: Workers | None = None
     ) -> AbstractContextManager[Runner]:
-        """Runs candidates on the fitness tokens, here or on ``workers``."""
+        """The runner of candidates on the fitness tokens, in this process or on ``workers``."""
         setting = Setting(self.model, self.structure, candidates, self.plan.units, reference, self._hidden_bytes)
         return open_runner(setting, workers, self.progress)
 
     @contextmanager
     def pruned(self, allocation: Allocation, pruner: Pruner) -> Iterator[Any]:
-        """The model pruned block by block, each block calibrated behind its pruned predecessors.
+        """Within the context the model is pruned, block by block; each block is calibrated after the pruned blocks.
 
-        The linears become ``SparseLinear`` for the length of the context; the dense model is then restored.
+        The linears are ``SparseLinear`` within the context. The dense model is restored when the context ends.
         """
         with ExitStack() as stack:
             for block, statistics in self._stream(pruner.needs, sequential=True):
                 stack.enter_context(self.packed(block, statistics, allocation, pruner))
-                del statistics  # before the next block's come
-                give_back()  # packed weights lie between what calibration took and lets go
+                del statistics  # before the statistics of the next block are made
+                give_back()  # packed weights lie in the heap between blocks of memory that calibration frees
             yield self.model
 
     @contextmanager
     def packed(
         self, block: Block, statistics: Mapping[str, LinearStatistics], allocation: Allocation, pruner: Pruner
     ) -> Iterator[None]:
-        """Within the context the linears of ``block`` are pruned, and ``SparseLinear``."""
+        """Within the context the linears of ``block`` are pruned ``SparseLinear`` modules."""
         replaced = []
         try:
             for linear in block.linears:
@@ -348,7 +360,7 @@ class Workbench:
                 )
                 self.structure.put(linear, modules)
                 replaced.append(linear)
-            # this frame lives until the model is dense again, and Hessians of all blocks are larger than the model
+            # this frame lives until the model is dense again, and the Hessians of all blocks exceed the model
             del statistics
             yield
         finally:
@@ -363,7 +375,7 @@ class Workbench:
         self, needs: frozenset[str], *, sequential: bool, only: Container[str] | None = None, label: str = ""
     ) -> Iterator[tuple[Any, Mapping[str, LinearStatistics]]]:
         if "fisher" in needs:
-            self.fisher_diagonals()  # needs the whole model, which is not there while blocks stream
+            self.fisher_diagonals()  # they need the whole model, which is not available while blocks stream
         return stream_statistics(
             self.model,
             self.structure,
@@ -379,26 +391,29 @@ class Workbench:
         )
 
     def _serving(self, name: str, entry: LinearStatistics, pruner: Pruner) -> tuple[Pruner, LinearStatistics]:
-        """The pruner that serves a linear, and the statistics: magnitude where they say nothing of its weights."""
+        """The pruner of a linear and its statistics; the pruner is magnitude if the statistics rank no weight."""
         if "fisher" in pruner.needs:
             entry.fisher = self.fisher_diagonals()[name].to(self._device)
             entry.sequences = len(self.tokens.calibration)
         if not pruner.needs or name in self.unreached:
             return get_pruner("magnitude") if name in self.unreached else pruner, entry
         if entry.say_nothing(pruner.needs - {"fisher"}):
-            if not entry.tokens:  # with a pruned prefix a router may choose otherwise
+            if not entry.tokens:  # a router may choose other experts after the pruned blocks
                 _warn(f"{name}: no calibration token comes to it any more, so it is pruned by magnitude")
             return get_pruner("magnitude"), entry
         return pruner, entry
 
 
 class WorkbenchEvidence:
-    """Answers an allocator's questions about a workbench's model under one pruner.
+    """The evidence about the model of a workbench, under one pruner, that an allocator asks for.
 
     Args:
-        search: where its checkpoint is, and on which workers it runs.
-        database: whether candidates come from a level database, which then lies beside the checkpoint; without one,
-            in a temporary folder for as long as this object lives.
+        bench: the workbench.
+        pruner: the pruner that chooses the kept weights.
+        fitness: the measure that a search minimises.
+        search: the settings of the search, with the path of its checkpoint and its workers.
+        database: whether candidates come from a level database. The database lies in the folder of the checkpoint. If
+            there is no checkpoint, it lies in a temporary folder that exists as long as this object.
     """
 
     def __init__(
@@ -453,7 +468,7 @@ class WorkbenchEvidence:
         return self._ranks
 
     def candidates(self) -> Candidates:
-        """What candidates are made from: ranks, or every linear at every level."""
+        """The source of candidates: the ranks, or the packed weights of every linear at every level."""
         if not self._database:
             return self.ranks()
         if self._levels is None:
@@ -479,7 +494,7 @@ class WorkbenchEvidence:
                 )
                 for size, rank in ranks[linear.name].items()
             }
-            # Keeping n weights prunes the ranks n and above.
+            # A pattern that keeps n weights prunes the ranks n and above.
             patterns = self._bench.unit_of[linear.name].patterns
             losses[linear.name] = [float(per_rank[pattern.m][pattern.n :].sum()) for pattern in patterns]
         return losses
@@ -492,7 +507,10 @@ class WorkbenchEvidence:
 
 
 def backward_bytes(linears: Iterable[Linear], window: int) -> int:
-    """About what a backward of a window holds: of each linear its input and output, and as much between them."""
+    """An estimate of the bytes that a backward of a window holds.
+
+    It counts the input and output of each linear in fp32, and as many bytes again for the values between the linears.
+    """
     return 2 * 4 * window * sum(sum(linear.shape) * len(linear.places) for linear in linears)
 
 
@@ -506,12 +524,12 @@ def _warn(message: str) -> None:
 
 
 def _named(names: Iterable[str]) -> str:
-    """The first of ``names``, and how many more there are."""
+    """The first of ``names``, and the number of the others."""
     first, more = sorted(names)[:LISTED], len(set(names)) - LISTED
     return ", ".join(first) + (f" and {more} more" if more > 0 else "")
 
 
 def _mean_of_weights(totals: Mapping[str, float], sizes: Mapping[str, int], without: Container[str]) -> float:
-    """The mean over all weights of what ``totals`` sums up per linear, leaving some linears out."""
+    """The mean per weight of ``totals``, which holds one sum per linear; the linears in ``without`` are left out."""
     counted = [name for name in totals if name not in without]
     return sum(totals[name] for name in counted) / max(sum(sizes[name] for name in counted), 1)

@@ -1,6 +1,6 @@
-"""What an allocator is, what it may ask for, and where allocators are found by name.
+"""The interface of allocators, the evidence that they can ask for, and their registry.
 
-An allocator of one's own takes a few lines::
+A new allocator takes a few lines::
 
     @register_allocator
     @dataclass(frozen=True)
@@ -36,40 +36,45 @@ if TYPE_CHECKING:
 
 
 class Evidence(Protocol):
-    """What can be found out about a model. Each answer is computed when first asked for, then kept."""
+    """Measurements of a model. Each one is computed at the first request, and kept."""
 
     @property
     def identity(self) -> Identity:
-        """The weights, tokens, pruner and all else behind the answers; a search resumes only on the same."""
+        """The weights, tokens, pruner and other inputs of the measurements; a search resumes only if they agree."""
         ...
 
     def fisher_traces(self) -> Mapping[str, float]:
-        """Fisher trace of every linear."""
+        """The Fisher trace of every linear."""
         ...
 
     def outlier_ratios(self, threshold: float) -> Sequence[float]:
-        """Per block: share of the Wanda scores above ``threshold`` times the block's mean score."""
+        """The share, per block, of the Wanda scores above ``threshold`` times the block's mean score."""
         ...
 
     def predicted_losses(self) -> Mapping[str, Sequence[float]]:
-        """Per linear: second-order loss 1/2 sum F w^2 of what is pruned at each level of its unit."""
+        """The second-order loss 1/2 sum F w^2 of the pruned weights, per linear, at each level of its unit."""
         ...
 
     def fitness(self, shares: Sequence[float]) -> AbstractContextManager[Fitness]:
-        """Measures level vectors, in the order of the problem's units, on ``shares`` of the fitness tokens."""
+        """A context that yields the fitness of level vectors, raced over ``shares`` of the fitness tokens."""
         ...
 
     def release(self) -> None:
-        """Let go of answers as large as the model; they are computed again if they are asked for again."""
+        """Free the measurements that are as large as the model; the next request computes them again."""
         ...
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How long an allocator may search: candidates it measures, tokens it forwards; None leaves its own constants.
+    """The limits and the setting of a search.
 
-    ``checkpoint`` is written once a generation. Without ``workers`` candidates are run in this process. ``constants``
-    are fields of ``EvolutionOptions`` in the place of the allocator's own.
+    Attributes:
+        evaluations: the number of candidates to breed; None for the allocator's own number.
+        tokens: no generation begins after this many forwarded tokens; None sets no limit.
+        checkpoint: the file that is written after every generation.
+        resume: continue from ``checkpoint``.
+        workers: the processes that run candidates; None for this process.
+        constants: fields of ``EvolutionOptions`` that replace the allocator's own.
     """
 
     evaluations: int | None = None
@@ -82,9 +87,9 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class Problem:
-    """Units in order of depth, the budget they share, and what is known about the model.
+    """The units in order of depth, their budget, and the evidence about the model.
 
-    ``hints`` are levels that a search may start from besides its own, found for a budget near this one.
+    ``hints`` are levels that were found for a budget near this one. A search may add them to its own first levels.
     """
 
     units: tuple[Unit, ...]
@@ -97,7 +102,7 @@ class Problem:
 
     @property
     def identity(self) -> Identity:
-        """What a search for it depends on, as far as that is known before any work."""
+        """The identity of a search for this problem, as far as it is known before any work."""
         return {**asked(self.units, self.budget, self.seed), **self.evidence.identity}
 
     @property
@@ -110,7 +115,7 @@ class Problem:
         return uniform_density(self.units, self.budget)
 
     def from_densities(self, relative: Sequence[float]) -> Allocated:
-        """Levels nearest to ``relative`` densities (1 is the budget's own), meeting the budget exactly."""
+        """The levels nearest to ``relative`` densities that meet the budget; 1 is the problem's ``density``."""
         wished = np.asarray(relative, dtype=np.float64) * self.density
         return Allocated(levels_from_densities(wished.tolist(), self.units, self.budget))
 
@@ -129,17 +134,17 @@ class Problem:
         return [float(unit.patterns[level].density) for unit, level in zip(self.units, levels, strict=True)]
 
     def kept(self, levels: Levels) -> int:
-        """Weights kept."""
+        """The number of weights that ``levels`` keep."""
         return kept_weights(levels, self.units)
 
     def cost(self, levels: Levels) -> int:
-        """What ``levels`` take of the budget."""
+        """The cost of ``levels``, in the unit of the budget."""
         return cost(levels, self.units)
 
 
 @dataclass
 class Allocated:
-    """Levels per unit, and what finding them took: candidates measured, tokens forwarded, the search's constants."""
+    """The level of every unit, and the search's measured candidates, forwarded tokens, history and constants."""
 
     levels: Levels
     evaluations: int = 0
@@ -149,7 +154,7 @@ class Allocated:
 
 
 class Allocator(Protocol):
-    """Decides how many of every M weights each unit keeps."""
+    """Decides the number of weights that each unit keeps of every M."""
 
     name: ClassVar[str]
 
@@ -159,8 +164,8 @@ class Allocator(Protocol):
 def allocate(allocator: Allocator, problem: Problem) -> Allocated:
     """The levels that ``allocator`` finds for ``problem``.
 
-    Warns if an allocator that does not search ends at the levels of ``uniform``: its densities then differ by less
-    than the levels can tell apart, and a comparison of the two would compare a model with itself.
+    The function warns if an allocator that does not search returns the levels of ``uniform``. Its densities then differ
+    by less than one level, and a comparison of the two would compare a model with itself.
     """
     found = allocator.allocate(problem)
     choices = sum(unit.top > 0 for unit in problem.units)

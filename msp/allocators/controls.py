@@ -1,6 +1,6 @@
-"""What a search is compared with: other searches, and no more than a choice among ramps.
+"""Allocators that ``msp`` is compared with: other searches, and a choice among ramps.
 
-All of them measure candidates on the same fitness tokens and count the tokens they forward.
+All of them measure candidates on the same fitness tokens, and count the tokens that they forward.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from msp.levels import repair
 from msp.search.evolution import EvolutionOptions
 from msp.search.operators import swap
 
-# One stage on all tokens: what the paper describes. Its constants are not public.
+# One stage on all tokens, as the paper describes. Its constants are not public.
 PAPER = EvolutionOptions(token_shares=(1.0,), survivors=(), crossover_rate=0.5, emptied=0, sensitivities=0)
 
-# 400 generations of 64 offspring of one parent; 8, then 2, then 1 of them go on, on 2,048, 16,384 and 65,536 tokens,
-# drawn anew every generation (arXiv 2410.14649, the setting for unstructured sparsity). The token counts are kept in
-# proportion to the fitness tokens given.
+# 400 generations of 64 offspring of one parent. The stages have 2,048, 16,384 and 65,536 tokens, drawn again in every
+# generation, and 8, 2 and 1 offspring pass them (arXiv 2410.14649, the setting for unstructured sparsity). Here the
+# stages have the same shares of the given fitness tokens.
 EVOPRESS = EvolutionOptions(
     generations=400,
     population=1,
@@ -42,7 +42,7 @@ EVOPRESS = EvolutionOptions(
 class MspPaper:
     """MSP as published (arXiv 2503.11164), with one stage of fitness.
 
-    It starts from the Fisher seeds. Half of the offspring are crossovers; all are mutated by swaps and repaired.
+    The search starts from the Fisher seeds. Half of the offspring are crossovers; all are mutated and repaired.
     """
 
     name: ClassVar[str] = "msp-paper"
@@ -54,7 +54,7 @@ class MspPaper:
 @register_allocator
 @dataclass(frozen=True)
 class MspRandom:
-    """The same search as ``msp``, measured sensitivities included, from a random population: no Fisher traces."""
+    """The search of ``msp``, with measured sensitivities, from a random population and without Fisher traces."""
 
     name: ClassVar[str] = "msp-random"
     population: int = 9
@@ -76,9 +76,9 @@ class MspRandom:
 class EvoPress:
     """EvoPress (arXiv 2410.14649): a (1 + lambda) search from uniform levels by swaps alone, in three stages.
 
-    Its levels step by a fixed number of weights in every linear; those of N:M do not, so a swap between linears
-    of different size is repaired like any other move here. Tokens of a later stage include those of the earlier
-    one, which then are not forwarded again.
+    A level of EvoPress is the same number of weights in every linear. A level of N:M is not, so a swap between linears
+    of different size is repaired here. The tokens of a later stage include those of the earlier one, which are not
+    forwarded again.
     """
 
     name: ClassVar[str] = "evopress"
@@ -90,7 +90,7 @@ class EvoPress:
 @register_allocator
 @dataclass(frozen=True)
 class RampBest:
-    """The best of several ramps on the fitness tokens: ATP's own way to choose its slope, but not on test tokens."""
+    """The best of several ramps on the fitness tokens. ATP also chooses its slope so, but on test tokens."""
 
     name: ClassVar[str] = "ramp-best"
     slopes: tuple[float, ...] = (0.15, 0.3, 0.45, 0.6, 0.75)

@@ -18,10 +18,11 @@ from msp.search.state import Step
 def search(problem: Problem, seeds: Sequence[Levels], options: EvolutionOptions) -> Allocated:
     """Run the evolution from ``seeds`` and report its generations to ``problem.progress``."""
     settings = problem.search
-    if options.generations:  # without, it only chooses among its seeds
+    if options.generations:  # a search without generations only chooses among its seeds
         options = replace(options, **settings.constants)
     options = options.limited(evaluations=settings.evaluations, tokens=settings.tokens)
-    # Every weight is read for it, of the dense model: before candidates are put into it, and for a checkpoint only.
+    # The identity hashes every weight of the dense model, so it is computed before candidates replace them, and only
+    # if there is a checkpoint.
     identity = problem.evidence.identity if settings.checkpoint is not None else None
     total = options.generations if options.generations < UNLIMITED else None
     with problem.evidence.fitness(options.token_shares) as fitness, problem.progress.stage("Search", total) as tell:
@@ -47,10 +48,10 @@ def search(problem: Problem, seeds: Sequence[Levels], options: EvolutionOptions)
 
 
 def fisher_seeds(problem: Problem) -> list[Levels]:
-    """First individuals: block ranks at several spreads, linear ranks at a small one, the ramp and uniform.
+    """The first individuals: block ranks at several spreads, linear ranks at a small spread, the ramp and uniform.
 
-    The map from traces to first levels is not public; this one makes the result no worse on the fitness tokens
-    than the allocations it starts from.
+    The paper's map from traces to first levels is not public. With this one, the result is no worse on the fitness
+    tokens than any allocation in the list.
     """
     makers: list[Allocator] = [FisherRank(spread) for spread in (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)]
     makers += [FisherRankLinear(0.2), Ramp(), Uniform()]
@@ -60,7 +61,7 @@ def fisher_seeds(problem: Problem) -> list[Levels]:
 @register_allocator
 @dataclass(frozen=True)
 class Msp:
-    """The published search made cheaper and better: races over growing token counts, emptied blocks, sensitivities."""
+    """The published search with races over growing token counts, emptied blocks and measured sensitivities."""
 
     name: ClassVar[str] = "msp"
 

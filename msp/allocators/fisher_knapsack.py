@@ -17,7 +17,7 @@ from msp.levels import cost, repair
 class FisherKnapsack:
     """Greedy knapsack over ``1/2 sum F_i w_i^2`` of the pruned weights, per unit and level.
 
-    Levels are bought by the loss they save for what they cost, along each unit's lower convex hull: that is
+    The units rise along their lower convex hulls; the rise that saves the most loss per cost comes first. This is
     optimal up to the last step, which ``repair`` fills.
     """
 

@@ -14,8 +14,8 @@ from msp.allocators.base import Allocated, Problem, register_allocator
 def rank_densities(sensitivities: Sequence[float], spread: float) -> list[float]:
     """Relative densities ``1 - spread ... 1 + spread``, linear in the rank of the sensitivity.
 
-    Traces are heavy-tailed (the largest 15-20 times the median), so a proportional map would saturate
-    one unit and flatten the rest; ranks do not (MixGPT, arXiv 2310.09499).
+    Traces are heavy-tailed (the largest is 15-20 times the median). A map in proportion to them would saturate one unit
+    and flatten the others; a map of the ranks does not (MixGPT, arXiv 2310.09499).
     """
     ranks = np.argsort(np.argsort(np.asarray(sensitivities), kind="stable"), kind="stable")
     last = max(len(ranks) - 1, 1)
@@ -27,7 +27,7 @@ def rank_densities(sensitivities: Sequence[float], spread: float) -> list[float]
 class FisherRank:
     """Ranks the blocks by the sum of their linears' traces; all linears of a block share its density.
 
-    Traces of different kinds of linear do not compare, those of whole blocks do.
+    The traces of different kinds of linears are not comparable, but the traces of whole blocks are.
     """
 
     name: ClassVar[str] = "fisher-rank"

@@ -1,4 +1,4 @@
-"""One density for all."""
+"""One density for all units."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from msp.allocators.base import Allocated, Problem, register_allocator
 @register_allocator
 @dataclass(frozen=True)
 class Uniform:
-    """Every unit keeps the same share: what N:M pruning does without an allocator."""
+    """Every unit keeps the same share of its weights, as in N:M pruning without an allocator."""
 
     name: ClassVar[str] = "uniform"
 

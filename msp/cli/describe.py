@@ -1,4 +1,4 @@
-"""What ``msp info`` says of a model, from its configuration and file headers alone."""
+"""The report of ``msp info`` on a model, from its configuration and file headers alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def describe(
         verify: read all weights of a packed model too, and compare their hashes.
 
     Raises:
-        MspError: not a model, not causal, in need of its own code, or a packed model whose files do not fit together.
+        MspError: it is not a model or not causal, needs its own code, or its packed files do not fit together.
     """
     quantization = config_entries(model).get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:

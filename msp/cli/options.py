@@ -32,7 +32,7 @@ BudgetBytes = Annotated[
     str | None,
     typer.Option(
         metavar="BYTES",
-        help="Instead of --sparsity: what the whole packed model may take, like 300MB or 1.5GB.",
+        help="Instead of --sparsity: the most bytes of the whole packed model, like 300MB or 1.5GB.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -40,8 +40,8 @@ BudgetDecode = Annotated[
     str | None,
     typer.Option(
         metavar="TIME",
-        help="Instead of --sparsity: how long all prunable layers together may take to decode a token, like 12ms or "
-        "800us, each called once, as predicted from measured times.",
+        help="Instead of --sparsity: the most time that all prunable layers together take to decode a token, like "
+        "12ms or 800us. Each layer is called once, and measured times predict the total.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -49,7 +49,7 @@ DecodeTable = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="The times for --budget-decode, from **msp measure**. Without it they are measured first, here.",
+        help="The times for --budget-decode, from **msp measure**. Without it, msp measures them here first.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -61,8 +61,8 @@ Patterns = Annotated[
     str | None,
     typer.Option(
         metavar="N:M,N:M",
-        help="Patterns a layer may have, N of every M kept, instead of all of one M. A layer is given those whose M "
-        "divides its input size.",
+        help="Patterns that a layer may have, instead of every N of one M. A layer can get a pattern if M divides its "
+        "input size.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -70,7 +70,7 @@ Compliant = Annotated[
     bool,
     typer.Option(
         "--compliant",
-        help="Only patterns that 2:4 sparse tensor cores can run: those that keep at most 2 of every M.",
+        help="Use only patterns that 2:4 sparse tensor cores can run. They keep at most 2 of every M weights.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -78,7 +78,7 @@ Keep = Annotated[
     str | None,
     typer.Option(
         metavar="REGEX=N:M,REGEX=dense",
-        help="Pin layers whose names match, like 'layers.0.*=4:8': to a pattern, or to stay dense.",
+        help="Pin the layers whose names match to a pattern or to dense, like 'layers.0.*=4:8'.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -86,21 +86,21 @@ Allocator = Annotated[
     str,
     typer.Option(
         help="Decides how many weights each layer keeps: **msp** searches; uniform, ramp, owl, fisher-rank and "
-        "fisher-knapsack are quicker and simpler. To compare with: evopress, msp-paper, msp-random, ramp-best.",
+        "fisher-knapsack are quicker and simpler; evopress, msp-paper, msp-random and ramp-best are for comparisons.",
         rich_help_panel=METHOD,
     ),
 ]
 Pruner = Annotated[
     str,
     typer.Option(
-        help="Decides which weights stay: magnitude, **wanda**, ria, fisher or sparsegpt.",
+        help="Decides which weights are kept: magnitude, **wanda**, ria, fisher or sparsegpt.",
         rich_help_panel=METHOD,
     ),
 ]
 Unit = Annotated[
     str,
     typer.Option(
-        help="What gets an N of its own: every **linear**, or every **block** as a whole.",
+        help="The part of the model that gets its own N: each **linear**, or each **block** as a whole.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -108,8 +108,8 @@ Fitness = Annotated[
     str,
     typer.Option(
         metavar="kl|perplexity|MODULE:FUNCTION",
-        help="What the search minimises: **kl** (divergence from the dense model), **perplexity**, or your own "
-        "function of logits and tokens, which returns their summed loss.",
+        help="The measure that the search minimises: **kl** (divergence from the dense model), **perplexity**, or your "
+        "own function of logits and tokens, which returns the summed loss.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -117,16 +117,16 @@ FitnessNoise = Annotated[
     float | None,
     typer.Option(
         metavar="SHARE",
-        help="Share of the fitness tokens replaced by random ones, for what is found to hold on other text "
-        "(0.15; for kl only).",
+        help="Share of the fitness tokens that random tokens replace, so that the result also suits other text (0.15; "
+        "for kl only).",
         rich_help_panel=METHOD,
     ),
 ]
 Candidates = Annotated[
     str,
     typer.Option(
-        help="What the search measures: **ranks**, layers cut down to what the pruner ranks first; **database**, "
-        "layers pruned to every level, kept on disk; **auto**, the database for pruners that update weights.",
+        help="The weights that the search measures. **ranks**: dense weights that the pruner ranks first. "
+        "**database**: layers pruned to every level, on disk. **auto**: the database for pruners that update weights.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -134,7 +134,7 @@ Calibration = Annotated[
     str | None,
     typer.Option(
         metavar="SRC",
-        help=f"Text to gather statistics and to search on: {SOURCE_HELP}. Without it: C4 from the hub.",
+        help=f"Text for the statistics and the search: {SOURCE_HELP}. Without it: C4 from the hub.",
         rich_help_panel=DATA,
     ),
 ]
@@ -142,7 +142,7 @@ Evaluate = Annotated[
     str | None,
     typer.Option(
         metavar="SRC",
-        help="Text for the final figures, never searched on. Without it: a part of the calibration text is held out.",
+        help="Text for the final figures; the search never uses it. Without it: tokens held out of the calibration.",
         rich_help_panel=DATA,
     ),
 ]
@@ -155,20 +155,21 @@ Window = Annotated[
     ),
 ]
 CalibrationTokens = Annotated[
-    int | None, typer.Option(metavar="TOKENS", help="Tokens to gather statistics on.", rich_help_panel=COST)
+    int | None, typer.Option(metavar="TOKENS", help="Tokens for the statistics.", rich_help_panel=COST)
 ]
 FitnessTokens = Annotated[
-    int | None, typer.Option(metavar="TOKENS", help="Tokens the search measures candidates on.", rich_help_panel=COST)
+    int | None,
+    typer.Option(metavar="TOKENS", help="Tokens that the search measures candidates on.", rich_help_panel=COST),
 ]
 TestTokens = Annotated[
-    int | None, typer.Option(metavar="TOKENS", help="Tokens the final figures are of.", rich_help_panel=COST)
+    int | None, typer.Option(metavar="TOKENS", help="Tokens for the final figures.", rich_help_panel=COST)
 ]
 Evaluations = Annotated[
     int | None,
     typer.Option(
         metavar="COUNT",
-        help="Candidates the search may breed, in whole generations: more is slower and better. Its first ones and "
-        "measured sensitivities come on top.",
+        help="Candidates that the search may breed, in whole generations: more is slower and better. The first "
+        "candidates and the measured sensitivities do not count.",
         rich_help_panel=COST,
     ),
 ]
@@ -176,8 +177,8 @@ SearchTokens = Annotated[
     int | None,
     typer.Option(
         metavar="TOKENS",
-        help="Tokens the search may forward, counted over all candidates: what two searches can be compared at. "
-        "Without --evaluations it alone ends the search.",
+        help="Tokens that the search may forward, over all candidates. Two searches with the same number can be "
+        "compared. Without --evaluations, only this limit ends the search.",
         rich_help_panel=COST,
     ),
 ]
@@ -185,28 +186,28 @@ SearchOptions = Annotated[
     str | None,
     typer.Option(
         metavar="NAME: VALUE,...",
-        help="Constants of the search in the place of its own, like 'generations: 20, sensitivities: 0', or a "
-        "recipe.yaml, to search as that one did; docs/search-reference.md explains them.",
+        help="Constants that replace those of the search, like 'generations: 20, sensitivities: 0', or the recipe.yaml "
+        "of another search, to use its constants. docs/search-reference.md lists them.",
         rich_help_panel=COST,
     ),
 ]
-# As msp.data.check_seed has it.
+# The limit in msp.data.check_seed.
 LARGEST_SEED = (1 << 63) - 1
 Seed = Annotated[
     int,
     typer.Option(
-        min=0, max=LARGEST_SEED, help="Draws the calibration text and steers the search.", rich_help_panel=RUN
+        min=0, max=LARGEST_SEED, help="Seed of the drawn calibration text and of the search.", rich_help_panel=RUN
     ),
 ]
 Dtype = Annotated[
-    str, typer.Option(help="auto, float32, bfloat16 or float16: what to compute in.", rich_help_panel=RUN)
+    str, typer.Option(help="The dtype to compute in: auto, float32, bfloat16 or float16.", rich_help_panel=RUN)
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.", rich_help_panel=RUN)]
 Dequantise = Annotated[
     bool,
     typer.Option(
         "--dequantise",
-        help="Compute the weights of a quantised model (fp8, say) back to floats. Such a model is refused without it.",
+        help="Convert the weights of a quantised model, like fp8, to floats. Without it msp refuses such a model.",
         rich_help_panel=RUN,
     ),
 ]
@@ -214,7 +215,7 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Run the Python code that comes with the model. Read it first: it can do all that you can.",
+        help="Run the Python code that comes with the model. Read it first: it runs with all your rights.",
         rich_help_panel=RUN,
     ),
 ]
@@ -222,8 +223,8 @@ Workers = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Run candidates in N processes, each with the model: one thread each on a CPU, a GPU each where there "
-        "are. Needs Ray; without it the search runs in this process.",
+        help="Run candidates in N processes. Each process holds the model, and uses one GPU, or one thread on a CPU. "
+        "Needs Ray. Without this option the search runs in this process.",
         rich_help_panel=RUN,
     ),
 ]
@@ -231,7 +232,7 @@ RayAddress = Annotated[
     str | None,
     typer.Option(
         metavar="HOST:PORT",
-        help="Run them on this Ray cluster (or auto): N of it, or one on every GPU or CPU core.",
+        help="Run candidates on this Ray cluster (or auto), in N processes, or in one on every GPU or CPU core.",
         rich_help_panel=RUN,
     ),
 ]
@@ -239,15 +240,17 @@ Resume = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="Go on with the search that an earlier, interrupted run left. A search with other weights, text or "
-        "options is refused, and the message names what differs.",
+        help="Continue the search of an earlier, interrupted run. msp refuses a search with other weights, text or "
+        "options, and the message names the differences.",
         rich_help_panel=RUN,
     ),
 ]
 WorkDir = Annotated[
     Path | None,
     typer.Option(
-        metavar="DIR", help="Where the search keeps its checkpoints. Without it: beside OUT.", rich_help_panel=RUN
+        metavar="DIR",
+        help="Folder for the checkpoints of the search. Without it: a folder next to OUT.",
+        rich_help_panel=RUN,
     ),
 ]
 AsJson = Annotated[
@@ -265,14 +268,14 @@ Picture = Annotated[
         "--output",
         "-o",
         metavar="PNG",
-        help="Where to put the picture. Without it: in this folder.",
+        help="File for the picture. Without it: a file in this folder.",
         rich_help_panel=RUN,
     ),
 ]
 
 
 class Budgets:
-    """How much may stay."""
+    """The options of the budget."""
 
     sparsity: Sparsity = None
     budget_bytes: BudgetBytes = None
@@ -281,7 +284,7 @@ class Budgets:
 
 
 class Levels:
-    """What a layer can be given."""
+    """The options of the patterns that a layer may have."""
 
     group_size: GroupSize = 8
     patterns: Patterns = None
@@ -295,7 +298,7 @@ class Methods:
 
 
 class Searching:
-    """How levels are found, and on which text."""
+    """The options of the search and of its text."""
 
     unit: Unit = "linear"
     fitness: Fitness = "kl"
@@ -319,7 +322,7 @@ class Searching:
 
 
 class OneSearch:
-    """What goes with a single search."""
+    """The options of a single search."""
 
     seed: Seed = 0
     resume: Resume = False
@@ -327,28 +330,28 @@ class OneSearch:
 
 
 class Streaming:
-    """For a model that does not fit in memory."""
+    """The options for a model that does not fit in memory."""
 
     stream: Annotated[
         bool,
         typer.Option(
-            "--stream", help="The model does not fit in memory: hold one block at a time.", rich_help_panel=RUN
+            "--stream", help="Hold one block in memory at a time, for a model that does not fit.", rich_help_panel=RUN
         ),
     ] = False
     hidden_bytes: Annotated[
         str | None,
         typer.Option(
             metavar="BYTES",
-            help="Memory for hidden states, like 4GB; by default a share of what is free. With --stream, those that "
-            "wait for the next block: more means that the blocks are read less often. Else those that candidates with "
-            "the same first layers share.",
+            help="Memory for hidden states, like 4GB; the default is a share of the free memory. With --stream, it "
+            "holds the states that wait for the next block, and more memory means fewer reads of the blocks. "
+            "Otherwise, it holds the states that candidates with the same first layers share.",
             rich_help_panel=RUN,
         ),
     ] = None
 
 
 def takes(*groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a verb, ahead of its own optional parameters, the options of ``groups``; it gets them as ``**options``."""
+    """A decorator that adds the options of ``groups`` to a verb, which gets them as ``**options``."""
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
         own = [

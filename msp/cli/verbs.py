@@ -1,4 +1,4 @@
-"""The verbs. Heavy libraries are imported inside them, so that ``msp --help`` answers at once."""
+"""The verbs of the command line. They import heavy libraries when they run, so that ``msp --help`` is fast."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make a language model smaller and faster by N:M pruning, with a different N for every layer.\n\n"
-    "**N:M keeps N of every M consecutive weights** of a row: 2:8 keeps a quarter. msp finds out which layers "
-    "need their weights most, gives those a larger N and the others a smaller one, and meets the sparsity you ask for "
-    "exactly.\n\n"
+    "**N:M keeps N of every M consecutive weights** of a row: 2:8 keeps a quarter. msp finds the layers "
+    "that need their weights most, gives them a larger N and the others a smaller one, and meets the sparsity that you "
+    "ask for exactly.\n\n"
     'Start with **msp prune MODEL -o OUT --sparsity 0.75**, then **msp generate OUT "Once upon a time"**.',
 )
 
@@ -66,19 +66,19 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """The options that were set: the others keep the defaults of ``msp.pipeline``."""
+    """The options that were set; the other options keep the defaults of ``msp.pipeline``."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def check_sources(*sources: str | None) -> None:
-    """Fail now, not when the model has been loaded."""
+    """Raise an error for a wrong text source before the model is loaded."""
     from msp.data import TokenSource
 
     for source in sources:
@@ -90,7 +90,7 @@ BUDGETS = {"sparsity", "budget_bytes", "budget_decode", "allocation"}
 
 
 def with_budget(**options: Any) -> dict[str, Any]:
-    """The options that were set, and a sparsity of 0.75 where nothing says how much may stay."""
+    """The options that were set, with a sparsity of 0.75 if no budget was set."""
     found = given(**options)
     return found if found.keys() & BUDGETS else {"sparsity": 0.75, **found}
 
@@ -116,7 +116,7 @@ def prune(
     ] = None,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Replace the model at OUT, if msp wrote all that is in it.", rich_help_panel=RUN),
+        typer.Option("--force", help="Replace the model at OUT, if msp wrote all its files.", rich_help_panel=RUN),
     ] = False,
     pictures: Annotated[
         bool, typer.Option("--pictures/--no-pictures", help="Draw OUT/pictures/*.png.", rich_help_panel=RUN)
@@ -125,8 +125,8 @@ def prune(
         bool,
         typer.Option(
             "--dry-run",
-            help="Only say what would be done, and how much memory it would take: nothing is read but the headers of "
-            "the files, nothing is written.",
+            help="Only print the plan of the run and the memory that it needs. msp reads the headers of the files and "
+            "nothing else, and writes nothing.",
             rich_help_panel=RUN,
         ),
     ] = False,
@@ -152,7 +152,7 @@ def prune(
         calm_libraries()
         work_dir = options["work_dir"] or search_folder(output)
         chosen = with_budget(allocation=allocation, **{**options, "work_dir": work_dir})
-        # held until all is done: another run may begin when this one lets go
+        # the folders stay reserved until the run ends: another run may then begin
         if dry_run:
             check_output(output, force, model=model, work_dir=work_dir)
             planned = pipeline.dry_run(model, progress=session.progress, **chosen)
@@ -172,12 +172,12 @@ def prune(
 
 
 def search_folder(output: Path) -> Path:
-    """Where the search for the model at ``output`` keeps its checkpoints: beside it, hidden."""
+    """The hidden folder next to ``output`` for the checkpoints of the search."""
     return output.absolute().with_name(f".{output.absolute().name}.search")
 
 
 def _draw(draw: Callable[[], list[Path]]) -> list[Path]:
-    """The pictures that ``draw`` writes; where it cannot, a warning: no result is lost for a picture."""
+    """The pictures that ``draw`` writes; if it fails, a warning, so that no result is lost."""
     try:
         return draw()
     except (OSError, MspError) as error:
@@ -206,7 +206,8 @@ def compare(
         ),
     ] = 3,
     every_seed: Annotated[
-        bool, typer.Option("--every-seed", help="Show a row per seed too, not only the means.", rich_help_panel=RUN)
+        bool,
+        typer.Option("--every-seed", help="Show a row for each seed, and not only the means.", rich_help_panel=RUN),
     ] = False,
     output: Picture = None,
     as_json: AsJson = False,
@@ -215,8 +216,8 @@ def compare(
 ) -> None:
     """Compare ways to spend the same budget of weights, in one table.
 
-    Every row prunes the same model to the same sparsity and is measured on the same test tokens, which nothing was
-    searched on. KL says how far the predictions moved from those of the dense model; lower is better.
+    Every row prunes the same model to the same sparsity and is measured on the same test tokens, which take no part in
+    the search. KL is the distance of the predictions from those of the dense model; lower is better.
 
     Example: msp compare ./my-model --sparsity 0.75 --allocators uniform,msp --pruners wanda,sparsegpt --seeds 3
     """
@@ -278,10 +279,10 @@ def sensitivity(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Show which layers a model can least afford to lose weights in.
+    """Show the layers in which a model can least afford to lose weights.
 
     The figure is the trace of the Fisher information matrix of each linear: the sum over its weights of the squared
-    gradient of the loss, averaged over sequences. Where it is large, small changes of the weights matter.
+    gradient of the loss, averaged over sequences. If it is large, small changes of the weights matter.
 
     Example: msp sensitivity ./my-model --calibration notes.txt
     """
@@ -323,7 +324,7 @@ def evaluate(
     reference: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="The dense model, to measure the KL divergence from it too.", rich_help_panel=METHOD
+            metavar="MODEL", help="The dense model; the KL divergence from it is measured too.", rich_help_panel=METHOD
         ),
     ] = None,
     window: Window = None,
@@ -367,18 +368,20 @@ def evaluate(
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens to generate at most.", rich_help_panel=METHOD)
+        int, typer.Option(min=1, help="The most tokens to generate.", rich_help_panel=METHOD)
     ] = 64,
     temperature: Annotated[
         float,
         typer.Option(
-            min=0.0, help="0 always takes the likeliest token; 1 samples as the model says.", rich_help_panel=METHOD
+            min=0.0,
+            help="0 takes the likeliest token; 1 samples from the model's probabilities.",
+            rich_help_panel=METHOD,
         ),
     ] = 0.0,
     seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_SEED, help="Steers the sampling.", rich_help_panel=METHOD)
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sampling.", rich_help_panel=METHOD)
     ] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -430,8 +433,8 @@ def info(
 ) -> None:
     """Describe a model without loading its weights.
 
-    Of a packed model: bytes, the pattern of every layer (N:M keeps N of M) and how it was made. Of a dense one: what
-    could be pruned, and which group sizes M divide its layers.
+    For a packed model, it prints the bytes, the pattern of every layer (N:M keeps N of M) and the settings of the run.
+    For a dense model, it prints the layers that can be pruned, and the group sizes M that divide them.
 
     Example: msp info ./my-model-75
     """

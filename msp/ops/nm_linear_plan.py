@@ -1,6 +1,6 @@
-"""How ``nm_linear`` computes a product on a CUDA device whose weight lies in tiles: the table, and how work is cut.
+"""The plan of an ``nm_linear`` product on a CUDA device, for a weight in tiles: which kernel runs, on which blocks.
 
-Every threshold here is chosen by arithmetic (``docs/kernels/nm_linear.md``), none is measured yet.
+Every threshold here is chosen by arithmetic (``docs/kernels/nm_linear.md``); none is measured yet.
 """
 
 from __future__ import annotations
@@ -18,41 +18,43 @@ from msp.patterns import NMPattern
 
 How = Literal["gather", "expand", "spmm", "unpack"]
 
-# One product a kept weight and token: the load of each activation is what more tokens pay for.
+# The gather loads an activation for each kept weight and token, so its cost grows with the number of tokens.
 GATHER_TOKENS = 2
-# Patterns that have no expansion gather on in passes over the weight, as long as these read less than a dense product.
+# Patterns without an expansion gather in several passes over the weight, of this many tokens each, as long as the
+# passes read fewer bytes than a dense product.
 GATHER_PASS = 4
-# Expansion once for every 32 tokens, until unpacking all is cheaper; where that was done before (``fast_prefill``),
-# until the product with the fragments of sparse tensor cores is, or the dense one.
+# The weight is expanded once for every 32 tokens. Above the first number of tokens, unpacking the whole weight is
+# cheaper. If ``fast_prefill`` kept fragments for sparse tensor cores, or the dense weight, their product is cheaper
+# above the second or the third number.
 EXPAND_TOKENS, EXPAND_TOKENS_BEFORE_SPMM, EXPAND_TOKENS_BEFORE_DENSE = 192, 64, 96
-# An expansion takes as long as reading a dense weight at 115 tokens, and 5 % longer from so many on.
+# At 115 tokens an expansion takes as long as reading a dense weight. From this number on it takes 5 % longer.
 SLOWER_TOKENS = 120
-# Sparse tensor cores need their own fragment order: where it is made for each product, it pays from here on.
+# Sparse tensor cores need their own fragment order. If it is made for each product, it pays from this number on.
 SPMM_TOKENS = 1024
-# Above this share of the dense bytes a weight is kept dense on the device.
+# A weight is kept dense on the device if its packed form takes more than this share of the dense bytes.
 DENSE_SHARE = 0.85
 
 WARPS = 8
-# What a block does once, whatever it has to multiply, shows where it has fewer tiles than this.
+# A block with fewer tiles than this spends a noticeable share of its time on the work that it does once.
 FEW_TILES = 4
 _RING_BYTES, _TABLE_BYTES = 32 << 10, 32 << 10
 
 
 @dataclass(frozen=True)
 class Device:
-    """What the cut of the work depends on: multiprocessors, and bytes of shared memory of one."""
+    """The limits of a CUDA device: the number of multiprocessors, and the bytes of shared memory of each."""
 
     multiprocessors: int
     shared: int
 
     def block_shared(self, blocks: int = 1) -> int:
-        """Most that each of so many blocks can have; the driver keeps 1 KiB of each block's."""
+        """The most bytes that each of ``blocks`` blocks on a multiprocessor can have, after the driver's 1 KiB."""
         return self.shared // blocks - 1024
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a product is computed; the sizes are those of ``msp._cuda.nm_linear`` and 0 where it is not called."""
+    """How a product is computed. The sizes are arguments of ``msp._cuda.nm_linear``, or 0 if it is not called."""
 
     how: How
     tokens_at_once: int = 0
@@ -74,15 +76,15 @@ def packed_share(pattern: NMPattern, dtype: torch.dtype = torch.bfloat16) -> flo
 
 
 def stays_dense(pattern: NMPattern, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether so little is saved that the weight is better unpacked once, when it comes to a CUDA device."""
+    """Whether the weight is unpacked when it is moved to a CUDA device, because packing saves too few bytes."""
     return packed_share(pattern, dtype) > DENSE_SHARE
 
 
 def kept_bytes(pattern: NMPattern, rows: int, columns: int) -> int:
-    """Most bytes of what ``nm_linear_tiles.for_many_tokens`` makes of a weight of 16 bits.
+    """The most bytes that ``nm_linear_tiles.for_many_tokens`` returns for a ``[rows, columns]`` weight of 16 bits.
 
-    Fragments have 9 bits a weight and are padded to 128 x 256. What is compliant by choice alone has them too, where
-    this says the dense size.
+    Fragments have 9 bits a weight and are padded to 128 x 256. A weight that is compliant only by the choice of its
+    values also gets fragments, but this function returns the dense size for its pattern.
     """
     if pattern.always_compliant:
         return math.ceil(rows / 128) * math.ceil(columns / 256) * (128 * 256 * 9 // 8)
@@ -90,7 +92,10 @@ def kept_bytes(pattern: NMPattern, rows: int, columns: int) -> int:
 
 
 def slower_from_tokens(pattern: NMPattern) -> int:
-    """Tokens from which on a product takes over 5 % longer than a dense one, by arithmetic, where nothing is kept."""
+    """The number of tokens from which a product takes over 5 % longer than a dense one, by arithmetic.
+
+    It holds for a weight without the fragments, or the dense weight, that ``fast_prefill`` keeps.
+    """
     return SLOWER_TOKENS if can_expand(pattern) else GATHER_PASS * math.floor(1 / packed_share(pattern)) + 1
 
 
@@ -103,12 +108,13 @@ def can_expand(pattern: NMPattern) -> bool:
 def plan(
     tokens: int, rows: int, columns: int, pattern: NMPattern, compliant: bool, device: Device, kept: bool = False
 ) -> Plan:
-    """The table, first line that holds.
+    """The plan of a product; the first condition that holds decides.
 
     Args:
-        tokens: of the product with a ``[rows, columns]`` weight.
-        compliant: whether 2:4 sparse tensor cores can multiply with it and their kernel is there.
-        kept: whether what many tokens need is at hand (``nm_linear_tiles.for_many_tokens``).
+        tokens: the number of tokens that are multiplied with the weight.
+        rows, columns: the shape of the weight.
+        compliant: whether 2:4 sparse tensor cores can multiply with the weight and their kernel is installed.
+        kept: whether the device already holds the result of ``nm_linear_tiles.for_many_tokens``.
     """
     passes = math.ceil(tokens / GATHER_PASS)
     before = EXPAND_TOKENS_BEFORE_SPMM if compliant else EXPAND_TOKENS_BEFORE_DENSE
@@ -125,22 +131,25 @@ def plan(
 
 
 def shared_bytes(how: How, at_once: int, columns: int, splits: int) -> int:
-    """Shared memory of a block: ``nm_linear_shared_bytes`` of the kernels."""
+    """Bytes of shared memory of a block; equals ``nm_linear_shared_bytes`` of the kernels."""
     tiles = math.ceil(columns // TILE_COLUMNS / splits)
-    # activations: 2 bytes, and a third as much again between the gather's words
+    # 2 bytes for each activation, and 3 for the gather, which pads its words
     activations = tiles * TILE_COLUMNS * at_once * (3 if how == "gather" else 2)
     return _RING_BYTES + activations + (_TABLE_BYTES if how == "expand" else 0)
 
 
 def resident_blocks(how: How, at_once: int, columns: int, device: Device) -> int:
-    """How many blocks a multiprocessor is to hold at a time: two, or one where two would have few tiles each."""
+    """The number of blocks that a multiprocessor holds at a time: two, or one if each of two would have few tiles."""
     few = min(columns // TILE_COLUMNS, FEW_TILES) * TILE_COLUMNS
     return 2 if shared_bytes(how, at_once, few, 1) <= device.block_shared(2) else 1
 
 
 def cut(how: How, at_once: int, tokens: int, rows: int, columns: int, device: Device) -> Plan:
-    """More tokens, more rows a block: its activations are read for all of them. Then splits of the columns until
-    ``resident_blocks`` fit a multiprocessor, and until every multiprocessor has some."""
+    """The plan with its number of stripes and of splits.
+
+    With more tokens a block gets more rows, because it reads the activations once for all its rows. The columns are
+    then split until ``resident_blocks`` fit a multiprocessor, and until every multiprocessor has blocks.
+    """
     stripes = {1: 1, 2: 1, 4: 2, 8: 2, 16: 4, 32: 8}[at_once]
     tiles = columns // TILE_COLUMNS
     resident = resident_blocks(how, at_once, columns, device)
@@ -149,7 +158,7 @@ def cut(how: How, at_once: int, tokens: int, rows: int, columns: int, device: De
         splits += 1
     blocks = math.ceil(rows / (TILE_ROWS * stripes)) * math.ceil(tokens / at_once)
     if how == "expand":
-        # no more than leave each warp a tile
+        # no more splits than leave each warp a tile
         wanted = min(math.ceil(resident * device.multiprocessors / blocks), tiles * stripes // WARPS)
         splits = max(splits, wanted)
     return Plan(how, at_once, stripes, splits)

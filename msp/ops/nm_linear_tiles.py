@@ -1,7 +1,7 @@
 """``y = x W^T + b`` with W packed in the tile order of ``msp.ops.layouts``, which the CUDA kernels read.
 
-``nm_linear_plan`` says how a product is computed. ``SparseLinear`` brings its weight into tiles when it comes to a CUDA
-device; everything else sees the canonical form.
+``nm_linear_plan`` chooses the kernel of a product. ``SparseLinear`` converts its weight to tiles when it is moved to a
+CUDA device; all other code uses the canonical form.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def serves(pattern: NMPattern, rows: int, columns: int, dtype: torch.dtype, devi
 
 
 def for_many_tokens(values: Tensor, bitmask: Tensor, columns: int, pattern: NMPattern, compliant: bool) -> Tensor:
-    """What a product of many tokens makes of a weight in tiles, for those who would keep it (``kept``).
+    """The form of a weight in tiles that a product of many tokens reads; a caller may keep it and pass it as ``kept``.
 
     Returns:
-        Of a compliant weight its fragments for sparse tensor cores, uint8; else the dense ``[R, K]``.
+        The fragments for sparse tensor cores, uint8, of a compliant weight; otherwise the dense weight ``[R, K]``.
     """
     rows_values, rows_bitmask = from_tiles(values, bitmask)
     if compliant:

@@ -1,6 +1,6 @@
-"""What a pruner is, what it may ask for, and where pruners are found by name.
+"""The interface of pruners, the statistics that they can ask for, and their registry.
 
-A pruner of one's own takes a few lines::
+A new pruner takes a few lines::
 
     @register_pruner
     @dataclass(frozen=True)
@@ -35,10 +35,10 @@ Warn = Callable[[str], object]
 
 @dataclass
 class LinearStatistics:
-    """What calibration and sensitivity know of one linear ``[R, K]``; None where it was not gathered."""
+    """The statistics of one linear ``[R, K]`` from calibration and sensitivity; None if they were not collected."""
 
     tokens: int = 0
-    """Tokens that ``input_sum_squares`` and ``hessian`` sum over."""
+    """The number of tokens that ``input_sum_squares`` and ``hessian`` sum over."""
     input_sum_squares: Tensor | None = None
     """fp32 ``[K]``: sum over tokens of x^2."""
     hessian: Tensor | None = None
@@ -46,10 +46,10 @@ class LinearStatistics:
     fisher: Tensor | None = None
     """fp32 ``[R, K]``: sum over sequences of the squared gradient of the sequence's loss."""
     sequences: int = 0
-    """Sequences that ``fisher`` sums over."""
+    """The number of sequences that ``fisher`` sums over."""
 
     def say_nothing(self, needs: frozenset[str]) -> bool:
-        """Whether no token was seen, or what a pruner ``needs`` is zero throughout: all weights would score alike."""
+        """Whether all weights would get the same score: no token was seen, or a statistic in ``needs`` is all zero."""
         found = (getattr(self, name) for name in needs)
         return not self.tokens or any(tensor is not None and not bool(tensor.any()) for tensor in found)
 
@@ -59,7 +59,7 @@ STATISTICS = frozenset({"input_sum_squares", "hessian", "fisher"})
 
 @dataclass(frozen=True)
 class Scoring:
-    """The score of a weight, in the terms of ``ops.nm_select``: with nothing given, ``|w|``."""
+    """The score of the weights, as arguments of ``ops.nm_select``; without arguments it is ``|w|``."""
 
     column_scale: Tensor | None = None
     row_term: Tensor | None = None
@@ -74,23 +74,23 @@ class Scoring:
 
 
 class Pruner(Protocol):
-    """Decides which weights of a linear stay."""
+    """Decides which weights of a linear are kept."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def needs(self) -> frozenset[str]:
-        """The fields of ``LinearStatistics`` it reads, a subset of ``STATISTICS``."""
+        """The fields of ``LinearStatistics`` that the pruner reads, a subset of ``STATISTICS``."""
         ...
 
     @property
     def updates_weights(self) -> bool:
-        """Whether weights that stay get new values."""
+        """Whether the kept weights get new values."""
         ...
 
     def scoring(self, weight: Tensor, statistics: LinearStatistics) -> Scoring:
-        """How the weights of a group are ranked; ``weight`` is ``[R, K]`` of any float dtype."""
+        """The score that ranks the weights of a group; ``weight`` is ``[R, K]`` of any float dtype."""
         ...
 
     def prune(
@@ -102,7 +102,7 @@ class Pruner(Protocol):
         name: str = "",
         warn: Warn | None = None,
     ) -> PackedWeight:
-        """Prune ``weight [R, K]``; ``name`` is the linear's, for messages, which go to ``warn`` or to ``warnings``."""
+        """Prune ``weight [R, K]``; messages name the linear ``name`` and go to ``warn``, or else to ``warnings``."""
         ...
 
     def prune_levels(
@@ -114,12 +114,12 @@ class Pruner(Protocol):
         name: str = "",
         warn: Warn | None = None,
     ) -> Iterator[PackedWeight]:
-        """What ``prune`` gives for each of ``patterns``; what they have in common is computed once."""
+        """The results of ``prune`` for each of ``patterns``; common intermediate results are computed once."""
         ...
 
 
 class BasePruner(ABC):
-    """A pruner's look-up of statistics and its levels one by one; not required, but shared by ours."""
+    """A base class with the look-up of statistics, and with levels that are pruned one by one; its use is optional."""
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -127,7 +127,7 @@ class BasePruner(ABC):
 
     @abstractmethod
     def scoring(self, weight: Tensor, statistics: LinearStatistics) -> Scoring:
-        """How the weights of a group are ranked."""
+        """The score that ranks the weights of a group."""
 
     @abstractmethod
     def prune(
@@ -150,15 +150,15 @@ class BasePruner(ABC):
         name: str = "",
         warn: Warn | None = None,
     ) -> Iterator[PackedWeight]:
-        """``prune`` to each of ``patterns``."""
+        """The results of ``prune`` for each of ``patterns``."""
         for pattern in patterns:
             yield self.prune(weight, statistics, pattern, name=name, warn=warn)
 
     def require(self, statistics: LinearStatistics, field: str, shape: Sequence[int]) -> Tensor:
-        """Field ``field`` of ``statistics``.
+        """The field ``field`` of ``statistics``.
 
         Raises:
-            MspError: it was not gathered, or is not of ``shape``.
+            MspError: the field was not collected, or does not have ``shape``.
         """
         tensor: Tensor | None = getattr(statistics, field)
         if tensor is None:
@@ -171,7 +171,7 @@ class BasePruner(ABC):
 
 
 class KeepingPruner(BasePruner):
-    """A pruner that leaves the kept weights as they are: its scoring says all."""
+    """A pruner that does not change the kept weights, so that its scoring defines it."""
 
     def prune(
         self,
@@ -201,7 +201,7 @@ class named:
 
 
 def tell(warn: Warn | None, message: str) -> None:
-    """Say ``message`` through ``warn``, or as a Python warning without one."""
+    """Pass ``message`` to ``warn``, or issue a Python warning if ``warn`` is None."""
     if warn is None:
         warnings.warn(message, stacklevel=3)
     else:
@@ -214,14 +214,14 @@ Factory = TypeVar("Factory", bound=Callable[..., Pruner])
 
 
 def register_pruner(factory: Factory) -> Factory:
-    """Make a pruner known to ``get_pruner`` under ``factory.name``; for use as a decorator.
+    """Register a pruner under ``factory.name`` for ``get_pruner``; usable as a decorator.
 
     Args:
         factory: a pruner class, or a function with a ``name`` attribute that returns a pruner. Its keyword
             arguments are the pruner's options.
 
     Raises:
-        UsageError: it has no name, or another pruner has that name.
+        UsageError: the factory has no name, or another pruner has that name.
     """
     name = getattr(factory, "name", None)
     if not isinstance(name, str) or not name:
@@ -234,15 +234,15 @@ def register_pruner(factory: Factory) -> Factory:
 
 
 def _origin(factory: Callable[..., Pruner]) -> str:
-    """Where a factory was defined: a module that is loaded again may register its pruners again."""
+    """The qualified name of a factory; a module that is loaded again may register its pruners again."""
     return f"{factory.__module__}.{factory.__qualname__}"
 
 
 def get_pruner(name: str, **options: Any) -> Pruner:
-    """The pruner called ``name`` with ``options``.
+    """The pruner ``name`` with ``options``.
 
     Raises:
-        UsageError: no such pruner, or no such option, listing those there are; or a value out of range.
+        UsageError: the pruner or an option is unknown (the message lists the known ones), or a value is out of range.
     """
     if name not in _registry:
         raise UsageError(f"pruner {name!r} is not one of {', '.join(pruner_names())}")

@@ -20,16 +20,16 @@ from msp.pruners.base import BasePruner, LinearStatistics, Scoring, Warn, named,
 @register_pruner
 @dataclass(frozen=True)
 class SparseGPTPruner(BasePruner):
-    """Removes weights in the order of their columns and lets the columns behind make up for the error.
+    """Removes weights in the order of their columns; the weights of later columns are updated to correct the error.
 
     The Hessian of the layer's squared output error is ``H = 2/tokens * sum x x^T``. Inputs that were never
     active (``H_jj = 0``) get ``H_jj = 1`` and their weights are zeroed; ``percdamp`` times the mean of the
-    diagonal is added to it. Where that is not positive definite, the damping is raised tenfold, at most
-    ``damping_raises`` times, and the warning names the linear.
+    diagonal is added to it. If the result is not positive definite, the damping is raised tenfold, at most
+    ``damping_raises`` times, and a warning names the linear.
 
-    The mean is taken over the inputs that were active. The published code takes it over all inputs, with the 1 of the
-    dead ones: if 10 % of the inputs are dead and the others have a mean square of 0.005, it damps eleven times as
-    much. Without dead inputs both are the same.
+    The mean is over the active inputs. The published code takes the mean over all inputs, including the 1 of each dead
+    input: if 10 % of the inputs are dead and the others have a mean square of 0.005, it damps about eleven times as
+    much. Without dead inputs both means are the same.
 
     The factorisation runs in float64: with the published damping the condition of H reaches 100 K, and
     float32 then loses more than the third digit. The sweep over the columns runs in float32.
@@ -52,7 +52,7 @@ class SparseGPTPruner(BasePruner):
             raise UsageError(f"damping_raises {self.damping_raises} of pruner 'sparsegpt' must not be negative")
 
     def scoring(self, weight: Tensor, statistics: LinearStatistics) -> Scoring:
-        """The surgeon's score before any update: ``|w_ij| / sqrt([H^-1]_jj)``."""
+        """The score before any update of the weights: ``|w_ij| / sqrt([H^-1]_jj)``."""
         factor, dead = self._factor(weight, statistics, name="", warn=None)
         # H^-1 = U^T U, so its diagonal is the squared norm of U's columns.
         scale = torch.linalg.vector_norm(factor, dim=0).reciprocal()
@@ -80,7 +80,7 @@ class SparseGPTPruner(BasePruner):
         warn: Warn | None = None,
     ) -> Iterator[PackedWeight]:
         with named(name):
-            # The factor knows nothing of patterns.
+            # The factor does not depend on the pattern, so it is computed once.
             factor, dead = self._factor(weight, statistics, name=name, warn=warn)
             alive, single = weight.masked_fill(dead.to(weight.device), 0.0), factor.float().to(weight.device)
             for pattern in patterns:
@@ -89,7 +89,7 @@ class SparseGPTPruner(BasePruner):
     def _factor(
         self, weight: Tensor, statistics: LinearStatistics, *, name: str, warn: Warn | None
     ) -> tuple[Tensor, Tensor]:
-        """The upper Cholesky factor of H^-1, float64 ``[K, K]``, and which inputs are dead, bool ``[K]``."""
+        """The upper Cholesky factor of H^-1, float64 ``[K, K]``, and the mask of dead inputs, bool ``[K]``."""
         columns = weight.shape[1]
         summed = self.require(statistics, "hessian", (columns, columns))
         if statistics.tokens < 1:
@@ -100,7 +100,7 @@ class SparseGPTPruner(BasePruner):
         hessian = _wide(summed).mul_(2.0 / statistics.tokens)
         diagonal = hessian.diagonal()
         dead = diagonal == 0
-        # A dead input says nothing of how large the others are. All of them dead, any positive mean will do.
+        # Dead inputs do not count in the mean of the others. If all inputs are dead, any positive mean serves.
         mean = diagonal[~dead].mean() if not dead.all() else 1.0
         diagonal[dead] = 1.0
         undamped = diagonal.clone()
@@ -121,21 +121,21 @@ class SparseGPTPruner(BasePruner):
 
 
 def inverse_cholesky(hessian: Tensor) -> Tensor | None:
-    """The upper triangular U with ``H^-1 = U^T U``, or None where H ``[K, K]`` is not positive definite.
+    """The upper triangular U with ``H^-1 = U^T U``, or None if H ``[K, K]`` is not positive definite.
 
-    The published code factorises, inverts and factorises again. With rows and columns in reverse order
-    one Cholesky factor is enough: ``J H J = L L^T`` gives ``H^-1 = (J L^-1 J)^T (J L^-1 J)``, and J L^-1 J
-    is upper triangular with a positive diagonal, hence that same U.
+    The published code factorises, inverts and factorises again. With rows and columns in reverse order one Cholesky
+    factor is enough: ``J H J = L L^T`` gives ``H^-1 = (J L^-1 J)^T (J L^-1 J)``. The matrix J L^-1 J is upper
+    triangular with a positive diagonal, and therefore equals U.
     """
     lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
     if failed.item() or not torch.isfinite(lower).all():
         return None
-    # column by column in memory, as LAPACK has it: then the solution takes the place of the identity
+    # in column order, as LAPACK stores a matrix, so that the solution overwrites the identity
     inverse = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device).t()
     torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
     return inverse.flip(0, 1)
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """A float64 copy; in host memory where the device has no float64."""
+    """A float64 copy, in host memory if the device has no float64."""
     return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64, copy=True)

@@ -1,4 +1,7 @@
-"""Puts candidate allocations into a live model and runs them: each costs a forward and one pass over what changed."""
+"""Puts candidate allocations into a live model and runs them.
+
+A candidate costs a forward, and one pass over the weights of the linears whose level changed.
+"""
 
 from __future__ import annotations
 
@@ -23,31 +26,31 @@ from msp.patterns import NMPattern, Unit
 from msp.search.database import PackedLevels
 from msp.search.fitness import Job, Key
 
-# What hidden states may take where nobody says it.
+# The most bytes of hidden states that are kept, by default.
 HIDDEN_BYTES = 4_000_000_000
-# What copies of the weights that candidates keep may take on a CPU; without a copy, each product selects again.
+# The most bytes of copies of the kept weights, on a CPU. A linear without a copy selects its weights at each product.
 COPIED_BYTES = 32 << 20
 
 Point = tuple[int, int]
-"""A batch, and behind how many blocks."""
+"""The number of a batch, and the number of blocks that it has passed."""
 Ranks = Mapping[int, Tensor]
-"""Of one linear, for every M it may have: uint8 ``[R, K]`` from ``ops.nm_rank``."""
+"""The rank codes of one linear, for every M it may have: uint8 ``[R, K]`` from ``ops.nm_rank``."""
 Candidates = Mapping[str, Ranks] | Mapping[str, PackedLevels]
-"""By linear, what candidates are made from: ranks, or its weights at every level."""
+"""The source of candidates for each linear: its ranks, or its packed weights at every level."""
 
 
 class Room:
-    """Memory that several may take from until it is spent.
+    """A limited amount of memory that several objects share.
 
     Args:
-        nbytes: how much there is; without limit if None.
+        nbytes: the number of bytes; None sets no limit.
     """
 
     def __init__(self, nbytes: int | None) -> None:
         self._left = nbytes
 
     def take(self, nbytes: int) -> bool:
-        """Whether there are ``nbytes``; they are taken if so."""
+        """Take ``nbytes`` if they are left; returns whether they were."""
         if self._left is None:
             return True
         if nbytes > self._left:
@@ -57,16 +60,17 @@ class Room:
 
 
 class RankedWeight:
-    """A weight of which a pattern keeps a part, by ranks or from a database; the pattern can change at any time.
+    """A weight with a pattern that decides which of its values are kept; the pattern can change at any time.
 
     Args:
-        linear: the dense linear, left untouched.
-        ranks: for every M of the patterns it will have; or its packed weights at these patterns.
-        room: for a copy of what a pattern keeps. If there is none, each product selects it again, a few rows at a time.
+        linear: the dense linear, which is not changed.
+        ranks: the ranks for every M of the patterns that the linear will have, or its packed weights at these patterns.
+        room: the memory for a copy of the kept weights. If it is spent, each product selects the kept weights again, a
+            few rows at a time.
     """
 
     def __init__(self, linear: Linear, ranks: Ranks | PackedLevels, room: Room) -> None:
-        self.pattern = NMPattern(4, 4)  # all of them, until ``keep``
+        self.pattern = NMPattern(4, 4)  # all weights, until ``keep`` is called
         self.dense = linear.weight.contiguous()
         self._ranks = ranks
         self._room = room
@@ -78,7 +82,7 @@ class RankedWeight:
         self.pattern = pattern
         if pattern.is_dense or pattern.is_empty or pattern == self._copied:
             return
-        always = isinstance(self._ranks, PackedLevels)  # it is read from a file
+        always = isinstance(self._ranks, PackedLevels)  # each selection would read a file again
         if self._copy is None and (self._room.take(self.dense.nbytes) or always):
             self._copy = torch.empty_like(self.dense)
         if self._copy is not None:
@@ -93,7 +97,7 @@ class RankedWeight:
 
     @property
     def kept(self) -> Tensor:
-        """``[R, K]``, zero where nothing is kept."""
+        """The weight ``[R, K]`` with zeros in the place of the weights that are not kept."""
         if self.pattern.is_dense:
             return self.dense
         if self.pattern.is_empty:
@@ -105,7 +109,7 @@ class RankedWeight:
         return kept
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``x W^T + b`` with what is kept; the same bits with and without a copy of it."""
+        """``x W^T + b`` ``[..., R]`` with the kept weights W; a copy of the weights does not change the bits."""
         if self.pattern.is_empty:
             empty = x.new_zeros(*x.shape[:-1], len(self.dense))
             return empty if bias is None else empty + bias
@@ -122,12 +126,12 @@ class RankedWeight:
         return ops.nm_keep(dense, self._ranks[self.pattern.m][rows], self.pattern.n, out=out)
 
     def modules(self, linear: Linear) -> list[RankedLinear]:
-        """One for each place of the linear."""
+        """One module for each place of the linear in the model."""
         return [RankedLinear(self, place.bias) for place in linear.places]
 
 
 class RankedLinear(nn.Module):
-    """A linear with what is kept of ``ranked``, and the bias of its own place."""
+    """A linear with the kept weights of ``ranked``, and the bias of its own place in the model."""
 
     def __init__(self, ranked: RankedWeight, bias: Tensor | None) -> None:
         super().__init__()
@@ -137,7 +141,7 @@ class RankedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """``[out_features, in_features]``: for model code that takes it without a call."""
+        """``[out_features, in_features]``, for model code that reads the weight and does not call the linear."""
         return self._ranked.kept
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,16 +149,16 @@ class RankedLinear(nn.Module):
 
 
 def room_for_copies(device: torch.device) -> Room:
-    """For the copies of a model's weights, or of a block's if one block at a time is there."""
+    """The memory for copies of the weights of a model, or of a block if the model is streamed."""
     return Room(COPIED_BYTES if device.type == "cpu" else None)
 
 
 class CandidateModel(AbstractContextManager["CandidateModel"]):
-    """Within the context the units' linears are ranked; ``apply`` sets the level of every unit.
+    """Within the context the linears of the units are ``RankedLinear``; ``apply`` sets the level of every unit.
 
-    Memory beyond the model: one byte a weight for the ranks of each M (what comes from a database stays on disk), and
-    a second copy of the weights of the linears that are at a level between empty and dense: on a CPU of as many as
-    ``COPIED_BYTES`` hold, or of all that come from a database.
+    Memory beyond the model: one byte a weight for the ranks of each M, and a second copy of the weights of each linear
+    at a level between empty and dense. On a CPU the copies take at most ``COPIED_BYTES``. Weights from a database stay
+    on disk, and their linears always have a copy.
     """
 
     def __init__(
@@ -183,7 +187,7 @@ class CandidateModel(AbstractContextManager["CandidateModel"]):
             self._structure.put(linear, [place.module for place in linear.places])
 
     def blocks_alike(self, one: Key, two: Key) -> int:
-        """In how many blocks from the first on two candidates have the same levels."""
+        """The number of leading blocks in which two candidates have the same levels."""
         for unit, first, second in zip(self._units, one, two, strict=True):
             if first != second:
                 return unit.block
@@ -196,10 +200,10 @@ class CandidateModel(AbstractContextManager["CandidateModel"]):
 
 
 def forward_in_bf16(model: nn.Module) -> bool:
-    """Whether candidates' matrix products are computed in bf16: for an fp32 model on a CPU that has such products.
+    """Whether the matrix products of candidates are computed in bf16: for an fp32 model on a CPU with bf16 products.
 
-    That makes a forward about twice as fast on wiki6m and moves its KL by less than 2e-4, where candidates differ
-    by 1e-2. Only the search does so: what is reported is measured in the model's own dtype.
+    A forward of wiki6m is then about twice as fast, and its KL moves by less than 2e-4, while candidates differ by
+    1e-2. Only the search uses bf16: all reported figures are measured in the model's own dtype.
     """
     in_fp32 = computed_dtype(model) == torch.float32
     return in_fp32 and device_of(model).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -210,16 +214,16 @@ def precision(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 class LocalRunner:
-    """Runs jobs in this process; candidates that agree up to a block share what comes out of it.
+    """Runs jobs in this process; candidates with equal levels up to a block share the output of that block.
 
-    Candidates run in the order of their levels, so hidden states, on the model's device, are held only between one
-    and the next that begin alike.
+    Candidates run in the order of their levels. The hidden states, on the model's device, are therefore held only
+    until the last candidate that begins with the same levels.
 
     Args:
-        candidates: the model with ranked linears, entered.
+        candidates: the model with ranked linears, whose context is entered.
         reference: the dense model's predictions on all fitness tokens, or the user's loss on them.
         structure: the blocks of the model.
-        hidden_bytes: what hidden states may take; where they do not fit, blocks run again.
+        hidden_bytes: the most bytes of hidden states; if they do not fit, blocks run again.
     """
 
     def __init__(
@@ -256,7 +260,7 @@ class LocalRunner:
         return [sums[number] for number in range(len(jobs))]
 
     def _run(self, job: Job, states: dict[Point, State], wanted: Set[Point]) -> Sums:
-        """Start from the deepest of ``states``, which all belong to the job, and add those that are ``wanted``."""
+        """Run a job from the deepest of ``states``, which all fit its levels, and add the ``wanted`` states."""
 
         def keep(batch: int, depth: int, state: State) -> None:
             held = sum(other.nbytes for other in states.values())
@@ -276,13 +280,13 @@ class LocalRunner:
 
     @cached_property
     def _from_block_to_block(self) -> bool:
-        """Whether a forward may start behind any block: not if blocks use more than their states."""
+        """Whether a forward may start after any block; false if blocks read more than their ``State``."""
         tokens, states = self._reference.tokens(0)[:1], dict[int, State]()
         with precision(self._candidates.model):
             if self._gates.why_not_one_by_one(tokens) is not None:
                 return False
             whole = self._gates.resume(0, tokens, None, states.__setitem__)
-            # other tokens take the place of whatever the blocks remember
+            # after a run on other tokens the blocks remember nothing of the first run
             self._gates.resume(0, tokens.flip(-1), None, lambda *_: None)
             starts = {len(self._gates.structure.blocks) // 2, len(self._gates.structure.blocks)} & states.keys()
             return all(

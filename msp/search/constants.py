@@ -1,4 +1,4 @@
-"""Constants of a search as a user gives them: which parts it has and how much each does."""
+"""Reads the constants of a search that a user gives, and checks them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ DEFAULTS = {field.name: field.default for field in fields(EvolutionOptions) if f
 
 
 def read_constants(given: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
-    """Fields of ``EvolutionOptions`` to change.
+    """The fields of ``EvolutionOptions`` that a user changes.
 
     Args:
         given: the fields; or a text like ``"crossover_rate: 0, survivors: [0.5, 0.5]"``; or the ``recipe.yaml`` of
-            another search, to search as that one did.
+            another search, to use the same constants.
 
     Raises:
-        UsageError: an unknown name, a value of the wrong type, or constants that do not go together.
+        UsageError: a name is unknown, a value has the wrong type, or constants exclude each other.
     """
     found = given if isinstance(given, Mapping) else _read(given) if given is not None else {}
     constants = {name: _checked(name, value) for name, value in found.items()}
@@ -38,7 +38,7 @@ def _read(given: str | Path) -> dict[str, Any]:
         if recipe:
             found = {name: value for name, value in found["made_by"]["search"].items() if name in DEFAULTS}
             generations = found.get("generations")
-            if isinstance(generations, int) and generations >= UNLIMITED:  # a limit on its tokens ended that search
+            if isinstance(generations, int) and generations >= UNLIMITED:  # a limit on the tokens ended that search
                 del found["generations"]
         found = dict(found)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

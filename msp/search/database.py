@@ -1,9 +1,10 @@
-"""Every linear at every level it may have, packed and on disk: the candidates of pruners that update weights.
+"""Every linear at every level, packed and on disk: the source of candidates for pruners that update weights.
 
-One safetensors file a linear holds ``<pattern>.values`` and ``<pattern>.bitmask`` of each pattern between empty and
-dense, in the dtype that a packed model is stored in. A file is there as a whole or not at all, so a build that was
-killed goes on with the linear it was at. Files are memory-mapped when read. ``manifest.json`` says what the weights
-depend on. The metadata of a file are the hashes of its tensors, which are compared when they are read.
+Each linear has one safetensors file. It holds ``<pattern>.values`` and ``<pattern>.bitmask`` of each pattern between
+empty and dense, in the dtype that a packed model is stored in. A file is written as a whole or not at all, so a build
+that was killed continues with the unfinished linear. Files are memory-mapped when they are read. ``manifest.json``
+lists the inputs that the weights depend on. The metadata of a file holds the hashes of its tensors, which are compared
+when the tensors are read.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from msp.staging import clean_folder
 
 FORMAT = 1
 
-# Its folder, beside the checkpoint of a search.
+# The name of the folder of the database, which lies in the folder of the search's checkpoint.
 DATABASE = "database"
 
 
@@ -39,14 +40,14 @@ class PackedLevels(dict[NMPattern, PackedWeight]):
 
 
 class LevelDatabase:
-    """The files of one folder, which is its own; they are neither read nor written before ``open``.
+    """The level database in one folder, which holds nothing else; no file is read or written before ``open``.
 
     Args:
-        folder: need not be there.
-        shapes: ``[out, in]`` of every linear.
-        patterns: those that every linear may have; what is empty or dense needs no weight.
-        dtypes: of the values of every linear as stored.
-        origin: what the weights depend on beside these.
+        folder: the folder of the database; it may be absent.
+        shapes: the shape ``[out, in]`` of every linear.
+        patterns: the patterns that every linear may have; the empty and the dense one are not stored.
+        dtypes: the dtype of the stored values of every linear.
+        origin: the other inputs that the weights depend on.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class LevelDatabase:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its weights, whether they are there or not; files have their headers beside them."""
+        """Bytes of all weights of the database, written or not, without the headers of the files."""
         return sum(map(self._nbytes, self._shapes))
 
     def _nbytes(self, name: str) -> int:
@@ -78,14 +79,14 @@ class LevelDatabase:
         return sum(storage.nbytes(*self._shapes[name], self._dtypes[name]) for storage in storages)
 
     def missing(self) -> list[str]:
-        """The linears that are still to be written."""
+        """The names of the linears without a file."""
         return [name for name in self._shapes if not self._file(name).exists()]
 
     def check(self) -> bool:
         """Whether there is a database in the folder.
 
         Raises:
-            MspError: what is in the folder is no database, or that of another run; the message names what differs.
+            MspError: the folder holds no database, or the database of another run; the message names the differences.
         """
         if differs := self._differences():
             raise MspError(f"{self.folder} is the level database of another run: {differs}; start anew without resume")
@@ -99,16 +100,16 @@ class LevelDatabase:
         return "; ".join(differences(_comparable(self._manifest), _comparable(found)))
 
     def open(self, *, resume: bool = False) -> str:
-        """Prepare the folder; a database of the same origin is gone on with, one of another is removed.
+        """Prepare the folder; a database of the same origin is continued, a database of another origin is removed.
 
         Args:
-            resume: refuse to remove it.
+            resume: raise an error instead of removing a database.
 
         Returns:
-            What was removed and why, or nothing.
+            A message that names the removed database and the reason, or an empty text.
 
         Raises:
-            MspError: what is in the folder is no database or is not to be removed, or the disk has too little space.
+            MspError: the folder holds no database, or one that must not be removed, or the disk has too little space.
         """
         manifest, removed = self.folder / "manifest.json", ""
         try:
@@ -128,15 +129,15 @@ class LevelDatabase:
         return removed
 
     def _remove(self, manifest: Mapping[str, Any]) -> None:
-        """Remove the files of another database, and no others: the folder is where the user said."""
+        """Remove the files of another database, and no other file, because the user chose the folder."""
         for file in self.folder.glob("*.safetensors"):
             if file.name.removesuffix(".safetensors") in manifest["levels"]:
                 file.unlink()
-        # the last to go: what a run that is killed leaves is known by it
+        # removed last, because a later run identifies the rest of a killed run by the manifest
         (self.folder / "manifest.json").unlink()
 
     def write(self, name: str, levels: Iterable[PackedWeight]) -> None:
-        """Store linear ``name`` at every level, in the order of its patterns; ``MspError`` where it cannot be."""
+        """Store linear ``name`` at every level, in the order of its patterns; ``MspError`` if the write fails."""
         tensors: dict[str, Tensor] = {}
         for pattern, packed in zip(self.patterns[name], levels, strict=True):
             stored = packed.to("cpu", self._dtypes[name])
@@ -145,10 +146,10 @@ class LevelDatabase:
         write_tensors(tensors, self._file(name), metadata=hashes)
 
     def read(self) -> dict[str, PackedLevels]:
-        """Every linear at every level: checked, and mapped from the files.
+        """Every linear at every level; the weights are checked, and mapped from the files.
 
         Raises:
-            MspError: a file that is missing or is not what was written; the message names it.
+            MspError: a file is missing or differs from the written one; the message names it.
         """
         return {name: self._read(name) for name in self._shapes}
 

@@ -1,7 +1,7 @@
-"""Candidates on several workers, each with the model in a process of its own, through Ray.
+"""Runs candidates on several workers through Ray; each worker is a process with the model.
 
-Ray is imported only when a runner is opened. Workers get the model, the rank codes and the dense predictions from
-Ray's object store: on one machine, all read the same memory.
+Ray is imported only when a runner is opened. The workers get the model, the rank codes and the dense predictions from
+Ray's object store, so all workers of a machine read the same memory.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from msp.search.candidates import forward_in_bf16
 from msp.search.fitness import Job, Key
 from msp.search.runners import Setting, open_runner
 
-# So many parts of a call to a worker at least, where there are batches enough: all are done at about the same time.
+# The parts of a call per worker, if there are enough batches: with several, all workers end at about the same time.
 PARTS_PER_WORKER = 4
-# A part that has cost so many workers their lives is not tried again.
+# A part is not tried again after this many workers died while they ran it.
 DEATHS = 3
-# Read when Ray is imported and started. Nothing is sent anywhere, warnings meant for Ray's developers are not shown,
-# workers are no nicer than this process (Ray's niceness of 15 gets nothing done beside other work), and all may take
-# long to start or to answer.
+# Ray reads these variables when it is imported and started. They turn off Ray's usage reports and a warning for its
+# developers, give workers the priority of this process (with Ray's niceness of 15 they starve if other work runs), and
+# raise the time limits for starts and answers.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -53,14 +53,16 @@ CONNECT_SECONDS = 5
 
 @dataclass(frozen=True)
 class Workers:
-    """How many workers run candidates, and where.
+    """The number of workers that run candidates, and their Ray cluster.
 
     Attributes:
-        count: without it one for every GPU of the cluster, or CPU where the model is on one.
-        address: of a Ray cluster (``auto`` or ``host:port``); without it Ray is started here and ended afterwards.
+        count: the number of workers; None for one worker on every GPU of the cluster, or on every CPU core if the model
+            is on a CPU.
+        address: the address of a Ray cluster (``auto`` or ``host:port``). If it is None, Ray is started on this machine
+            and stopped afterwards.
 
     Raises:
-        UsageError: a count below 1, neither of the two, an address with no port, or Ray is not installed.
+        UsageError: the count is below 1, both are None, the address has no port, or Ray is not installed.
     """
 
     count: int | None = None
@@ -81,7 +83,7 @@ class Workers:
 
 @dataclass(frozen=True)
 class _Part:
-    """Some batches of a job, by the job's number in the call."""
+    """Some batches of a job, with the number of the job in the call."""
 
     number: int
     job: Job
@@ -91,9 +93,9 @@ class CandidateWorker:
     """A Ray actor: holds the model once and runs candidates on it.
 
     Args:
-        setting: shared with the other workers of the machine and only read.
+        setting: the inputs of the runner, which the workers of a machine share and only read.
         device: ``cpu``, or ``cuda`` for the GPU that Ray gave this process.
-        threads: of torch. Results may depend on it, so it is the same for any number of workers.
+        threads: the number of torch threads. Results may depend on it, so it does not depend on the number of workers.
     """
 
     def __init__(self, setting: Setting, device: str, threads: int) -> None:
@@ -104,26 +106,28 @@ class CandidateWorker:
         self._runner = self._opened.__enter__()
 
     def kind(self) -> str:
-        """What equal results depend on beside the job."""
+        """The hardware and software that results depend on, besides the job."""
         on_gpu = device_of(self._model).type == "cuda"
         device = torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability()
         return f"{device}, torch {torch.__version__}{', bf16 products' if forward_in_bf16(self._model) else ''}"
 
     def run(self, levels: Key, batches: Sequence[int]) -> list[Sums]:
-        """The sums of every single batch, for the driver to add up in one order."""
+        """The sums of each batch; the driver adds them up in a fixed order."""
         return self._runner.run([Job(levels, (batch,)) for batch in batches])
 
 
 class RayRunner:
-    """Hands parts of jobs to whichever worker is free, and adds their results up in the order of the batches.
+    """Sends parts of jobs to free workers, and adds their results up in the order of the batches.
 
-    So neither the number of workers nor the order in which they finish changes a result. A worker that dies is
-    replaced, and what it had not finished is run again.
+    A result therefore depends neither on the number of workers nor on the order in which they finish. A worker that
+    dies is replaced, and its unfinished part runs again.
 
     Args:
-        ray: the module, connected.
+        ray: the connected Ray module.
         actor: makes a worker by ``actor.remote(*arguments)``.
-        batches: of the fitness tokens.
+        arguments: the arguments of a worker.
+        count: the number of workers.
+        batches: the number of batches of fitness tokens.
     """
 
     def __init__(self, ray: Any, actor: Any, arguments: Sequence[Any], count: int, batches: int) -> None:
@@ -133,7 +137,7 @@ class RayRunner:
         self._arguments = arguments
         self._count = count
         self._idle: list[Any] = []
-        # By the reference of what they will return: workers and what they run, None while they start.
+        # The workers and their parts by the reference of their result; the part is None while a worker starts.
         self._busy: dict[Any, tuple[Any, _Part | None]] = {}
         self._deaths: Counter[_Part | None] = Counter()
         self._kinds: set[str] = set()
@@ -141,10 +145,10 @@ class RayRunner:
             self._start()
 
     def run(self, jobs: Sequence[Job]) -> list[Sums]:
-        """See ``Runner``.
+        """The sums of every job, see ``Runner``.
 
         Raises:
-            MspError: workers die again and again, on the same part or before they have begun.
+            MspError: several workers died on the same part, or while they started.
         """
         waiting = deque(self._parts(jobs))
         left = set(waiting)
@@ -164,7 +168,7 @@ class RayRunner:
         return [summed(sums[batch] for batch in job.batches) for job, sums in zip(jobs, found, strict=True)]
 
     def await_worker(self) -> None:
-        """Until the first worker can run something."""
+        """Wait until the first worker has started."""
         while not self._idle:
             self._await_one()
 
@@ -183,7 +187,7 @@ class RayRunner:
         self._busy[worker.kind.remote()] = (worker, None)
 
     def _await_one(self) -> tuple[_Part | None, Any]:
-        """What a worker ran (None: it started) and the result, None if it died over it."""
+        """Wait for one worker; returns its part (None if it started) and the result (None if the worker died)."""
         (reference,), _ = self._ray.wait(list(self._busy), num_returns=1)
         worker, part = self._busy.pop(reference)
         errors = self._ray.exceptions
@@ -226,19 +230,21 @@ class RayRunner:
 
 
 def _to(device: str, own: Any) -> Any:
-    """Rank codes of one linear, or its packed weights, on ``device``."""
+    """The rank codes of one linear, or its packed weights, on ``device``."""
     return type(own)({key: codes.to(device) for key, codes in own.items()})
 
 
 @contextmanager
 def ray_runner(setting: Setting, workers: Workers, progress: Progress) -> Iterator[RayRunner]:
-    """A runner on ``workers``, each on a device of the kind the model is on; meanwhile this process has it on the CPU.
+    """Yield a runner on ``workers``, each on the kind of device that holds the model.
+
+    Within the context the model of this process is on the CPU.
 
     Raises:
-        MspError: Ray does not start, or has fewer devices than workers are asked for.
+        MspError: Ray does not start, or has too few devices for the workers.
     """
     device = device_of(setting.model)
-    # Only an explicit wish is heard: a share of the cores would change with the number of workers.
+    # One thread, unless the user set a number: a share of the cores would change with the number of workers.
     threads = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else 1
     needs = {"num_cpus": threads} | ({"num_gpus": 1} if device.type == "cuda" else {})
     with ExitStack() as stack:
@@ -259,14 +265,17 @@ def ray_runner(setting: Setting, workers: Workers, progress: Progress) -> Iterat
 
 
 def prepare_environment() -> None:
-    """Set what of ``ENVIRONMENT`` is not set yet."""
+    """Set the variables of ``ENVIRONMENT`` that are not set yet."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 @contextmanager
 def _session(workers: Workers, threads: int) -> Iterator[Any]:
-    """Ray, connected: where this process already is, to the cluster asked for, or to one that lives as long as this."""
+    """Yield the connected Ray module.
+
+    It uses the existing connection of this process, or the cluster of ``workers``, or a new cluster for this context.
+    """
     prepare_environment()
     import ray
 
@@ -278,11 +287,11 @@ def _session(workers: Workers, threads: int) -> Iterator[Any]:
         options |= {"num_cpus": threads * (workers.count or 1), "include_dashboard": False}
     try:
         host, colon, port = options["address"].rpartition(":")
-        if colon:  # Ray itself would try for a minute
+        if colon:  # a quick test, because Ray itself would try for a minute
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         with _own_sigterm():
             ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:  # bare ones too, where its processes do not come up in time
+    except Exception as error:  # Ray raises a bare Exception if its processes do not start in time
         raise MspError(f"Ray cannot be reached at {options['address']}: {first_line(error)}") from error
     try:
         yield ray
@@ -292,7 +301,7 @@ def _session(workers: Workers, threads: int) -> Iterator[Any]:
 
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Ray puts its own handler in the place of the program's: a command then ends without having cleaned up."""
+    """Keep the program's handler of SIGTERM: with Ray's own, a command would end without cleaning up."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -311,7 +320,7 @@ def _count(ray: Any, workers: Workers, needs: Mapping[str, int]) -> int:
 
 
 def _put(ray: Any, setting: Setting) -> Any:
-    """The reference of ``setting`` in the object store, its tensors such that workers read them where they are."""
+    """The reference of ``setting`` in the object store; the workers read its tensors there without a copy."""
     kinds, code = (Tensor, nn.Parameter), _own_code()
     for kind in kinds:
         ray.util.register_serializer(kind, serializer=_bytes, deserializer=_tensor)
@@ -333,7 +342,7 @@ def _put(ray: Any, setting: Setting) -> Any:
 
 
 def _own_code() -> list[ModuleType]:
-    """The modules of models that brought their code: workers cannot import what only this process has fetched."""
+    """The modules with the code of models that bring their own; workers cannot import them from disk."""
     prefix = "transformers_modules."  # as transformers calls their package
     return [module for name, module in list(sys.modules.items()) if name.startswith(prefix)]
 
@@ -352,6 +361,6 @@ def _bytes(tensor: Tensor) -> tuple[Any, ...]:
 def _tensor(stored: tuple[Any, ...]) -> Tensor:
     data, dtype, shape, is_parameter, requires_grad = stored
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the memory is not to be written to, which nobody does
+        warnings.simplefilter("ignore")  # torch warns that the memory is read-only, and no code writes to it
         tensor = torch.from_numpy(data).view(dtype).reshape(shape)
     return nn.Parameter(tensor, requires_grad) if is_parameter else tensor

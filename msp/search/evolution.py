@@ -1,10 +1,12 @@
 """Evolutionary search over the levels of units, within an exact budget.
 
-As published (MSP, arXiv 2503.11164): individuals are vectors of per-unit levels, the first ones come from the
-Fisher traces, the fittest become parents, single-point crossover (off unless asked for) and mutation keep the
-budget. The constants are not public; the ones here are this project's. Added to it: candidates are raced (all on
-few tokens, the best on all) and none is measured twice; the first population has individuals with blocks emptied, and
-generations are bred from the sensitivities of all units, measured at the best individual.
+The search follows MSP (arXiv 2503.11164). An individual is a vector with one level per unit. The first individuals
+come from the Fisher traces, and the fittest become parents. Mutation and single-point crossover (off by default) keep
+the budget. The paper's constants are not public; the constants here are this project's.
+
+The project adds three things to the published search. Candidates race: all are measured on a few tokens, the best on
+all tokens, and no candidate is measured twice. The first population contains individuals with emptied blocks. A
+generation is bred from the sensitivities of all units, which are measured around the best individual.
 """
 
 from __future__ import annotations
@@ -26,20 +28,22 @@ from msp.search.operators import crossover, swap
 from msp.search.sensitivities import Sensitivities, averaged, least_known, single_moves
 from msp.search.state import FIRST, State, Step, load_state, save_state
 
-# A density so low that the common shift to the budget does not bring it back.
+# A density so low that the common shift to the budget does not raise it above zero.
 EMPTY = 1e6
 
-# Moves whose effects a generation measures, at most: more linears than half as many take turns.
+# The most moves whose effects one generation measures. A model with more units than half this number has more moves,
+# and they take turns.
 MOVES = 256
 
-# Generations that no search reaches: something else ends it.
+# More generations than any search reaches: the limit on tokens ends the search first.
 UNLIMITED = 1_000_000
 
 
 class Fitness(Protocol):
-    """Measures candidates; lower is better. ``stages`` says how many token counts it can race over.
+    """Measures candidates; a lower value is better. ``stages`` is the number of stages of a race.
 
-    Stages before the last are measured on a part of the tokens that ``draw`` picks: 0 is always the first ones.
+    A stage before the last one measures on a part of the tokens. ``draw`` picks that part; draw 0 is always the first
+    tokens.
     """
 
     @property
@@ -55,22 +59,26 @@ class Fitness(Protocol):
 
 @dataclass(frozen=True)
 class EvolutionOptions:
-    """Constants of the search (ours: the paper's are not public).
+    """Constants of the search (this project's: the paper's are not public).
 
     Attributes:
         generations: rounds of offspring after the first population.
-        population: individuals kept from one generation to the next.
-        parents: the fittest, from whom all offspring descend.
+        population: number of individuals kept from one generation to the next.
+        parents: number of the fittest individuals from which random offspring descend.
         offspring: new candidates per generation.
-        token_shares: part of the fitness tokens that each stage of a race measures on, the last one 1.
-        survivors: share of the candidates of each stage but the last that goes on to the next one.
-        crossover_rate: share with two parents of the offspring that is bred at random.
-        emptied: of so many seeds, the best ones, the first population has descendants with runs of blocks emptied.
-        sensitivities: a generation descends from what a level more or less of every unit does to the best individual
-            (``Sensitivities``), measured on tokens of its own, unless that individual has been the best for so many
-            generations; 0 for none of them.
-        resample: every generation races on other tokens of the same number, not always on the first ones.
-        tokens: no generation begins once this many tokens have been forwarded.
+        token_shares: share of the fitness tokens that each stage of a race measures on, rising; the last share is 1.
+        survivors: share of the candidates that goes on to the next stage, for each stage but the last.
+        crossover_rate: share of the random offspring that has two parents.
+        emptied: number of the best seeds for which the first population also gets versions with emptied blocks.
+        sensitivities: a generation is bred from the measured effects of moving each unit of the best individual by
+            one step (``Sensitivities``), until the same individual has been the best for this number of generations;
+            random offspring follow. 0 turns this off. The effects are measured on tokens drawn for them alone.
+        resample: if true, every generation races on newly drawn tokens; if false, always on the first tokens. The
+            number of tokens is the same.
+        tokens: no generation begins after the search has forwarded this many tokens; None sets no limit.
+
+    Raises:
+        UsageError: a constant is out of range, or the shares and the survivors do not fit together.
     """
 
     generations: int = 30
@@ -97,10 +105,10 @@ class EvolutionOptions:
             raise UsageError(f"{self.tokens} tokens: a search needs at least one")
 
     def limited(self, *, evaluations: int | None = None, tokens: int | None = None) -> EvolutionOptions:
-        """The same search, measuring ``evaluations`` candidates or forwarding ``tokens``; None sets no limit.
+        """The same search with a limit of ``evaluations`` measured candidates or ``tokens`` forwarded tokens.
 
-        A limit on the tokens alone is not cut short by the number of generations. Without generations, there is
-        nothing to limit: all that is measured are the individuals it starts from.
+        None sets no limit. If only ``tokens`` is given, the number of generations does not end the search. A search
+        without generations measures only its first individuals, so its options stay as they are.
         """
         if not self.generations:
             return self
@@ -116,20 +124,21 @@ class Evolution:
     """The search. ``run`` returns the best levels found and the history of the generations.
 
     Args:
-        units: in order of depth.
-        budget: met by every individual.
-        seeds: level vectors that the first population comes from (repaired if need be); at least one.
-        fitness: the loss of a level vector at a stage; equal inputs must give equal results.
-        options: the constants.
-        seed: of every random choice.
-        checkpoint: a JSON file written atomically after every generation.
-        resume: continue from ``checkpoint`` if it is there.
-        identity: what ``fitness`` depends on. A checkpoint is continued only if that, units, budget, options and
-            seeds are the same.
-        on_step: called after every generation.
+        units: the units of the model, in order of depth.
+        budget: the budget that every individual meets.
+        seeds: at least one level vector, from which the first population comes; a vector that misses the budget is
+            repaired.
+        fitness: measures the loss of a level vector at a stage; equal inputs must give equal results.
+        options: the constants of the search.
+        seed: the seed of every random choice.
+        checkpoint: a JSON file that is written atomically after every generation.
+        resume: continue from ``checkpoint`` if the file exists.
+        identity: the inputs that ``fitness`` depends on. A checkpoint is continued only if its identity, units,
+            budget, options and seeds are the same.
+        on_step: called with the new ``Step`` after every generation.
 
     Raises:
-        MspError: a checkpoint that is unreadable or belongs to another search.
+        MspError: the checkpoint is unreadable or belongs to another search.
     """
 
     def __init__(
@@ -155,7 +164,7 @@ class Evolution:
         self._checkpoint = checkpoint
         self._on_step = on_step
         self._identity = {**asked(units, budget, seed), **(identity or {}), **self._starting()}
-        # More than a level where levels are fine: M = 16 and 32.
+        # With M = 16 or 32 the levels are fine, and a step is more than one level.
         self._step = max(1, max(unit.top for unit in units) // 8)
         self._tokens_before = 0
         self._state = State()
@@ -167,7 +176,7 @@ class Evolution:
         if not self._state.population:
             self._begin()
         while self._state.generation < self._options.generations and not self._spent():
-            # A generator per generation: a resumed search draws what the uninterrupted one would have.
+            # A generator per generation: a resumed search draws the same numbers as an uninterrupted one.
             rng = np.random.default_rng([self._seed, self._state.generation + 1])
             offspring = self._offspring(rng)
             if not offspring:
@@ -182,15 +191,15 @@ class Evolution:
     def _begin(self) -> None:
         seeds = list(dict.fromkeys(key_of(levels) for levels in self._seeds))
         first = list(dict.fromkeys(seeds + self._without_blocks(seeds)))
-        # Few are left out here: losing a good one early costs the most.
+        # Most candidates stay in this race, because the loss of a good one costs most at the start.
         self._race(first, [self._options.population] + [self._options.parents] * self._fitness.stages)
         self._end_generation(count=False)
 
     def _without_blocks(self, seeds: Sequence[Key]) -> list[Key]:
-        """The best ``seeds`` with every run of blocks emptied, up to a quarter of them, and the other blocks raised.
+        """Versions of the best ``seeds`` in which a run of blocks is emptied and the other blocks are raised.
 
-        Which blocks a model can do without is what single moves find last: on the way there, a block that is half
-        empty is worse than either end.
+        A run has up to a quarter of the blocks. Single moves rarely find a block that the model can do without,
+        because a half-empty block is worse than a full one and than an empty one.
         """
         bases = [key for _, key in self._ranked(seeds, 0)][: self._options.emptied]
         blocks = sorted({unit.block for unit in self._units})
@@ -211,7 +220,7 @@ class Evolution:
         return self._from_sensitivities(rng) or self._breed(rng)
 
     def _from_sensitivities(self, rng: np.random.Generator) -> list[Key]:
-        """Children of the best individual by the sensitivities, if these still lead on and can be afforded."""
+        """Children of the best individual by the sensitivities; none if it is stale or the tokens do not suffice."""
         state = self._state
         best, base = state.population[0]
         if self._stale() >= self._options.sensitivities or best == math.inf:
@@ -221,7 +230,7 @@ class Evolution:
         limit = self._options.tokens
         if limit is not None and state.tokens + len(moves) * state.first_stage > limit:
             return []
-        # On other tokens each time: what is averaged says more, and the race is on tokens that played no part in it.
+        # Other tokens each time: the average covers more text, and the race uses tokens that chose no candidate.
         own, *losses = self._fitness([base, *moves.values()], 0, state.generation + 1)
         if own == math.inf:
             return []
@@ -232,7 +241,7 @@ class Evolution:
         return [key for key in found.children(self._options.offspring, rng) if key not in seen]
 
     def _stale(self) -> int:
-        """How many generations ago the best individual was found."""
+        """The number of generations since the best individual was found."""
         best = [step.best for step in self._state.history]
         return len(best) - 1 - best.index(best[-1])
 
@@ -241,7 +250,7 @@ class Evolution:
         parents = [np.array(key) for _, key in self._state.population[: options.parents]]
         seen = {key for _, key in self._state.measured}
         found: list[Key] = []
-        # Small spaces run dry: give up after a bounded number of duplicates.
+        # A small space runs out of new candidates: the number of tries is bounded.
         for _ in range(options.offspring * 20):
             if len(found) == options.offspring:
                 break
@@ -256,14 +265,14 @@ class Evolution:
         return found
 
     def _race(self, candidates: Sequence[Key], kept: Sequence[int]) -> None:
-        """Add to the population those that get through all stages; ``kept`` go on from each but the last."""
+        """Race ``candidates`` and add the finalists to the population; ``kept[s]`` of them pass stage ``s``."""
         last = self._fitness.stages - 1
         for stage in range(last):
             candidates = [key for _, key in self._ranked(candidates, stage)][: kept[stage]]
         self._state.population += self._ranked(candidates, last)
 
     def _survivors(self, count: int) -> list[int]:
-        """How many of ``count`` candidates go on from each stage."""
+        """The number of candidates, out of ``count`` at the start, that pass each stage but the last."""
         kept = []
         for share in self._options.survivors:
             count = max(1, round(count * share))
@@ -307,9 +316,9 @@ class Evolution:
             self._on_step(step)
 
     def _starting(self) -> Identity:
-        """The constants, and the first individuals."""
+        """The part of the identity that names the constants and the first individuals."""
         options = asdict(self._options)
-        # How long to search is left out: asking for more is what resuming is for.
+        # The limits are left out, so that a user can resume a search with a higher limit.
         found = {f"search option {name}": str(options[name]) for name in options.keys() - {"generations", "tokens"}}
         return {**dict(sorted(found.items())), FIRST: hashed_data([list(key_of(levels)) for levels in self._seeds])}
 
@@ -325,6 +334,6 @@ def asked(units: Sequence[Unit], budget: Budget, seed: int) -> Identity:
 
 
 def _run_lengths(longest: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12 ... up to ``longest``: as many steps to each octave."""
+    """The lengths 1, 2, 3, 4, 6, 8, 12 ... up to ``longest``: two to each octave."""
     lengths = {2**octave * part // 2 for octave in range(longest.bit_length() + 1) for part in (2, 3)}
     return sorted(length for length in lengths if length <= longest)

@@ -1,4 +1,7 @@
-"""What a search minimises, apart from where candidates are run: token counts, stages, and what was measured before."""
+"""The fitness that a search minimises: its stages, its token counts and the partial sums of earlier stages.
+
+A ``Runner`` decides in which process the candidates run.
+"""
 
 from __future__ import annotations
 
@@ -18,45 +21,46 @@ Key = tuple[int, ...]
 
 
 FIRST_SHARE = 1 / 32
-"""Of the fitness tokens: what the first stage of a race measures on, unless a user chooses other shares."""
+"""Share of the fitness tokens that the first stage of a race measures on, by default."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A candidate and the batches of fitness tokens, by their numbers, to measure it on."""
+    """A candidate, and the numbers of the batches of fitness tokens that it is measured on."""
 
     levels: Key
     batches: tuple[int, ...]
 
 
 class Runner(Protocol):
-    """Runs candidates: in this process, in others, or with a model that is not in memory as a whole."""
+    """Runs candidates: in this process, in other processes, or block by block with a streamed model."""
 
     @property
     def batches(self) -> int:
-        """How many batches of fitness tokens there are."""
+        """The number of batches of fitness tokens."""
         ...
 
     def run(self, jobs: Sequence[Job]) -> list[Sums]:
-        """Loss and divergence of every job, in the order of the jobs.
+        """The summed loss and divergence of every job, in the order of the jobs.
 
-        A job's result depends on nothing but the job: not on the others, nor on what ran before.
+        The result of a job depends on the job alone, not on other jobs or earlier runs.
         """
         ...
 
 
 def stage_batches(share: float, batches: int) -> int:
-    """How many of so many batches a stage measures on that is meant to have ``share`` of the tokens."""
+    """The number of batches, out of ``batches``, that a stage with ``share`` of the tokens measures on; at least 1."""
     return max(1, round(share * batches))
 
 
 def windows_per_batch(windows: int, least: int, most: int) -> int:
-    """How many of ``windows`` go into a batch, so that whole batches come to ``FIRST_SHARE`` of them.
+    """The number of windows in a batch, chosen so that whole batches make up ``FIRST_SHARE`` of ``windows``.
 
     Args:
-        least, most: windows of a batch. A share of fewer than ``least`` windows is taken for ``least``.
+        windows: the number of windows in all.
+        least, most: limits of the windows in a batch. If the share is below ``least`` windows, ``least`` replaces it.
 
-    The first stage then differs from its share by half a window or a tenth of it at most.
+    If a size within the limits allows it, the first stage differs from its share by at most half a window or a tenth.
     """
     target = max(float(least), FIRST_SHARE * windows)
 
@@ -75,17 +79,17 @@ class TokenFitness:
 
     Args:
         runner: measures candidates.
-        measure: ``"kl"`` (mean KL(dense || pruned), nats a token); for any other the mean loss that the runner
-            sums: of ``"perplexity"`` its logarithm, so that differences compare across scales, or a task's own.
-        shares: part of the batches that each stage measures on, ascending, the last one 1. Stages that come
-            to the same number of batches are one.
+        measure: ``"kl"`` for the mean KL(dense || pruned) in nats a token. Any other name selects the mean loss that
+            the runner sums: the logarithm of the perplexity for ``"perplexity"``, or the loss of a task.
+        shares: part of the batches that each stage measures on, rising; the last part is 1. Stages with the same
+            number of batches become one stage.
     """
 
     def __init__(self, runner: Runner, *, measure: str = "kl", shares: Sequence[float] = (1 / 16, 1 / 4, 1.0)) -> None:
         self._stops = sorted({stage_batches(share, runner.batches) for share in shares})
         self._runner = runner
         self._measure = measure
-        # What a candidate has been measured on so far: a later stage pays for the rest only.
+        # The batches that a candidate was measured on, and their sums: a later stage measures only the other batches.
         self._partial: dict[tuple[int, Key], tuple[int, Sums]] = {}
         self.tokens = 0
 

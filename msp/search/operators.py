@@ -11,22 +11,22 @@ from msp.patterns import Unit
 
 
 def crossover(first: Levels, second: Levels, rng: np.random.Generator) -> Levels:
-    """Single-point crossover: ``first`` up to a random cut, ``second`` behind it (units go by depth)."""
+    """Single-point crossover: ``first`` up to a random cut, ``second`` after it; units are in order of depth."""
     cut = int(rng.integers(1, len(first))) if len(first) > 1 else 0
     return np.concatenate([first[:cut], second[cut:]])
 
 
 def swap(levels: Levels, units: Sequence[Unit], step: int, rng: np.random.Generator) -> Levels:
-    """Some unit gives up to ``step`` levels, another takes as much of the budget; one to three times over.
+    """Move levels from a random unit to another, one to three times; each move takes 1 to ``step`` levels.
 
-    The count min(U{1..3}, U{1..3}) is EvoPress's (arXiv 2410.14649). Where the two units differ in size the
-    taker gets the nearest number of levels, so that repair has little left to do.
+    The number of moves, min(U{1..3}, U{1..3}), is EvoPress's (arXiv 2410.14649). The second unit rises to the level
+    whose cost is nearest to the freed cost, so that the repair changes little.
     """
     mutant: Levels = levels.copy()
     for _ in range(int(min(rng.integers(1, 4), rng.integers(1, 4)))):
         givers = [i for i, unit in enumerate(units) if mutant[i] > 0]
         if not givers:
-            break  # a crossover, not repaired yet, may have left nothing to give
+            break  # all units may be at level 0 after a crossover that is not repaired yet
         giver = int(rng.choice(givers))
         takers = [i for i, unit in enumerate(units) if i != giver and mutant[i] < unit.top]
         if not takers:
@@ -41,5 +41,5 @@ def swap(levels: Levels, units: Sequence[Unit], step: int, rng: np.random.Genera
 
 
 def _nearest_rise(unit: Unit, level: int, freed: int) -> int:
-    """The level above ``level`` whose further cost is nearest to ``freed``."""
+    """The level above ``level`` whose additional cost is nearest to ``freed``."""
     return min(range(level + 1, unit.top + 1), key=lambda new: abs(unit.costs[new] - unit.costs[level] - freed))

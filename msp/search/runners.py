@@ -1,4 +1,4 @@
-"""Where candidates are run: one place decides it for the search, and for each of its workers."""
+"""The choice of the runner of candidates, for the search and for each of its workers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setting:
-    """What candidates are made of and measured on: the dense model, rank codes or a database, units, the reference."""
+    """The inputs of a runner: the dense model, rank codes or a level database, the units and the reference."""
 
     model: Any
     structure: Structure
@@ -32,7 +32,7 @@ class Setting:
 
 @contextmanager
 def open_runner(setting: Setting, workers: Workers | None = None, progress: Progress | None = None) -> Iterator[Runner]:
-    """A runner in this process, or one that hands jobs to ``workers``; the model is dense again afterwards."""
+    """Yield a runner in this process, or one that sends jobs to ``workers``; afterwards the model is dense again."""
     if workers is not None:
         from msp.search.distributed import ray_runner
 

@@ -1,4 +1,4 @@
-"""Measured sensitivities: what a level more or less of each single unit does to the loss, and what to do about it."""
+"""Measured sensitivities: the change of the loss when one unit moves up or down, and candidates made from them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from msp.levels import Levels, repair
 from msp.patterns import Budget, Unit
 from msp.search.fitness import Key, key_of
 
-# From one number of moves to the next; a move too many can cost more than all the others gain.
+# Ratio of the sizes of two successive sets of moves. One move too many can cost more than all the others gain.
 GROWTH = 1.5
 
-# What an effect counts for, measured a time before the last one: it is of other tokens, but around another individual.
+# Weight of an effect, relative to the effect measured one generation later. An older effect adds other tokens to the
+# mean, but it was measured around another individual.
 DECAY = 0.5
 
 Move = tuple[int, int]
-"""A unit, and the direction of its move."""
+"""The index of a unit, and the direction of its move: -1 or 1."""
 Effects = Mapping[Move, float]
-"""By move: the loss with it minus the loss without."""
+"""The effect of each move: the loss with the move minus the loss without it."""
 Measured = Sequence[tuple[Key, Effects]]
-"""What was measured, oldest first: around which individual, and the effects."""
+"""All measurements, the oldest first: the individual that was moved, and the effects of the moves."""
 
 
 def single_moves(base: Key, units: Sequence[Unit], step: int) -> dict[Move, Key]:
-    """``base`` with one unit ``step`` levels lower or higher, by unit and direction; none of them meets the budget."""
+    """Copies of ``base``, by move, in which one unit is ``step`` levels lower or higher; they miss the budget."""
     moves = {}
     for index, (level, unit) in enumerate(zip(base, units, strict=True)):
         for direction in (-1, 1):
@@ -37,9 +38,9 @@ def single_moves(base: Key, units: Sequence[Unit], step: int) -> dict[Move, Key]
 
 
 def averaged(measured: Measured, base: Key) -> dict[Move, float]:
-    """Effects of the moves around ``base``: means over what was measured, the later counting for more.
+    """The mean effect of each move around ``base``; later measurements weigh more.
 
-    Of what was measured around another individual those units count that have the same level in ``base``.
+    A measurement around another individual counts only for the units whose level there is their level in ``base``.
     """
     sums: dict[Move, float] = {}
     weights: dict[Move, float] = {}
@@ -54,7 +55,7 @@ def averaged(measured: Measured, base: Key) -> dict[Move, float]:
 def least_known(
     moves: Mapping[Move, Key], measured: Measured, base: Key, count: int, rng: np.random.Generator
 ) -> dict[Move, Key]:
-    """``count`` of ``moves``: those not measured around ``base``'s levels yet, then those measured longest ago."""
+    """``count`` of ``moves``: first those never measured from their level in ``base``, then the longest unmeasured."""
     if len(moves) <= count:
         return dict(moves)
     last = dict.fromkeys(moves, -1)
@@ -65,18 +66,18 @@ def least_known(
 
 
 class Sensitivities:
-    """The best moves around ``base`` by their measured effects.
+    """The best sets of moves around ``base``, by the measured effects of single moves.
 
-    To first order effects of single moves add up. So of each number of moves the best set is known: the units that gain
-    most by a weight more rise, those that lose least by a weight less pay. How many moves the sum holds for is not, and
-    so sets of growing numbers are offered, and sets drawn from random halves of the units, which leave out what did not
-    add up in the others.
+    To first order, the effects of single moves add up. The effects therefore give the best set of each size: the
+    units that gain most per added weight rise, and the units that lose least per removed weight pay for them. The
+    effects do not give the largest size at which the sum still holds, so the class offers sets of growing sizes. It
+    also offers sets from random halves of the units, because moves that spoil each other may then be apart.
 
     Args:
-        units, budget: what the sets keep to.
-        base: meets the budget.
-        effects: of every single move around ``base``.
-        step: levels of a move.
+        units, budget: the units and the budget that every child meets.
+        base: the levels around which the effects were measured; they meet the budget.
+        effects: the effects of single moves around ``base``; infinite ones are left out.
+        step: the number of levels of a move.
     """
 
     def __init__(self, units: Sequence[Unit], budget: Budget, base: Key, effects: Effects, step: int) -> None:
@@ -89,13 +90,13 @@ class Sensitivities:
         self._falls = sorted(rate for rate in rates if rate[2] < 0)
 
     def _price(self, move: tuple[int, int]) -> int:
-        """What a rise costs, or a fall frees."""
+        """The cost that a rise adds, or that a fall frees."""
         index, _ = move
         costs = self._units[index].costs
         return abs(costs[self._moves[move][index]] - costs[self._base[index]])
 
     def children(self, count: int, rng: np.random.Generator) -> list[Key]:
-        """Up to ``count`` level vectors, two thirds of them from all units; fewer where few moves promise anything."""
+        """Up to ``count`` level vectors, two thirds of them from all units; fewer if few moves lower the loss."""
         everyone = np.ones(len(self._units), dtype=bool)
         _, most = self._climb(len(self._units), everyone)
         sizes = sorted({*(int(size) for size in 2 * GROWTH ** np.arange(40) if size < most), most} - {0, 1})
@@ -107,7 +108,10 @@ class Sensitivities:
         return list(found)
 
     def _climb(self, most: int, allowed: NDArray[np.bool_]) -> tuple[Key, int]:
-        """The best set of about ``most`` moves of ``allowed`` units, with what pays for its rises, and its size."""
+        """The levels after the best set of about ``most`` moves of ``allowed`` units, and the number of moved units.
+
+        The set includes the falls that pay for its rises.
+        """
         rises = [rate for rate in self._rises if allowed[rate[1]]]
         falls = [rate for rate in self._falls if allowed[rate[1]]]
         levels: Levels = np.array(self._base)

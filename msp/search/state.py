@@ -1,4 +1,4 @@
-"""What a search remembers between its generations, as ``search.json``: written, and read with every value checked."""
+"""The state of a search between two generations, and its file ``search.json``; a reader checks every value."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from msp.reading import array, read_json, real, table, text, whole
 from msp.search.fitness import Key
 from msp.search.sensitivities import Effects
 
-# How a message calls the levels that the first population comes from.
+# The name, in messages, of the levels that the first population comes from.
 FIRST = "first individuals"
 KEYS = ("checksum", "identity", "generation", "tokens", "population", "measured", "history", "first_stage", "effects")
 
 
 @dataclass
 class Step:
-    """One generation, for the record: candidates measured and tokens forwarded so far, and losses."""
+    """The record of one generation: the candidates measured and tokens forwarded so far, and the losses after it."""
 
     generation: int
     evaluations: int
@@ -36,14 +36,16 @@ class Step:
 
 @dataclass
 class State:
-    """Everything but the constants, so that a resumed search goes on as if it had not stopped.
+    """The whole state of a search without its constants; a resumed search continues as if it had not stopped.
 
     Attributes:
-        population: the individuals with their losses, the best first; infinite for one without a finite loss.
+        generation: the number of finished generations.
+        population: the individuals with their losses, the best first; a loss that is not finite is infinite.
         measured: the loss of every candidate at every stage.
-        tokens: forwarded so far.
-        first_stage: tokens that a candidate takes at the first stage.
-        effects: what each measurement of sensitivities was around, and found.
+        tokens: the number of tokens forwarded so far.
+        history: the record of every generation.
+        first_stage: the number of tokens that a candidate takes at the first stage.
+        effects: for each measurement of sensitivities, the individual that was moved and the effects of the moves.
     """
 
     generation: int = 0
@@ -56,7 +58,7 @@ class State:
 
 
 def save_state(path: Path, state: State, identity: Identity) -> None:
-    """Write ``path`` in one step, and its folder if need be. A loss that is infinite is ``null``: JSON has none."""
+    """Write ``path`` in one step, and make its folder if it is absent. An infinite loss is written as ``null``."""
     content = {
         "identity": dict(identity),
         "generation": state.generation,
@@ -76,14 +78,15 @@ def save_state(path: Path, state: State, identity: Identity) -> None:
 
 
 def load_state(path: Path, identity: Identity, units: Sequence[Unit], budget: Budget, stages: int) -> State:
-    """Read what ``save_state`` wrote.
+    """Read a state that ``save_state`` wrote.
 
     Args:
-        identity: of the search that goes on.
-        units, budget, stages: of its problem: every individual must be one of its solutions.
+        path: the checkpoint.
+        identity: the identity of the search that continues.
+        units, budget, stages: the problem of the search; every individual in the file must solve it.
 
     Raises:
-        MspError: another search's; or an entry that no search writes, which the message names.
+        MspError: the file belongs to another search, or has an entry that no search writes; the message names it.
     """
     content = read_checkpoint(path, identity)
     try:
@@ -93,10 +96,10 @@ def load_state(path: Path, identity: Identity, units: Sequence[Unit], budget: Bu
 
 
 def read_checkpoint(path: Path, identity: Identity, *, partial: bool = False) -> Mapping[str, Any]:
-    """The content of the checkpoint of a search that has ``identity``, or has it as a ``partial`` one.
+    """The content of the checkpoint of the search with ``identity``; ``partial`` compares only the given entries.
 
     Raises:
-        MspError: it is damaged or of another search; the message names what differs.
+        MspError: the file is damaged or belongs to another search; the message names the differences.
     """
     try:
         content = table(read_json(path), "the file", ("identity",))
@@ -109,7 +112,7 @@ def read_checkpoint(path: Path, identity: Identity, *, partial: bool = False) ->
     except MspError as error:
         raise MspError(f"{path} is not a search checkpoint: {error}") from error
     differs = differences(identity, found, partial=partial)
-    # The first individuals follow from all the rest: they tell something only if that is the same.
+    # The first individuals follow from the other entries, so their difference matters only if the others agree.
     if differs := [difference for difference in differs if FIRST not in difference] or differs:
         raise MspError(f"{path} belongs to another search: {'; '.join(differs)}; start anew without resume")
     return content

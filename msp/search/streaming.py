@@ -1,4 +1,4 @@
-"""Runs candidates of a model that is not in memory as a whole: every block is loaded once for many of them."""
+"""Runs candidates of a model that does not fit in memory: every block is loaded once for many candidates."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from msp.search.candidates import RankedWeight, Ranks, precision, room_for_copie
 from msp.search.fitness import Job, Key
 
 Item = tuple[int, Key]
-"""A batch and the levels of all units, or of those up to some block."""
+"""The number of a batch, and the levels of all units or of the units up to some block."""
 
 
 class StoredRanks(MutableMapping[str, Ranks]):
-    """Rank codes in a folder, a file per linear; what is read of them are pages of the mapped file.
+    """Rank codes in a folder, with one file per linear, which is memory-mapped when it is read.
 
-    Setting a linear raises ``MspError`` where its file cannot be written, and names the file.
+    Raises:
+        MspError: the file of a linear cannot be written; the message names the file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,22 +68,23 @@ class StoredRanks(MutableMapping[str, Ranks]):
 
 
 class StreamingRunner:
-    """Runs jobs block by block; candidates that agree up to a block share what comes out of it.
+    """Runs jobs block by block; candidates with equal levels up to a block share the output of that block.
 
-    A candidate on a batch is an item. Items are taken in groups whose hidden states fit into ``hidden_bytes``, one at
-    least; each group loads every block once. At any time there are no more hidden states than items in the group, and
-    the one being computed: a state is let go with the last item that continues from it.
+    A candidate on a batch is an item. A group holds as many items as have hidden states that fit into ``hidden_bytes``,
+    and at least one. Each group loads every block once. A state is freed after the last item that continues from it, so
+    the number of states is at most the number of items in the group, plus the state that is being computed.
 
     Args:
-        gates: the model; not entered.
-        ranks: of the linears that units hold.
-        units: in order of depth.
-        reference: what they are measured against on all fitness tokens.
-        hidden_bytes: host memory for hidden states.
+        gates: the model; its context must not be entered.
+        ranks: the rank codes of the linears of the units.
+        units: the units, in order of depth.
+        reference: measures candidates on all fitness tokens.
+        hidden_bytes: the most bytes of hidden states in host memory.
+        progress: the progress display.
 
     Attributes:
-        loads: how often a block was loaded.
-        peak_bytes: the most that hidden states took.
+        loads: the number of times that a block was loaded.
+        peak_bytes: the most bytes that hidden states took.
     """
 
     def __init__(
@@ -142,9 +144,9 @@ class StreamingRunner:
     def _pass(
         self, block: Block, ranked: Mapping[str, RankedWeight], hidden: HiddenStates, items: Sequence[Item], before: int
     ) -> None:
-        """Bring ``items``, with levels up to ``block``, behind it from the ``before`` levels that lead up to it."""
+        """Run ``items``, with levels up to ``block``, through it; ``before`` levels belong to earlier blocks."""
         continued = Counter((batch, key[:before]) for batch, key in items)
-        # By this block's levels first: each of them is put into the linears once.
+        # The items are sorted by the levels of this block, so that each of its levels is applied once.
         for batch, key in sorted(items, key=lambda item: item[1][before:]):
             self._apply(ranked, key, before)
             parent = (block.index, batch, key[:before])
@@ -163,7 +165,7 @@ class StreamingRunner:
 
     @contextmanager
     def _ranked(self, block: Block) -> Iterator[dict[str, RankedWeight]]:
-        """``block`` on its device with ranked linears in it; their weights by name."""
+        """Within the context ``block`` is on its device with ranked linears; yields their weights by name."""
         linears = [linear for linear in block.linears if linear.name in self._ranks]
         with block.on(self._gates.device):
             self.loads += 1
@@ -179,7 +181,7 @@ class StreamingRunner:
             finally:
                 for linear in linears:
                     self._gates.structure.put(linear, [place.module for place in linear.places])
-                ranked.clear()  # whoever still has the dictionary must not keep a block beside the next one
+                ranked.clear()  # a caller that still holds the dictionary must not keep this block in memory
 
 
 def _on(ranks: Ranks, weight: Tensor) -> Ranks:

@@ -1,6 +1,6 @@
 """Packed models are written today as they were: manifest, and by its hashes every byte of every tensor.
 
-``python tests/formats/test_golden.py`` writes the golden manifests anew, which only a new format may ask for.
+``python tests/formats/test_golden_manifests.py`` writes the golden manifests anew, which only a new format may ask for.
 """
 
 from __future__ import annotations
