@@ -267,7 +267,7 @@ class Breaks:
 FAILURES = [
     (OSError(errno.ENOSPC, "No space left on device"), MspError),
     (KeyboardInterrupt(), KeyboardInterrupt),
-    (RuntimeError("unforeseen"), RuntimeError),
+    (RuntimeError("unforeseen"), MspError),  # tokenizers have no kind of error for a full disk
 ]
 
 
