@@ -76,7 +76,7 @@ class Workers:
         if self.address is not None:
             _, colon, port = self.address.rpartition(":")
             if colon and not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 1 << 16):
-                raise UsageError(f"the address of a cluster is auto or host:port, and {port[:20]!r} is no port")
+                raise UsageError(f"{self.address[:60]!r} is no address of a cluster: write auto or host:port")
         if importlib.util.find_spec("ray") is None:
             raise UsageError("workers need the ray library: pip install 'mixed-sparsity-pruning[ray]'")
 
