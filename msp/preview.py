@@ -90,11 +90,12 @@ def fitting(model: Any, settings: PruneOptions, *, may_stream: bool) -> PruneOpt
     Raises:
         MspError: the streamed model does not fit either; the message gives the needed and the free bytes.
     """
-    if not isinstance(model, (str, Path)) or settings.dequantise or find_device(settings.device).type != "cpu":
+    is_here = isinstance(model, (str, Path)) and Path(model).is_dir()  # nothing is fetched for a look
+    if not is_here or settings.dequantise or find_device(settings.device).type != "cpu":
         return settings
     try:
-        sizes = [file.stat().st_size for file in tensor_files(Path(model))] if Path(model).is_dir() else []
-        if sizes and available() > AMPLE + 4 * sum(sizes):
+        sizes = [file.stat().st_size for file in tensor_files(Path(model))]
+        if available() > AMPLE + 4 * sum(sizes):
             return settings
         needed, room = _needed(model, settings), available()
     except MspError:  # the run raises the same error
