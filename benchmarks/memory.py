@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from msp.host_memory import peak  # without torch
+
 RESULTS = Path(__file__).resolve().parent / "results"
 RUNS = (
     ("uniform", "wanda", 1024),
@@ -32,14 +34,6 @@ RUNS = (
 
 # The packed model that the first of them writes is measured by the second.
 VOCABULARY_RUNS = ("prune", "evaluate packed", "evaluate dense")
-
-
-def peak() -> int:
-    """The most that this process had in memory; ``ru_maxrss`` may be that of the process which began it."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("no VmHWM in /proc/self/status")
 
 
 def measured(model: Path | str, **options: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import resource
 import sys
 import time
 import warnings
@@ -24,7 +23,7 @@ from msp.errors import MspError, UsageError
 from msp.evaluate import DenseReference, Quality, Reference, Sums, perplexity
 from msp.files import name_alone
 from msp.finite import check_figures
-from msp.host_memory import give_back
+from msp.host_memory import give_back, peak
 from msp.loading import (
     check_dtype,
     find_device,
@@ -192,7 +191,7 @@ def _prune(
         kl=quality.kl,
         bytes=bytes_,
         seconds=clock.seconds,
-        peak_memory=_peak_memory(),
+        peak_memory=peak(),
         history=[asdict(step) for step in found.history],
         sensitivities=bench.traces,
         recipe=recipe,
@@ -289,7 +288,7 @@ def _search_all(
             bytes=opened.bytes_of(allocation),
             loss=loss,
             seconds=dict(clock.seconds),
-            peak_memory=_peak_memory(),
+            peak_memory=peak(),
             history=[asdict(step) for step in found.history],
             sensitivities=bench.traces,
             recipe=_recipe(each, opened, bench, plan, found),
@@ -581,8 +580,3 @@ def _recipe(options: PruneOptions, opened: Opened, bench: Workbench, plan: Plan,
         else None,
         "versions": versions,
     }
-
-
-def _peak_memory() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from msp.errors import MspError, UsageError
-from msp.footprint import Footprint, available, predict, resident
+from msp.footprint import Footprint, predict
+from msp.host_memory import available, resident
 from msp.loading import find_device
 from msp.opened import Opened, open_skeleton, window_of
 from msp.packed_files import tensor_files

@@ -18,11 +18,12 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import msp
-from msp import footprint, pipeline, preview
+from msp import footprint, host_memory, pipeline, preview
 from msp.cli import app
 from msp.data import save_tokens
 from msp.errors import MspError, UsageError
-from msp.footprint import available, hidden_bytes
+from msp.footprint import hidden_bytes
+from msp.host_memory import available
 from msp.loading import load_model
 from msp.opened import open_model
 from msp.ops import PackedWeight
@@ -123,7 +124,7 @@ def test_what_cannot_be_streamed_says_so(text: str, tmp_path: Path, monkeypatch:
 
 def test_a_limit_of_the_process_counts() -> None:
     script = (
-        "import resource; from msp.footprint import available; before = available();"
+        "import resource; from msp.host_memory import available; before = available();"
         "hard = resource.getrlimit(resource.RLIMIT_AS)[1];"
         "used = int(next(l for l in open('/proc/self/status') if l.startswith('VmSize')).split()[1]) * 1024;"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 50_000_000, hard)); print(before, available())"
@@ -148,7 +149,7 @@ def test_control_groups_count_with_those_that_hold_them(version: int, tmp_path: 
         (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {cache}\n")
     groups = tmp_path / "groups"
     groups.write_text("7:memory:/outer/inner\n1:cpu:/outer\n" if version == 1 else "0::/outer/inner\n")
-    assert footprint._rooms_of_groups(groups, root) == [500]
+    assert host_memory._rooms_of_groups(groups, root) == [500]
 
 
 def test_hidden_states_take_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +164,7 @@ def test_hidden_states_take_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPa
 
 def test_what_is_free_is_less_than_the_machine_has() -> None:
     assert 0 < available() < 1 << 50
-    assert resource.getpagesize() <= footprint.resident() < available() + (1 << 40)
+    assert resource.getpagesize() <= host_memory.resident() < available() + (1 << 40)
 
 
 def test_statistics_of_a_block_go_before_the_next_ones_come(tmp_path: Path) -> None:
@@ -212,3 +213,12 @@ def test_no_more_memory_is_told_as_such(error: Exception, tmp_path: Path, monkey
     found = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--evaluate", str(tmp_path / "text.txt")])
     assert found.exit_code == 1
     assert "the memory does not suffice" in found.output and "--dry-run" in found.output
+
+
+def test_the_peak_is_that_of_this_program_and_not_of_the_one_that_started_it() -> None:
+    child = "from msp.host_memory import peak, resident; print(peak(), resident())"
+    held = "held = bytearray(b'x') * 600_000_000"
+    script = f"import subprocess, sys; {held}; subprocess.run([sys.executable, '-c', {child!r}])"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    most, now = map(int, done.stdout.split())
+    assert now <= most + (1 << 20) and most < 400_000_000

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
@@ -42,7 +43,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Values:
+class Values(ABC):
     """How kept weights are written.
 
     A way of its own derives from this class, and is found by its word after ``register_values``.
@@ -53,11 +54,11 @@ class Values:
 
     @classmethod
     def parse(cls, word: str) -> Values | None:
-        """What ``word``, such as ``int8/64``, says; None for a word of another class."""
-        raise NotImplementedError
+        """The values that ``word``, such as ``int8/64``, names; None if it is a word of another class."""
+        return None
 
-    def __str__(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def __str__(self) -> str: ...
 
     @property
     def is_built(self) -> bool:
@@ -66,10 +67,11 @@ class Values:
 
     def check(self, support: NMPattern | None, columns: int | None = None) -> None:
         """Raise ``MspError`` if weights of ``support`` cannot be written so, in a row of ``columns``."""
+        return None  # by default all can
 
+    @abstractmethod
     def parts(self, rows: int, columns: int, kept: int) -> dict[str, Part]:
         """The tensors of ``kept`` weights in each of ``rows`` rows, which have ``columns`` when dense."""
-        raise NotImplementedError
 
     def encode(self, values: Tensor, columns: int) -> dict[str, Tensor]:
         """The tensors of ``parts`` from the kept weights ``[R, kept]`` in column order.
@@ -77,11 +79,15 @@ class Values:
         Raises:
             MspError: weights that cannot be written so.
         """
-        raise NotImplementedError
+        raise MspError(f"weights cannot be written as {self} yet")
 
     def decode(self, parts: Mapping[str, Tensor], columns: int) -> Tensor:
-        """The kept weights ``[R, kept]`` in float32, from the tensors of ``parts``."""
-        raise NotImplementedError
+        """The kept weights ``[R, kept]`` in float32, from the tensors of ``parts``.
+
+        Raises:
+            MspError: weights that were written so cannot be read.
+        """
+        raise MspError(f"weights written as {self} cannot be read yet")
 
 
 @dataclass(frozen=True)
