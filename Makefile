@@ -25,16 +25,17 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 build: $(INSTALLED) ## make .venv and the compiled modules (the other targets do so themselves)
 
 demo: $(INSTALLED) ## train a small model, prune it two ways, compare, generate: minutes, nothing downloaded
-	$(BIN)/python -m msp.demo
+	$(BIN)/python -m msp.cli.demo
 
 test: $(INSTALLED) ## the whole test suite; ARGS="tests/ops -k select" for less
 	$(BIN)/python -m pytest $(ARGS)
 
 # One file or more of every room, none that builds, kills or waits.
-DAILY := $(addprefix tests/, test_patterns.py test_levels.py test_plan.py test_model.py test_data.py test_recipe.py \
-    test_reading.py test_report.py test_docs.py test_doc_references.py test_papers.py test_sparse_linear.py test_cli.py \
-    pruners/test_registry.py pruners/test_masks.py allocators/test_controls.py search/test_evolution.py \
-    search/test_constants.py ops/test_dispatch.py ops/test_packed.py ops/test_nm_select.py ops/test_nm_rank.py)
+DAILY := $(addprefix tests/, formats/test_patterns.py plan/test_levels.py plan/test_plan.py plan/test_recipe.py \
+    models/test_model.py text/test_data.py base/test_reading.py show/test_report.py packed/test_sparse_linear.py \
+    test_docs.py test_doc_references.py test_papers.py cli/test_cli.py pruners/test_registry.py pruners/test_masks.py \
+    allocators/test_controls.py engine/test_evolution.py engine/test_constants.py \
+    ops/test_dispatch.py ops/test_packed.py ops/test_nm_select.py ops/test_nm_rank.py)
 .PHONY: check
 check: lint types ## for every day, a minute: lint, types and the quick tests of every room
 	$(BIN)/python -m pytest -q $(DAILY) -k "not compiles" $(ARGS)
@@ -69,7 +70,7 @@ sanitized: $(INSTALLED)
 
 sanitize: sanitized ## the C++ kernels under the address, undefined-behaviour and thread sanitizers
 	cd $(SANITIZED) && $(PRELOADED) ../../$(BIN)/python -c 'import msp._cpu as m; assert "$(SANITIZED)" in m.__file__, m'
-	$(PRELOADED) $(BIN)/pytest --noconftest --import-mode=importlib -p no:cacheprovider -p isas tests/test_native*.py
+	$(PRELOADED) $(BIN)/pytest --noconftest --import-mode=importlib -p no:cacheprovider -p isas tests/native/test_native*.py
 	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -pthread -Icsrc tests/native/parallel_stress.cpp csrc/cpu/parallel.cpp \
 	    -o $(SANITIZED)/parallel_stress
 	$(SANITIZED)/parallel_stress

@@ -40,10 +40,10 @@ TESTS = [
         "ops/test_packed",
         "ops/test_nm_keep",
         "build/test_triton_compile",
-        "test_checkpoint",
-        "test_cli",
-        "test_stored_dtypes",
-        "test_transformers",
+        "packed/test_checkpoint",
+        "cli/test_cli",
+        "models/test_stored_dtypes",
+        "packed/test_transformers",
     )
 ]
 # what the tests import beside msp's own dependencies

@@ -94,8 +94,8 @@ def run(name: str) -> dict[str, Any]:
     import transformers
 
     import msp
-    from msp.data import save_tokens
-    from msp.model import find_structure
+    from msp.models.structure import find_structure
+    from msp.text.token_sets import save_tokens
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

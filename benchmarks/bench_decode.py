@@ -38,10 +38,10 @@ def make(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from msp.allocators import Problem, get_allocator
-    from msp.checkpoint import replace_linears, save_packed
-    from msp.model import find_structure
+    from msp.models.structure import find_structure
     from msp.ops import nm_select
-    from msp.plan import Goal, PatternRules, make_plan
+    from msp.packed.checkpoint import replace_linears, save_packed
+    from msp.plan.plans import Goal, PatternRules, make_plan
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=torch.bfloat16)
@@ -143,7 +143,7 @@ def main() -> None:
     import torch
     import transformers  # noqa: F401
 
-    import msp.integrations.transformers  # noqa: F401
+    import msp.packed.hf_quantizer  # noqa: F401
 
     torch.ones(1)
     before = resident_bytes()

@@ -11,8 +11,8 @@ import pytest
 import torch
 from runner import measure, native_peers
 
+from msp.formats.patterns import NMPattern
 from msp.ops import PackedWeight, force_backend, nm_linear, nm_select
-from msp.patterns import NMPattern
 
 ROWS = COLUMNS = 4096
 # more than the last cache of any machine this is likely to run on would keep between two uses

@@ -10,8 +10,8 @@ import torch
 from runner import measure
 from torch import Tensor
 
+from msp.formats.patterns import NMPattern
 from msp.ops import force_backend, nm_keep, nm_rank, nm_select
-from msp.patterns import NMPattern
 
 PATTERN = NMPattern(2, 8)
 # more than the last cache of any machine this is likely to run on would keep between two uses

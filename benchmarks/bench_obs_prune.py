@@ -8,9 +8,9 @@ from runner import measure, products_from_registers
 from sparsegpt import BLOCK, error_where_the_choice_agrees, make, published
 from torch import Tensor
 
+from msp.formats.patterns import NMPattern
 from msp.ops import force_backend, obs_prune
 from msp.ops.obs_prune import op, reference
-from msp.patterns import NMPattern
 
 
 @pytest.mark.parametrize(("size", "pattern"), [(1024, "2:8"), (1024, "2:4"), (1024, "8:32"), (4096, "2:8")])

@@ -24,17 +24,17 @@ from runner import seconds_of, take_turns
 
 from msp.allocators import Allocated, SearchSettings, get_allocator
 from msp.allocators.evolution import search
-from msp.as_loaded import FLOAT32
-from msp.data import TokenSets
-from msp.evaluate import DenseReference
-from msp.loading import load_model
-from msp.model import find_structure
-from msp.plan import Goal, PatternRules, make_plan
-from msp.progress import NoProgress
+from msp.base.progress import NoProgress
+from msp.engine.candidates import CandidateModel, LocalRunner, forward_in_bf16
+from msp.engine.evolution import EvolutionOptions
+from msp.evidence.evaluate import DenseReference
+from msp.models.as_loaded import FLOAT32
+from msp.models.loading import load_model
+from msp.models.structure import find_structure
+from msp.plan.plans import Goal, PatternRules, make_plan
 from msp.pruners import get_pruner
-from msp.search.candidates import CandidateModel, LocalRunner, forward_in_bf16
-from msp.search.evolution import EvolutionOptions
-from msp.workbench import Workbench
+from msp.session.workbench import Workbench
+from msp.text.token_sets import TokenSets
 
 # Large enough that its matrix products look like those of a large model.
 SHAPE = {

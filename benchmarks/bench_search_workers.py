@@ -15,14 +15,14 @@ import torch
 from runner import ROOT, measure
 
 from msp import ops
-from msp.evaluate import DenseReference
-from msp.loading import load_model
-from msp.model import find_structure
-from msp.patterns import Unit
-from msp.progress import NoProgress
-from msp.search.distributed import Workers, ray_runner
-from msp.search.fitness import Job
-from msp.search.runners import Setting
+from msp.base.progress import NoProgress
+from msp.engine.distributed import Workers, ray_runner
+from msp.engine.fitness import Job
+from msp.engine.runners import Setting
+from msp.evidence.evaluate import DenseReference
+from msp.models.loading import load_model
+from msp.models.structure import find_structure
+from msp.plan.budget import Unit
 
 MODEL = Path(os.environ.get("MSP_SHARED", ROOT.parent / "shared")) / "models" / "wiki6m"
 GROUP, CANDIDATES, WINDOW, WINDOWS = 8, 8, 256, 8

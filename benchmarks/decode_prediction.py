@@ -24,13 +24,13 @@ from runner import machine
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from msp.allocators import Problem, get_allocator
-from msp.checkpoint import replace_linears
-from msp.files import write_text
+from msp.base.files import write_text
+from msp.evidence.measure import measure_decode
 from msp.formats.storage import DENSE
-from msp.measure import measure_decode
-from msp.model import find_structure
+from msp.models.structure import find_structure
 from msp.ops import nm_select
-from msp.plan import Goal, PatternRules, make_plan
+from msp.packed.checkpoint import replace_linears
+from msp.plan.plans import Goal, PatternRules, make_plan
 
 RESULTS = Path(__file__).resolve().parent / "results" / "decode-prediction.json"
 SHAPE = {

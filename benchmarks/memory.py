@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from msp.host_memory import peak  # without torch
+from msp.base.host_memory import peak  # without torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RUNS = (
@@ -38,10 +38,10 @@ VOCABULARY_RUNS = ("prune", "evaluate packed", "evaluate dense")
 
 def measured(model: Path | str, **options: Any) -> dict[str, Any]:
     """``prune`` with ``options`` beside what ``dry_run`` says of it; run in this process."""
-    import msp.pipeline
+    import msp.verbs.pipeline
 
     options |= {"device": "cpu"}
-    expected = msp.pipeline.dry_run(model, **options)
+    expected = msp.verbs.pipeline.dry_run(model, **options)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         result = msp.prune(model, output=Path(folder) / "packed", **options)
@@ -71,7 +71,7 @@ def run_real(what: str, model: str, calibration: str, evaluate: str) -> dict[str
 
 def run_vocabulary(what: str, model: str, text: str, folder: Path) -> dict[str, Any]:
     """One run on 8,192 test tokens in windows of 512, in this process."""
-    import msp.pipeline
+    import msp.verbs.pipeline
 
     record: dict[str, Any] = {"run": what, "test_tokens": 8192, "base": peak()}
     options: dict[str, Any] = {"evaluate": text, "window": 512, "test_tokens": 8192, "device": "cpu"}
@@ -92,7 +92,7 @@ def run_vocabulary(what: str, model: str, text: str, folder: Path) -> dict[str, 
         figures = {"kl": result.kl, "perplexity": result.perplexity["pruned"]}
     else:
         packed_or_dense = folder / "packed" if what == "evaluate packed" else model
-        found = msp.pipeline.evaluate(packed_or_dense, reference=model, **options)
+        found = msp.verbs.pipeline.evaluate(packed_or_dense, reference=model, **options)
         figures = {name: found[name] for name in ("kl", "perplexity")}
     return record | figures | {"seconds": round(time.perf_counter() - start, 1), "peak": peak()}
 
@@ -102,7 +102,7 @@ def make(folder: Path, layers: int, hidden: int) -> int:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from msp.data import save_tokens
+    from msp.text.token_sets import save_tokens
 
     config = LlamaConfig(
         hidden_size=hidden,
@@ -170,7 +170,7 @@ def main() -> None:
             records = [in_own_process("--run", what, pruner, str(tokens), name) for what, pruner, tokens in RUNS]
     output = options.output or RESULTS / file
     output.parent.mkdir(parents=True, exist_ok=True)
-    from msp.files import write_text  # not before: it takes memory
+    from msp.base.files import write_text  # not before: it takes memory
 
     write_text(output, json.dumps(content | {"runs": records}, indent=2) + "\n")
 

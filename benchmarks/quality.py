@@ -43,7 +43,7 @@ def missing(cells: Sequence[Cell], results: Path, search_tokens: int | None = No
 def measure_to_file(cell: Cell, made_by: str, results: Path, work: Path, search_tokens: int | None) -> dict[str, Any]:
     row = {"commit": made_by, **measure(cell, work, search_tokens)}
     path = results / f"{cell.name}.json"
-    from msp.files import write_text  # not before: the parent of the workers needs no torch
+    from msp.base.files import write_text  # not before: the parent of the workers needs no torch
 
     write_text(path, json.dumps(row, indent=1) + "\n")
     return row

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
-    from msp.data import TokenSets
-    from msp.loading import LoadedModel
-    from msp.progress import Advance
+    from msp.base.progress import Advance
+    from msp.models.loading import LoadedModel
+    from msp.text.token_sets import TokenSets
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("MSP_SHARED", ROOT.parent / "shared"))
@@ -174,7 +174,7 @@ class CpuClock:
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
-        from msp.files import write_text
+        from msp.base.files import write_text
 
         start = time.process_time()
         if name == "Search" and self._spent.exists():
@@ -249,7 +249,7 @@ def _variant(name: str, changed: dict[str, Any]) -> str:
     """Our search with some options ``changed``, as an allocator that has a name."""
     from msp.allocators import Allocated, Problem, get_allocator, register_allocator
     from msp.allocators.evolution import fisher_seeds, search
-    from msp.search.evolution import EvolutionOptions
+    from msp.engine.evolution import EvolutionOptions
 
     label = f"{OURS}, {name}"
     starts = changed.pop("seeds", None)
@@ -288,10 +288,10 @@ def _reference(cell: Cell, setting: dict[str, Any]) -> dict[str, Any]:
     """The dense model, or its weight-only quantisation, on the same test tokens."""
     import torch
 
-    from msp.evaluate import DenseReference
-    from msp.loading import load_model
-    from msp.model import find_structure
-    from msp.workbench import batch_size
+    from msp.evidence.evaluate import DenseReference
+    from msp.models.loading import load_model
+    from msp.models.structure import find_structure
+    from msp.session.workbench import batch_size
 
     device = torch.device("cpu")
     loaded = load_model(SHARED / setting["path"], device=device)
@@ -312,7 +312,7 @@ def token_sets(loaded: LoadedModel, setting: dict[str, Any]) -> TokenSets:
     """The tokens that `prune` would draw, without what is added to those of a search."""
     import tempfile
 
-    from msp.data import make_token_sets
+    from msp.text.token_sets import make_token_sets
 
     with tempfile.TemporaryDirectory() as folder:
         return make_token_sets(

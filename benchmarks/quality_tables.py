@@ -257,8 +257,8 @@ def picture(results: Results, path: Path) -> None:
     """KL and perplexity against packed bytes: a line for each allocator, quantisation of the dense model as points."""
     from matplotlib.figure import Figure
 
-    from msp.files import replacing
-    from msp.pictures import COLOURS, DPI, MARKERS
+    from msp.base.files import replacing
+    from msp.show.pictures import COLOURS, DPI, MARKERS
 
     figure = Figure(figsize=(11, 8), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey="col")

@@ -26,14 +26,14 @@ from runner import commit
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
-from msp.checkpoint import replace_linears, save_packed
-from msp.finite import check_finite, named_tensors
-from msp.hashes import Hashing
+from msp.base.finite import check_finite, named_tensors
+from msp.base.hashes import Hashing
+from msp.base.safetensors_files import read_headers, tensor_files
+from msp.formats.patterns import NMPattern
+from msp.formats.positions import check_positions
 from msp.ops import nm_select
-from msp.ops._positions import check_positions
-from msp.packed_files import read_headers, tensor_files
-from msp.patterns import NMPattern
-from msp.sparse_linear import SparseLinear
+from msp.packed.checkpoint import replace_linears, save_packed
+from msp.packed.sparse_linear import SparseLinear
 
 RESULTS = Path(__file__).resolve().parent / "results" / "reading.json"
 

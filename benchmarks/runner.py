@@ -248,7 +248,7 @@ def machine_name(processor: str) -> str:
 
 def save(where: dict[str, Any], entries: list[dict[str, Any]]) -> None:
     """Write the results files of this machine and day, and the pages' tables from the newest of every machine."""
-    from msp.files import write_text
+    from msp.base.files import write_text
 
     for kind, wanted in (("cpu", False), ("search", True)):
         mine = [row for row in entries if ("candidates_per_second" in row) == wanted]
@@ -261,7 +261,7 @@ def save(where: dict[str, Any], entries: list[dict[str, Any]]) -> None:
 
 def write_table(page: Path, name: str, text: str) -> None:
     """Put ``text`` between the comments of a Markdown page that name the table."""
-    from msp.files import write_text
+    from msp.base.files import write_text
 
     start, end = f"<!-- table:{name} -->\n", f"<!-- /table:{name} -->"
     before, rest = page.read_text(encoding="utf-8").split(start, 1)

@@ -18,7 +18,7 @@ from math import ceil, prod
 from runner import ROOT, write_table
 
 from msp.allocators.evolution import EvolutionOptions
-from msp.search.evolution import MOVES
+from msp.engine.evolution import MOVES
 
 GB = 1e9
 VALUE, RANK = 2, 1  # bytes of a weight in bf16, of its rank code

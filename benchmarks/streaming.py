@@ -68,8 +68,8 @@ class Peaks(threading.Thread):
 
 def run(verb: str, stream: bool, limit: int, folder: Path) -> dict[str, Any]:
     """One search, or one pruning to 2:8, in this process."""
-    import msp.pipeline
-    from msp.search.streaming import StreamingRunner
+    import msp.verbs.pipeline
+    from msp.engine.streaming import StreamingRunner
 
     runners: list[StreamingRunner] = []
     measure = StreamingRunner.run
@@ -90,7 +90,7 @@ def run(verb: str, stream: bool, limit: int, folder: Path) -> dict[str, Any]:
         options |= {"allocation": folder / "recipe.yaml", "output": folder / f"packed-{stream}"}
     found: Any
     try:
-        found = getattr(msp.pipeline, verb)(folder / "model", **options)
+        found = getattr(msp.verbs.pipeline, verb)(folder / "model", **options)
     except (MemoryError, RuntimeError, msp.MspError) as error:
         return record | {"failed": str(error).splitlines()[0][:200]}
     record |= {"seconds": time.perf_counter() - start, "peak": peaks.seen}
@@ -107,7 +107,7 @@ def make(folder: Path, layers: int, hidden: int) -> int:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from msp.data import save_tokens
+    from msp.text.token_sets import save_tokens
 
     config = LlamaConfig(
         hidden_size=hidden,
@@ -168,7 +168,7 @@ def main() -> None:
         options.verb: OPTIONS[options.verb],
         "runs": runs,
     }
-    from msp.files import write_text  # not before: it takes memory
+    from msp.base.files import write_text  # not before: it takes memory
 
     write_text(RESULTS / FILES[options.verb], json.dumps(content, indent=2) + "\n")
 

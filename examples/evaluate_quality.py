@@ -5,7 +5,7 @@ python examples/evaluate_quality.py model-75 test.txt --reference MODEL
 
 import argparse
 
-from msp.pipeline import evaluate
+from msp.verbs.pipeline import evaluate
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", help="directory of a packed or a dense model")

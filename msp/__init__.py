@@ -8,46 +8,47 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from msp.base.namesake import warn_of_namesake
 from msp.integrations import register_with_peft, register_with_transformers
-from msp.namesake import warn_of_namesake
 
 if TYPE_CHECKING:
-    from msp.checkpoint import replace_linears, save_packed
-    from msp.dense import export_dense
     from msp.errors import MspError, UsageError
-    from msp.loading import load_model
-    from msp.packed_files import PackedInfo, read_info, validate_packed
-    from msp.pareto_curve import pareto
-    from msp.patterns import Allocation, Budget, NMPattern
-    from msp.pipeline import compare, prune
-    from msp.results import CompareResult, ParetoResult, PruneResult, SearchResult
-    from msp.sparse_linear import SparseLinear, fast_decode, fast_prefill
+    from msp.formats.patterns import Allocation, NMPattern
+    from msp.models.loading import load_model
+    from msp.packed.checkpoint import replace_linears, save_packed
+    from msp.packed.dense import export_dense
+    from msp.packed.info import PackedInfo, read_info, validate_packed
+    from msp.packed.sparse_linear import SparseLinear, fast_decode, fast_prefill
+    from msp.plan.budget import Budget
+    from msp.session.results import CompareResult, ParetoResult, PruneResult, SearchResult
+    from msp.verbs.pareto_curve import pareto
+    from msp.verbs.pipeline import compare, prune
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Allocation": "msp.patterns",
-    "Budget": "msp.patterns",
-    "CompareResult": "msp.results",
+    "Allocation": "msp.formats.patterns",
+    "Budget": "msp.plan.budget",
+    "CompareResult": "msp.session.results",
     "MspError": "msp.errors",
-    "NMPattern": "msp.patterns",
-    "PackedInfo": "msp.packed_files",
-    "ParetoResult": "msp.results",
-    "PruneResult": "msp.results",
-    "SearchResult": "msp.results",
-    "SparseLinear": "msp.sparse_linear",
+    "NMPattern": "msp.formats.patterns",
+    "PackedInfo": "msp.packed.info",
+    "ParetoResult": "msp.session.results",
+    "PruneResult": "msp.session.results",
+    "SearchResult": "msp.session.results",
+    "SparseLinear": "msp.packed.sparse_linear",
     "UsageError": "msp.errors",
-    "compare": "msp.pipeline",
-    "export_dense": "msp.dense",
-    "fast_decode": "msp.sparse_linear",
-    "fast_prefill": "msp.sparse_linear",
-    "load_model": "msp.loading",
-    "pareto": "msp.pareto_curve",
-    "prune": "msp.pipeline",
-    "read_info": "msp.packed_files",
-    "replace_linears": "msp.checkpoint",
-    "save_packed": "msp.checkpoint",
-    "validate_packed": "msp.packed_files",
+    "compare": "msp.verbs.pipeline",
+    "export_dense": "msp.packed.dense",
+    "fast_decode": "msp.packed.sparse_linear",
+    "fast_prefill": "msp.packed.sparse_linear",
+    "load_model": "msp.models.loading",
+    "pareto": "msp.verbs.pareto_curve",
+    "prune": "msp.verbs.pipeline",
+    "read_info": "msp.packed.info",
+    "replace_linears": "msp.packed.checkpoint",
+    "save_packed": "msp.packed.checkpoint",
+    "validate_packed": "msp.packed.info",
 }
 
 __all__ = [

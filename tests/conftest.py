@@ -27,7 +27,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A file of random tokens for the models of ``families``."""
     from families import VOCABULARY
 
-    from msp.data import save_tokens
+    from msp.text.token_sets import save_tokens
 
     path = tmp_path_factory.mktemp("text") / "tokens.safetensors"
     save_tokens(torch.randint(0, VOCABULARY, (4096,), generator=torch.Generator().manual_seed(7)), path)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from msp.patterns import Budget, Unit
-from msp.search.state import State, Step
+from msp.engine.state import State, Step
+from msp.plan.budget import Budget, Unit
 
 UNITS = [Unit(f"u{i}", (f"u{i}",), 64 * (1 + i % 3), 8, i // 2, "k") for i in range(6)]
 BUDGET = Budget.for_units(UNITS, sum(unit.weights for unit in UNITS) // 2)

@@ -16,10 +16,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from msp.checkpoint import replace_linears
-from msp.model import find_structure
+from msp.formats.patterns import NMPattern
+from msp.models.structure import find_structure
 from msp.ops import PackedWeight, nm_select
-from msp.patterns import NMPattern
+from msp.packed.checkpoint import replace_linears
 
 VOCABULARY = 96
 # Token sets that a pipeline gets through in a moment.

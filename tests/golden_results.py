@@ -34,14 +34,15 @@ from transformers import __version__ as transformers_version
 
 import msp
 from msp.allocators import allocator_names
-from msp.data import save_tokens
-from msp.hashes import hash_tensor
+from msp.base.hashes import hash_tensor
+from msp.base.safetensors_files import read_headers, tensor_files
+from msp.engine import candidates
+from msp.formats.patterns import NMPattern
 from msp.ops import nm_rank
-from msp.packed_files import read_headers, tensor_files, validate_packed
-from msp.patterns import NMPattern
-from msp.pipeline import search
+from msp.packed.info import validate_packed
 from msp.pruners import LinearStatistics, get_pruner, pruner_names
-from msp.search import candidates
+from msp.text.token_sets import save_tokens
+from msp.verbs.pipeline import search
 
 GOLDEN = Path(__file__).parent / "golden"
 FILE = GOLDEN / "results.json"

@@ -19,7 +19,7 @@ from families import save, save_text, shared, shared_model
 from killing import bytes_below, run_and_kill, run_once
 from safetensors.torch import load_file
 
-from msp.outputs import MARK
+from msp.base.outputs import MARK
 
 LARGE = os.environ.get("MSP_DETERMINISM") == "large"
 KILLS = 8 if LARGE else 2

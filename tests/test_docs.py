@@ -19,16 +19,16 @@ from transformers import AutoModelForCausalLM
 from verbs import SMALL as VERB_SIZES
 from verbs import msp_run, one_object
 
-import msp.pipeline
+import msp.verbs.pipeline
 from msp.allocators import base as allocators
-from msp.checkpoint import replace_linears, save_packed
 from msp.cli import app
 from msp.errors import UsageError
 from msp.formats import storage
-from msp.model import find_structure
+from msp.formats.patterns import NMPattern
+from msp.models.structure import find_structure
 from msp.ops import _dispatch, available_backends, force_backend, last_backend, nm_select, quantise_values
-from msp.packed_files import read_info, validate_packed
-from msp.patterns import NMPattern
+from msp.packed.checkpoint import replace_linears, save_packed
+from msp.packed.info import read_info, validate_packed
 from msp.pruners import base
 
 
@@ -64,8 +64,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("document", ["README.md", "docs/guide.md"])
 def test_the_python_examples_run(document: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    prune = functools.partial(msp.pipeline.prune, **SMALL, evaluations=16)
-    monkeypatch.setattr(msp.pipeline, "prune", prune)
+    prune = functools.partial(msp.verbs.pipeline.prune, **SMALL, evaluations=16)
+    monkeypatch.setattr(msp.verbs.pipeline, "prune", prune)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
     for code in blocks:

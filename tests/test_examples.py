@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 import msp
 from msp.allocators import base as allocators
-from msp.checkpoint import save_packed
+from msp.packed.checkpoint import save_packed
 from msp.pruners import base as pruners
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ from typing import Any
 import golden_results
 import pytest
 
-from msp.packed_files import validate_packed
+from msp.packed.info import validate_packed
 
 GOLDEN: dict[str, Any] = json.loads(golden_results.FILE.read_text(encoding="utf-8"))
 

@@ -1,16 +1,18 @@
-"""Imports run downwards only, so every module can be the first one that a program imports."""
+"""Imports run downwards only, in the order of the rooms in CONTRIBUTING.md."""
 
 from __future__ import annotations
 
 import ast
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import msp
 
+ROOT = Path(__file__).resolve().parents[1]
 # Forked from a process that has what they all import, since that is what takes long.
 IMPORT_EACH = """
 import importlib, os, sys
@@ -30,11 +32,50 @@ for name in sys.argv[1:]:
 
 def test_every_module_can_be_imported_first() -> None:
     names = [module.name for module in pkgutil.walk_packages(msp.__path__, "msp.") if "__main__" not in module.name]
-    assert {"msp.search.evolution", "msp.allocators.base"} <= set(names)
+    assert {"msp.engine.evolution", "msp.allocators.base"} <= set(names)
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", IMPORT_EACH, *names]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=600)
     assert done.stdout == ""
+
+
+def rooms() -> list[str]:
+    """The rooms of the table in CONTRIBUTING.md, the lowest first."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    return re.findall(r"^\| `msp/(\w+)/` \|", text, re.MULTILINE)[::-1]
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of msp that a file imports anywhere, in functions and for types too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} imports from a relative module"
+            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.startswith("msp.")}
+
+
+def upward(order: list[str], room: str, modules: set[str]) -> list[str]:
+    """The modules that a file of ``room`` must not import."""
+    above = set(order[order.index(room) + 1 :]) if room else set(order)
+    return sorted(module for module in modules if module.split(".")[1] in above)
+
+
+def test_a_room_imports_only_from_those_below_it() -> None:
+    order = rooms()
+    folders = {path.parent.name for path in (ROOT / "msp").glob("*/__init__.py") if not path.parent.is_symlink()}
+    assert folders - {"triton_kernels"} == set(order)
+    assert upward(order, "base", {"msp.base.files", "msp.verbs.pipeline"}) == ["msp.verbs.pipeline"]
+    wrong = {
+        f"{room}/{path.name}": found
+        for room in order
+        for path in (ROOT / "msp" / room).rglob("*.py")
+        if (found := upward(order, room, imported(path)))
+    }
+    assert not wrong
+    assert not upward(order, "", imported(ROOT / "msp" / "errors.py"))
 
 
 def test_no_test_imports_another() -> None:

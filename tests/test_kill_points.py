@@ -17,12 +17,12 @@ from folders import contents, listing
 from kill_points import killed_at_every_step
 from verbs import SMALL
 
-from msp import staging
-from msp.checkpoint import save_packed
+from msp.base import staging
+from msp.base.files import replacing, write_text
+from msp.base.outputs import MARK, new_folder, write_results
 from msp.cli.running import running
-from msp.files import replacing, write_text
-from msp.outputs import MARK, new_folder, write_results
-from msp.packed_files import validate_packed
+from msp.packed.checkpoint import save_packed
+from msp.packed.info import validate_packed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 

@@ -17,9 +17,9 @@ from torture.__main__ import KINDS
 from torture.formats import SAME, Format
 from torture.harness import Report, forked
 
-from msp import staging
+from msp.base import staging
+from msp.base.reading import read_json
 from msp.errors import MspError
-from msp.reading import read_json
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),

@@ -20,11 +20,11 @@ import torch
 
 from gpu.runner import Context, Measured, Planned, relative_error
 from msp.allocators import Problem, get_allocator
-from msp.checkpoint import replace_linears
-from msp.model import find_structure
+from msp.models.structure import find_structure
 from msp.ops import force_backend, nm_select
-from msp.plan import Goal, PatternRules, make_plan
-from msp.sparse_linear import SparseLinear, fast_decode
+from msp.packed.checkpoint import replace_linears
+from msp.packed.sparse_linear import SparseLinear, fast_decode
+from msp.plan.plans import Goal, PatternRules, make_plan
 
 LLAMA_2_7B = {
     "hidden_size": 4096,

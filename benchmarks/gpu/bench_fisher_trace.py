@@ -13,10 +13,10 @@ from torch import Tensor
 
 from gpu.bench_fisher_diag import SHAPES, gradients, inputs
 from gpu.runner import Context, Measured, Planned
-from msp.model import find_structure
+from msp.evidence.fisher import fisher_traces
+from msp.models.structure import find_structure
 from msp.ops import fisher_trace
 from msp.ops.fisher_trace import gram_is_cheaper, op
-from msp.sensitivity import fisher_traces
 
 
 def measured(context: Context, shape: tuple[int, int, int, int], gram: bool) -> Measured:

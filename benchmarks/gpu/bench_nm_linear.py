@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from gpu.runner import Context, Measured, Planned, Rotation, relative_error
+from msp.formats.patterns import NMPattern
 from msp.ops import PackedWeight, nm_select
 from msp.ops.layouts import to_tiles
 from msp.ops.nm_linear_group import nm_linear_group
 from msp.ops.nm_linear_tiles import for_many_tokens, nm_linear_tiles
-from msp.patterns import NMPattern
 
 # [out, in]
 SHAPES = {

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from gpu.runner import Context, Measured, Missing, Planned, Rotation
+from msp.formats.patterns import NMPattern
 from msp.ops import PackedWeight, nm_keep, nm_rank, nm_select
 from msp.ops.nm_select import launch
 from msp.ops.scoring import Terms, score
-from msp.patterns import NMPattern
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOPK_ELSEWHERE = Missing("beside wanda 2:8 bf16 only")

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from gpu import cublaslt
 from gpu.runner import Call, Context, Measured, Missing, Planned, Rotation, relative_error
+from msp.formats.patterns import NMPattern
 from msp.ops import PackedWeight, nm_select
 from msp.ops.nm_spmm import nm_spmm, nm_spmm_packed, pack
-from msp.patterns import NMPattern
 
 # [out, in] of Llama-2-7B (with q/k/v and gate/up in one as well), Llama-3-8B, Qwen2.5-7B and Qwen2.5-14B
 SHAPES = [

@@ -10,9 +10,9 @@ from sparsegpt import BLOCK, error_where_the_choice_agrees, make, published
 from torch import Tensor
 
 from gpu.runner import Context, Measured, Missing, Planned
+from msp.formats.patterns import NMPattern
 from msp.ops import obs_prune
 from msp.ops.obs_prune import op
-from msp.patterns import NMPattern
 
 
 def measured(context: Context, inputs: tuple[Tensor, Tensor], pattern: NMPattern, loop: bool) -> Measured:

@@ -90,7 +90,7 @@ def fill(page: str, benchmarks: dict[str, Entry]) -> str:
 
 
 def main() -> None:
-    from msp.files import write_text
+    from msp.base.files import write_text
 
     benchmarks = newest_benchmarks([Path(name) for name in sys.argv[1:]] or committed())
     write_text(PAGE, fill(PAGE.read_text(encoding="utf-8"), benchmarks))

@@ -23,16 +23,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
+from msp.base.identity import Identity
+from msp.base.progress import NoProgress, Progress
+from msp.engine.evolution import EvolutionOptions, Fitness, asked
+from msp.engine.state import Step
 from msp.errors import UsageError
-from msp.identity import Identity
-from msp.levels import Levels, cost, kept_weights, levels_from_densities, uniform_density
-from msp.patterns import Allocation, Budget, Unit
-from msp.progress import NoProgress, Progress
-from msp.search.evolution import EvolutionOptions, Fitness, asked
-from msp.search.state import Step
+from msp.formats.patterns import Allocation
+from msp.plan.budget import Budget, Unit
+from msp.plan.levels import Levels, cost, kept_weights, levels_from_densities, uniform_density
 
 if TYPE_CHECKING:
-    from msp.search.distributed import Workers
+    from msp.engine.distributed import Workers
 
 
 class Evidence(Protocol):

@@ -14,9 +14,9 @@ from msp.allocators.base import Allocated, Problem, register_allocator
 from msp.allocators.evolution import fisher_seeds, search
 from msp.allocators.ramp import Ramp
 from msp.allocators.uniform import Uniform
-from msp.levels import repair
-from msp.search.evolution import EvolutionOptions
-from msp.search.operators import swap
+from msp.engine.evolution import EvolutionOptions
+from msp.engine.operators import swap
+from msp.plan.levels import repair
 
 # One stage on all tokens, as the paper describes. Its constants are not public.
 PAPER = EvolutionOptions(token_shares=(1.0,), survivors=(), crossover_rate=0.5, emptied=0, sensitivities=0)

@@ -10,9 +10,9 @@ from msp.allocators.base import Allocated, Allocator, Problem, register_allocato
 from msp.allocators.fisher_rank import FisherRank, FisherRankLinear
 from msp.allocators.ramp import Ramp
 from msp.allocators.uniform import Uniform
-from msp.levels import Levels
-from msp.search.evolution import UNLIMITED, Evolution, EvolutionOptions
-from msp.search.state import Step
+from msp.engine.evolution import UNLIMITED, Evolution, EvolutionOptions
+from msp.engine.state import Step
+from msp.plan.levels import Levels
 
 
 def search(problem: Problem, seeds: Sequence[Levels], options: EvolutionOptions) -> Allocated:

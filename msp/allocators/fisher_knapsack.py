@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from msp.allocators.base import Allocated, Problem, register_allocator
-from msp.levels import cost, repair
+from msp.plan.levels import cost, repair
 
 
 @register_allocator

@@ -1,9 +1,9 @@
-"""The command ``msp``: one verb per thing a user wants, each a thin skin over ``msp.pipeline``."""
+"""The command ``msp``: one verb per thing a user wants, each a thin skin over ``msp.verbs.pipeline``."""
 
 from __future__ import annotations
 
 import msp
-from msp.namesake import namesake
+from msp.base.namesake import namesake
 
 if not hasattr(msp, "__version__"):  # another project's __init__.py lies where ours should
     raise SystemExit(f"msp: {namesake()}")

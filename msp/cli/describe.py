@@ -8,14 +8,22 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from msp.base.outputs import QUANT_METHOD
 from msp.errors import MspError, UsageError
-from msp.loading import config_entries, is_causal, local_folder, make_skeleton, read_config, stored_bytes, stored_dtype
-from msp.manifest import QUANT_METHOD
-from msp.model import find_structure
-from msp.packed_files import read_info, validate_packed
-from msp.patterns import GROUP_SIZES
-from msp.quantised import dequantised_dtype, method_of
-from msp.report import figures_report, kinds_report, merge_experts, packed_report, skipped_report
+from msp.formats.patterns import GROUP_SIZES
+from msp.models.loading import (
+    config_entries,
+    is_causal,
+    local_folder,
+    make_skeleton,
+    read_config,
+    stored_bytes,
+    stored_dtype,
+)
+from msp.models.quantised import dequantised_dtype, method_of
+from msp.models.structure import find_structure
+from msp.packed.info import read_info, validate_packed
+from msp.show.report import figures_report, kinds_report, merge_experts, packed_report, skipped_report
 
 
 def describe(

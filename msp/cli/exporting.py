@@ -49,9 +49,10 @@ def export(
     with running(as_json, debug, on_interrupt=f"interrupted, {output} is not written") as session:
         if not dense:
             raise UsageError("export needs the form to write: --dense is the one there is")
-        from msp.dense import export_dense
-        from msp.packed_files import header_bytes, read_info, tensor_files
-        from msp.report import size
+        from msp.base.safetensors_files import header_bytes, tensor_files
+        from msp.packed.dense import export_dense
+        from msp.packed.info import read_info
+        from msp.show.report import size
 
         calm_libraries()
         with session.progress.stage("Exporting"):

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
+from msp.base.progress import Advance
 from msp.errors import MspError, UsageError
-from msp.loading import load_model
-from msp.model import device_of
+from msp.models.loading import load_model
+from msp.models.structure import device_of
 from msp.ops import check_environment
-from msp.progress import Advance
-from msp.sparse_linear import fast_decode
+from msp.packed.sparse_linear import fast_decode
 
 
 @dataclass(frozen=True)

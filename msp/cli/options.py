@@ -191,7 +191,7 @@ SearchOptions = Annotated[
         rich_help_panel=COST,
     ),
 ]
-# The limit in msp.data.check_seed.
+# The limit in msp.text.token_sets.check_seed.
 LARGEST_SEED = (1 << 63) - 1
 Seed = Annotated[
     int,

@@ -18,7 +18,7 @@ from rich.text import Text
 from msp.errors import MspError, UsageError
 
 if TYPE_CHECKING:
-    from msp.progress import Progress
+    from msp.base.progress import Progress
 
 FAILED, WRONG_USAGE = 1, 2
 # How torch and the system say that there is no more memory.
@@ -74,7 +74,7 @@ class Running:
         self.console.print(Text(message))
 
     def print_result(self) -> None:
-        from msp.report import to_json
+        from msp.show.report import to_json
 
         if self._shown is None:
             return
@@ -91,7 +91,7 @@ def running(as_json: bool, debug: bool, *, on_interrupt: str = "interrupted") ->
 
     Whatever a library prints goes to standard error, so that standard output holds the result alone.
     """
-    from msp.report import RichProgress
+    from msp.show.report import RichProgress
 
     console = Console(stderr=True)
     try:

@@ -96,9 +96,9 @@ def search(
     interrupted = f"interrupted, {output} is not complete; run the same command with --resume to go on"
     with running(as_json, debug, on_interrupt=interrupted) as session:
         check_sources(options["calibration"], options["evaluate"])
-        from msp import pipeline
-        from msp.outputs import working_folder
-        from msp.report import pareto_report, search_report
+        from msp.base.outputs import working_folder
+        from msp.show.report import pareto_report, search_report
+        from msp.verbs import pipeline
 
         calm_libraries()
         work_dir = options["work_dir"] or search_folder(output)
@@ -109,7 +109,7 @@ def search(
                 result = pipeline.search(model, output=output, progress=session.progress, **chosen)
                 session.result(result.to_json(), search_report(result, output))
             else:
-                from msp.pareto_curve import pareto
+                from msp.verbs.pareto_curve import pareto
 
                 chosen.pop(budget)
                 curve = pareto(model, **several, output=output, progress=session.progress, **chosen)
@@ -158,8 +158,8 @@ def measure(
     Example: msp measure ./my-model -o decode-table.json --patterns 0:8,1:8,2:8,4:8
     """
     with running(as_json, debug) as session:
-        from msp.measure import measure as measured
-        from msp.report import decode_report
+        from msp.evidence.measure import measure as measured
+        from msp.show.report import decode_report
 
         calm_libraries()
         table = measured(

@@ -73,13 +73,13 @@ def _options(
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """The options that were set; the other options keep the defaults of ``msp.pipeline``."""
+    """The options that were set; the other options keep the defaults of ``msp.verbs.pipeline``."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def check_sources(*sources: str | None) -> None:
     """Raise an error for a wrong text source before the model is loaded."""
-    from msp.data import TokenSource
+    from msp.text.token_sets import TokenSource
 
     for source in sources:
         if source is not None:
@@ -145,9 +145,9 @@ def prune(
     interrupted = f"interrupted, {output} is not written; run the same command with --resume to go on"
     with running(as_json, debug, on_interrupt=interrupted) as session:
         check_sources(options["calibration"], options["evaluate"])
-        from msp import pipeline
-        from msp.outputs import check_output, reserved, working_folder
-        from msp.report import preview_report, prune_report
+        from msp.base.outputs import check_output, reserved, working_folder
+        from msp.show.report import preview_report, prune_report
+        from msp.verbs import pipeline
 
         calm_libraries()
         work_dir = options["work_dir"] or search_folder(output)
@@ -164,7 +164,7 @@ def prune(
                 shutil.rmtree(work_dir, ignore_errors=True)
             drawn: list[Path] = []
             if pictures:
-                from msp.pictures import prune_pictures
+                from msp.show.pictures import prune_pictures
 
                 with session.progress.stage("Drawing pictures"):
                     drawn = _draw(lambda: prune_pictures(result, output / "pictures"))
@@ -224,9 +224,9 @@ def compare(
     with running(as_json, debug) as session:
         check_sources(options["calibration"], options["evaluate"])
         picture = _picture_path(output, model, "compare")
-        from msp import pipeline
-        from msp.pictures import compare_picture
-        from msp.report import compare_report
+        from msp.show.pictures import compare_picture
+        from msp.show.report import compare_report
+        from msp.verbs import pipeline
 
         calm_libraries()
         result = pipeline.compare(
@@ -258,7 +258,7 @@ def _picture_path(output: Path | None, model: str, verb: str) -> Path:
         raise UsageError(f"{path} is not a .png file")
     if not path.absolute().parent.is_dir():
         raise MspError(f"{path}: there is no folder {path.absolute().parent}")
-    from msp.pictures import check_picture
+    from msp.show.pictures import check_picture
 
     check_picture(path)
     return path
@@ -289,9 +289,9 @@ def sensitivity(
     with running(as_json, debug) as session:
         check_sources(calibration)
         picture = _picture_path(output, model, "sensitivity")
-        from msp import pipeline
-        from msp.pictures import sensitivity_picture
-        from msp.report import sensitivity_report
+        from msp.show.pictures import sensitivity_picture
+        from msp.show.report import sensitivity_report
+        from msp.verbs import pipeline
 
         calm_libraries()
         options = given(calibration=calibration, window=window, calibration_tokens=calibration_tokens)
@@ -347,9 +347,9 @@ def evaluate(
     """
     with running(as_json, debug) as session:
         check_sources(source)
-        from msp import pipeline
-        from msp.data import DEFAULT_EVALUATION
-        from msp.report import figures_report
+        from msp.show.report import figures_report
+        from msp.text.token_sets import DEFAULT_EVALUATION
+        from msp.verbs import pipeline
 
         calm_libraries()
         figures = pipeline.evaluate(

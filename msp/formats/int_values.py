@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from msp.errors import MspError, UsageError
+from msp.formats.patterns import NMPattern
 from msp.formats.storage import Part, Values, register_values
-from msp.patterns import NMPattern
 
 BITS = (8, 4, 3, 2)
 GROUPS = (32, 64, 128)

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
 
 import torch
 
+from msp.base.reading import shown
 from msp.errors import MspError, UsageError
-from msp.patterns import NMPattern
-from msp.reading import shown
+from msp.formats.patterns import NMPattern
 
 if TYPE_CHECKING:
     from torch import Tensor

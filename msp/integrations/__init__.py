@@ -19,7 +19,7 @@ def register_with_transformers() -> None:
 
     Importing them here would cost every ``import msp``, and so every ``msp --help``, several seconds.
     """
-    _after_import(QUANTIZERS, "msp.integrations.transformers")
+    _after_import(QUANTIZERS, "msp.packed.hf_quantizer")
 
 
 def register_with_peft() -> None:

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from torch import Tensor, nn
 
 from msp.errors import MspError
-from msp.sparse_linear import SparseLinear
+from msp.packed.sparse_linear import SparseLinear
 
 # Other ways to begin write to the weight of the base layer.
 INITIAL_WEIGHTS = (True, False, "gaussian", "orthogonal")

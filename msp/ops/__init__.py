@@ -1,5 +1,6 @@
 """The ops: a plain-torch reference and faster backends behind one function each."""
 
+from msp.formats.packed_weight import CodedWeight, PackedWeight, quantise_values
 from msp.ops._dispatch import available_backends, check_environment, force_backend, last_backend
 from msp.ops.fisher_diag import fisher_diag_
 from msp.ops.fisher_trace import fisher_trace
@@ -9,7 +10,6 @@ from msp.ops.nm_rank import nm_rank
 from msp.ops.nm_select import nm_select
 from msp.ops.nm_unpack import nm_unpack
 from msp.ops.obs_prune import obs_prune
-from msp.ops.packed import CodedWeight, PackedWeight, quantise_values
 
 __all__ = [
     "CodedWeight",

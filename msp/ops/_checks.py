@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msp.ops.packed import VALUE_DTYPES
+from msp.formats.packed_weight import VALUE_DTYPES
 
 
 def check_gradients(op: str, x: Tensor, g: Tensor) -> None:

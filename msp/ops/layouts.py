@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msp.patterns import NMPattern
+from msp.formats.patterns import NMPattern
 
 TILE_ROWS, TILE_COLUMNS = 16, 256
 _CHUNK = 8

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from msp.formats.packed_weight import VALUE_DTYPES
 from msp.ops._compiled import compiled_module
 from msp.ops._dispatch import Op
-from msp.ops.packed import VALUE_DTYPES
 
 
 def reference(weight: Tensor, rank: Tensor, n: int, out: Tensor) -> None:

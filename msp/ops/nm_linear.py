@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msp.formats.packed_weight import VALUE_DTYPES, CodedWeight, PackedWeight, unpack, unpack_bits
+from msp.formats.positions import check_parts, check_positions
 from msp.ops._compiled import compiled_module
 from msp.ops._dispatch import Op, define
-from msp.ops._positions import check_parts, check_positions
-from msp.ops.packed import VALUE_DTYPES, CodedWeight, PackedWeight, unpack, unpack_bits
 
 # On a CPU, few tokens are multiplied by the packed weight as it lies in memory; with more, the time goes into
 # arithmetic, and where torch's is faster than ours a few rows at a time are unpacked for its dense product. Measured at

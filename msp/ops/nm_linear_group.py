@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from msp.formats.packed_weight import VALUE_DTYPES
+from msp.formats.patterns import NMPattern
 from msp.ops import nm_linear_tiles as single
 from msp.ops._compiled import compiled_module
 from msp.ops._dispatch import Op, cuda_serves, define
 from msp.ops.nm_linear import check
 from msp.ops.nm_linear_plan import GATHER_TOKENS, device_limits, plan
-from msp.ops.packed import VALUE_DTYPES
-from msp.patterns import NMPattern
 
 # Weights that a launch takes: ``NmLinearGroup::kMost`` of the kernel.
 MOST = 4

@@ -12,9 +12,9 @@ from typing import Literal
 
 import torch
 
+from msp.formats.patterns import NMPattern
 from msp.formats.storage import DENSE, Storage
 from msp.ops.layouts import TILE_COLUMNS, TILE_ROWS
-from msp.patterns import NMPattern
 
 How = Literal["gather", "expand", "spmm", "unpack"]
 

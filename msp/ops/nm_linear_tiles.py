@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msp.formats.packed_weight import VALUE_DTYPES, unpack, unpack_bits
+from msp.formats.patterns import NMPattern
+from msp.formats.positions import check_compliant, check_positions
 from msp.ops._compiled import compiled_module
 from msp.ops._dispatch import Op, cuda_serves, define
-from msp.ops._positions import check_compliant, check_positions
 from msp.ops.layouts import from_tiles, has_tiles, to_tiles
 from msp.ops.nm_linear import check
 from msp.ops.nm_linear import triton as triton_of_rows
 from msp.ops.nm_linear_plan import Plan, device_limits, plan
 from msp.ops.nm_spmm import nm_spmm, nm_spmm_packed, pack
-from msp.ops.packed import VALUE_DTYPES, unpack, unpack_bits
-from msp.patterns import NMPattern
 
 
 def reference(

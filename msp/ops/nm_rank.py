@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from msp.formats.patterns import check_group_size
 from msp.ops._compiled import compiled_module
 from msp.ops._dispatch import Op
 from msp.ops.scoring import Terms, addresses, check_counted, check_finite, check_scoring, rank_in_groups, score
-from msp.patterns import check_group_size
 
 
 def reference(weight: Tensor, terms: Terms, group_size: int) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from msp.formats.packed_weight import PackedWeight, pack_bits
+from msp.formats.patterns import NMPattern
 from msp.formats.storage import Storage, packed_widths
 from msp.ops._compiled import compiled_module
 from msp.ops._dispatch import Op
-from msp.ops.packed import PackedWeight, pack_bits
 from msp.ops.scoring import Terms, addresses, check_counted, check_finite, check_scoring, rank_in_groups, score
-from msp.patterns import NMPattern
 
 
 def reference(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> tuple[Tensor, Tensor]:

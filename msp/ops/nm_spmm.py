@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msp.formats.packed_weight import VALUE_DTYPES, count_bits, unpack
+from msp.formats.patterns import NMPattern
+from msp.formats.positions import check_compliant, check_parts, check_positions
 from msp.ops._compiled import compiled_module
 from msp.ops._dispatch import Op
-from msp.ops._positions import check_compliant, check_parts, check_positions
-from msp.ops.packed import VALUE_DTYPES, count_bits, unpack
-from msp.patterns import NMPattern
 
 SPARSE_DTYPES = (torch.float16, torch.bfloat16)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from msp.formats.packed_weight import VALUE_DTYPES, PackedWeight, unpack
+from msp.formats.positions import check_parts, check_positions
 from msp.ops._compiled import compiled_module
 from msp.ops._dispatch import Op
-from msp.ops._positions import check_parts, check_positions
-from msp.ops.packed import VALUE_DTYPES, PackedWeight, unpack
 
 
 def reference(values: Tensor, bitmask: Tensor, n: int, m: int, out: Tensor) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msp.formats.packed_weight import PackedWeight, check_matrix
+from msp.formats.patterns import NMPattern, check_group_size
 from msp.ops._checks import require_finite
 from msp.ops._compiled import compiled_module
 from msp.ops._dispatch import Op, cuda_serves
 from msp.ops.nm_select import nm_select
-from msp.ops.packed import PackedWeight, check_matrix
-from msp.patterns import NMPattern, check_group_size
 
 
 def reference(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> tuple[Tensor, Tensor]:

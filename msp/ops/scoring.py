@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from msp.ops.packed import VALUE_DTYPES, check_matrix
+from msp.formats.packed_weight import VALUE_DTYPES, check_matrix
 
 MAGNITUDE, SCALED, RELATIVE, FISHER, GIVEN = range(5)
 

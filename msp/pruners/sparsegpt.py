@@ -12,8 +12,8 @@ from torch import Tensor
 
 from msp import ops
 from msp.errors import MspError, UsageError
+from msp.formats.patterns import NMPattern
 from msp.ops import PackedWeight
-from msp.patterns import NMPattern
 from msp.pruners.base import BasePruner, LinearStatistics, Scoring, Warn, named, register_pruner, tell
 
 

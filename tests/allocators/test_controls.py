@@ -12,11 +12,11 @@ import pytest
 from msp.allocators import Problem, RampBest, SearchSettings, get_allocator
 from msp.allocators import allocate as run
 from msp.allocators.evolution import fisher_seeds
-from msp.levels import Levels, kept_weights
-from msp.patterns import Budget, Unit
-from msp.search import evolution
-from msp.search.fitness import Key
-from msp.search.operators import crossover, swap
+from msp.engine import evolution
+from msp.engine.fitness import Key
+from msp.engine.operators import crossover, swap
+from msp.plan.budget import Budget, Unit
+from msp.plan.levels import Levels, kept_weights
 
 STEPS = [3, 5, 3, 4]
 UNITS = tuple(Unit(f"u{i}", (f"u{i}",), 16 * STEPS[i % 4], 16, i // 4, f"k{i % 4}") for i in range(24))

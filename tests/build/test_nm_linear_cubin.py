@@ -7,8 +7,8 @@ from collections import Counter
 import cubins
 from plans import LINEAR_FORMS, linear_plan
 
+from msp.formats.patterns import GROUP_SIZES, NMPattern
 from msp.ops.nm_linear_plan import can_expand
-from msp.patterns import GROUP_SIZES, NMPattern
 
 
 def test_every_pattern_and_dtype_has_its_kernels(cuda_kernels) -> None:

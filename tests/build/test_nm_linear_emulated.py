@@ -15,10 +15,10 @@ import torch
 
 import msp.ops.nm_linear_group as group_file
 import msp.ops.nm_linear_tiles as op_file
+from msp.formats.patterns import NMPattern
 from msp.ops import nm_select
 from msp.ops.layouts import has_tiles, to_tiles
 from msp.ops.nm_linear_plan import Device
-from msp.patterns import NMPattern
 
 GATHER, EXPAND = 0, 1
 BANKS, BANK_BYTES = 32, 4

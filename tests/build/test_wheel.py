@@ -24,7 +24,7 @@ SETUP = ("pyproject.toml", "setup.py")
 
 IMPORTS = """
 import importlib.metadata, pathlib, sys
-import msp, msp._cpu, msp.triton_kernels, msp.patterns
+import msp, msp._cpu, msp.triton_kernels, msp.formats.patterns
 from msp.triton_kernels import nm_select
 home = pathlib.Path(sys.argv[1]).resolve()
 for module in (msp, msp._cpu, msp.triton_kernels):

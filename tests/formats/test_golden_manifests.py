@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from families import build, pack
 
-from msp.checkpoint import replace_linears, save_packed
-from msp.packed_files import validate_packed
+from msp.packed.checkpoint import replace_linears, save_packed
+from msp.packed.info import validate_packed
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("llama-tied", "gpt2")

@@ -19,19 +19,19 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from msp.checkpoint import replace_linears, save_packed
 from msp.cli.describe import describe
-from msp.coded_linear import CodedLinear
-from msp.dense import export_dense
 from msp.errors import MspError, UsageError
+from msp.formats.patterns import NMPattern
 from msp.formats.storage import VALUE_DTYPES, Storage
-from msp.loading import load_model
-from msp.model import find_structure
-from msp.model_card import model_card
+from msp.models.loading import load_model
+from msp.models.structure import find_structure
 from msp.ops import CodedWeight, force_backend, last_backend, nm_linear, nm_select, quantise_values
-from msp.packed_files import read_info, validate_packed
-from msp.patterns import NMPattern
-from msp.sparse_linear import SparseLinear, shared_by, storages_of
+from msp.packed.checkpoint import replace_linears, save_packed
+from msp.packed.coded_linear import CodedLinear
+from msp.packed.dense import export_dense
+from msp.packed.info import read_info, validate_packed
+from msp.packed.model_card import model_card
+from msp.packed.sparse_linear import SparseLinear, shared_by, storages_of
 
 
 def coded(

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msp.errors import MspError, UsageError
+from msp.formats.patterns import GROUP_SIZES, NMPattern
 from msp.formats.storage import DENSE, REMOVED, VALUE_DTYPES, Part, Storage
 from msp.ops import nm_select
-from msp.patterns import GROUP_SIZES, NMPattern
-from msp.sparse_linear import SparseLinear
+from msp.packed.sparse_linear import SparseLinear
 
 patterns = st.sampled_from(GROUP_SIZES).flatmap(lambda m: st.builds(NMPattern, st.integers(0, m), st.just(m)))
 

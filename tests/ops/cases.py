@@ -15,6 +15,7 @@ import torch
 from oracles import FINE, assert_product, fisher_expected, published
 from torch import Tensor
 
+from msp.formats.patterns import NMPattern
 from msp.ops import (
     PackedWeight,
     fisher_diag_,
@@ -30,7 +31,6 @@ from msp.ops.layouts import to_tiles
 from msp.ops.nm_linear_group import nm_linear_group
 from msp.ops.nm_linear_tiles import for_many_tokens, nm_linear_tiles
 from msp.ops.nm_spmm import nm_spmm
-from msp.patterns import NMPattern
 
 Outputs = tuple[Tensor, ...]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -1,6 +1,6 @@
 """Every op on a CPU, however called: sizes of one and none, tensors that lie anyhow, threads, many callers at once.
 
-``tests/test_native_calls.py`` asks the same of the C++ kernels themselves, on every instruction set.
+``tests/native/test_native_calls.py`` asks the same of the C++ kernels themselves, on every instruction set.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from msp.formats.patterns import NMPattern
 from msp.ops import (
     PackedWeight,
     available_backends,
@@ -27,7 +28,6 @@ from msp.ops import (
     nm_select,
     obs_prune,
 )
-from msp.patterns import NMPattern
 
 PATTERN = NMPattern(3, 8)
 # rows, columns: none of either, one of each, no whole number of vectors, enough for every thread

@@ -13,9 +13,9 @@ import torch
 
 import msp
 from msp.errors import MspError, UsageError
+from msp.formats.patterns import NMPattern
 from msp.ops import _compiled, _dispatch, available_backends, check_environment, force_backend, last_backend, nm_select
 from msp.ops._dispatch import Op
-from msp.patterns import NMPattern
 
 # of a compiled module for this Python
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")

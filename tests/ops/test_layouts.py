@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from msp.formats.patterns import GROUP_SIZES, NMPattern
 from msp.ops import nm_select
 from msp.ops.layouts import from_tiles, has_tiles, to_tiles
-from msp.patterns import GROUP_SIZES, NMPattern
 
 PATTERNS = [NMPattern(n, m) for m in GROUP_SIZES for n in range(1, m)]
 

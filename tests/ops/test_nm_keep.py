@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from msp.errors import UsageError
+from msp.formats.patterns import NMPattern
 from msp.ops import force_backend, last_backend, nm_keep, nm_rank, nm_select
 from msp.ops.nm_keep import nm_keep_into_op, nm_keep_op
-from msp.patterns import NMPattern
 
 BACKENDS = ["reference", "triton", "cpu"]
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from isas import every_linear_path
 
+from msp.formats.packed_weight import VALUE_DTYPES
+from msp.formats.patterns import NMPattern
 from msp.ops import PackedWeight, force_backend, nm_linear, nm_select
-from msp.ops.packed import VALUE_DTYPES
-from msp.patterns import NMPattern
 
 native = pytest.importorskip("msp._cpu", reason="the compiled module msp._cpu is not built")
 

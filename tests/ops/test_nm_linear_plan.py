@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from msp.formats.patterns import GROUP_SIZES, NMPattern
 from msp.ops import nm_select
 from msp.ops.nm_linear_group import MOST, MOST_TOKENS
 from msp.ops.nm_linear_plan import (
@@ -21,7 +22,6 @@ from msp.ops.nm_linear_plan import (
     slower_from_tokens,
     stays_dense,
 )
-from msp.patterns import GROUP_SIZES, NMPattern
 
 H200 = Device(132, 228 << 10)
 A100 = Device(108, 164 << 10)

@@ -6,11 +6,11 @@ import by_hand
 import pytest
 import torch
 
+from msp.formats.patterns import NMPattern
 from msp.ops import available_backends, force_backend, last_backend, nm_select
 from msp.ops.layouts import to_tiles
 from msp.ops.nm_linear_group import nm_linear_group
 from msp.ops.nm_linear_tiles import nm_linear_tiles
-from msp.patterns import NMPattern
 
 BACKENDS = ["reference", "triton", "cuda"]
 # the second has more stripes than whole blocks, the third an odd number of tiles across

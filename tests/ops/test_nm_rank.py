@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from msp.errors import UsageError
+from msp.formats.patterns import NMPattern
 from msp.ops import force_backend, last_backend, nm_rank, nm_select
 from msp.ops.nm_rank import nm_rank_op
-from msp.patterns import NMPattern
 
 BACKENDS = ["reference", "triton", "cpu"]
 CASES = [(1, 4, 4), (5, 12, 4), (19, 56, 8), (7, 48, 16), (2, 64, 32)]

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msp.formats.patterns import NMPattern
 from msp.ops import force_backend, last_backend, nm_select
 from msp.ops.nm_select import nm_select_op
-from msp.patterns import NMPattern
 
 BACKENDS = ["reference", "triton", "cpu", "cuda"]
 # rows, columns, group size: one group, one row, a half-filled last byte, rows that fill no whole program

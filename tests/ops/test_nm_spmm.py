@@ -10,11 +10,11 @@ import emulated
 import pytest
 import torch
 
+from msp.formats.patterns import NMPattern
 from msp.ops import PackedWeight, nm_linear_tiles, nm_select
 from msp.ops import nm_spmm as module
 from msp.ops.layouts import to_tiles
 from msp.ops.nm_linear_plan import Device, kept_bytes
-from msp.patterns import NMPattern
 
 KERNELS = ["nm_spmm.cu", "nm_spmm_pack.cu", "nm_spmm_sm80.cu", "nm_spmm_sm90.cu", "nm_spmm_sum.cu"]
 DTYPES = [torch.float16, torch.bfloat16]

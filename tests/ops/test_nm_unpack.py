@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from msp.errors import MspError, UsageError
+from msp.formats.patterns import NMPattern
 from msp.ops import PackedWeight, force_backend, last_backend, nm_select, nm_unpack
 from msp.ops.nm_unpack import nm_unpack_op
-from msp.patterns import NMPattern
 
 BACKENDS = ["reference", "triton", "cpu"]
 CASES = [(1, 4, "2:4"), (17, 132, "1:4"), (5, 40, "3:8"), (3, 24, "7:8"), (33, 16, "15:16"), (2, 64, "9:32")]

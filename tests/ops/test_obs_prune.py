@@ -4,9 +4,9 @@ import pytest
 import torch
 from oracles import DEVICE, FINE, published, sweep_inputs
 
+from msp.formats.patterns import NMPattern
 from msp.ops import available_backends, force_backend, last_backend, nm_select, obs_prune
 from msp.ops.obs_prune import float32_products, obs_prune_op
-from msp.patterns import NMPattern
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BACKENDS = ["reference", "cuda", "triton", "cpu"]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from oracles import sweep_inputs
 
+from msp.formats.patterns import NMPattern
 from msp.ops import obs_prune
 from msp.ops._compiled import compiled_module
 from msp.ops.obs_prune import op as dispatched
 from msp.ops.obs_prune import reference
-from msp.patterns import NMPattern
 
 pytest.importorskip("msp._cpu", reason="the compiled module msp._cpu is not built")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msp.errors import MspError
+from msp.formats.packed_weight import count_bits, pack_bits, unpack_bits
+from msp.formats.patterns import NMPattern
 from msp.ops import PackedWeight, nm_select
-from msp.ops.packed import count_bits, pack_bits, unpack_bits
-from msp.patterns import NMPattern
 
 PATTERNS = ["0:4", "1:4", "4:4", "2:8", "0:8", "8:8", "3:8", "5:16", "16:16", "9:32", "32:32"]
 

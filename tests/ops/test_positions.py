@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from msp.errors import MspError
-from msp.ops import PackedWeight, _positions, force_backend, nm_linear, nm_select, nm_unpack
+from msp.formats import positions as _positions
+from msp.formats.patterns import NMPattern
+from msp.ops import PackedWeight, force_backend, nm_linear, nm_select, nm_unpack
 from msp.ops.layouts import to_tiles
 from msp.ops.nm_linear import inference_op, nm_linear_op
 from msp.ops.nm_linear_group import nm_linear_group
 from msp.ops.nm_linear_tiles import nm_linear_tiles
 from msp.ops.nm_spmm import nm_spmm
-from msp.patterns import NMPattern
-from msp.sparse_linear import SparseLinear
+from msp.packed.sparse_linear import SparseLinear
 
 COLUMNS, ROWS = 64, 16
 

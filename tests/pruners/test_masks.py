@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from msp.errors import MspError, UsageError
-from msp.patterns import NMPattern
+from msp.formats.patterns import NMPattern
 from msp.pruners import LinearStatistics, get_pruner
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

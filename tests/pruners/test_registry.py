@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from msp.errors import UsageError
+from msp.formats.patterns import NMPattern
 from msp.ops import nm_rank
-from msp.patterns import NMPattern
 from msp.pruners import KeepingPruner, LinearStatistics, Scoring, get_pruner, pruner_names, register_pruner
 from msp.pruners.base import STATISTICS, _registry
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from msp.errors import MspError, UsageError
+from msp.formats.patterns import NMPattern
 from msp.ops import nm_select
-from msp.patterns import NMPattern
 from msp.pruners import LinearStatistics, get_pruner
 from msp.pruners.sparsegpt import inverse_cholesky
 

@@ -16,11 +16,11 @@ import torch
 from families import packed_model, save, save_text, tokenizer, tokens
 from killing import bytes_below
 
-from msp.checkpoint import save_packed
+from msp.base.hashes import hash_tensor
+from msp.base.outputs import working_folder, write_results
 from msp.errors import MspError
-from msp.hashes import hash_tensor
-from msp.loading import load_model
-from msp.outputs import working_folder, write_results
+from msp.models.loading import load_model
+from msp.packed.checkpoint import save_packed
 from torture.harness import Report, Shares, command, forked, kill, start, wait, workplace
 from torture.kills import SEARCH
 

@@ -18,11 +18,11 @@ from typing import Any
 from families import packed_model, save, save_text, tokenizer
 from killing import bytes_below
 
-from msp.checkpoint import save_packed
-from msp.data import save_tokens
+from msp.base.files import write_text
+from msp.base.outputs import write_results
 from msp.errors import MspError
-from msp.files import write_text
-from msp.outputs import write_results
+from msp.packed.checkpoint import save_packed
+from msp.text.token_sets import save_tokens
 from torture.harness import Report, Shares, command, forked, start, wait, workplace
 from torture.kills import SEARCH, SMALL
 

@@ -29,22 +29,23 @@ from families import VOCABULARY, packed_model, save, tokenizer
 from texts import VOCABULARY as TEXT_VOCABULARY
 from texts import byte_tokenizer, random_text
 
-from msp.checkpoint import save_packed
-from msp.data import TokenSource, save_tokens
-from msp.decode_table import DecodeTable
-from msp.hashes import hash_tensor
-from msp.loading import load_model, read_causal_config, read_tokenizer
+from msp.base.hashes import hash_tensor
+from msp.base.outputs import MARK, check_replaceable
+from msp.base.safetensors_files import INDEX, read_headers, read_tensor, tensor_files
+from msp.engine import state as state_module
+from msp.engine.constants import DEFAULTS, read_constants
+from msp.engine.database import LevelDatabase
+from msp.engine.database import _read_manifest as read_database
+from msp.engine.evolution import UNLIMITED
+from msp.engine.state import load_state, save_state
+from msp.formats.patterns import Allocation, NMPattern
+from msp.models.loading import load_model, read_causal_config, read_tokenizer
 from msp.ops import nm_select
-from msp.outputs import MARK, check_replaceable
-from msp.packed_files import INDEX, read_headers, read_manifest, read_tensor, tensor_files, validate_packed
-from msp.patterns import Allocation, NMPattern
-from msp.recipe import read_rules
-from msp.search import state as state_module
-from msp.search.constants import DEFAULTS, read_constants
-from msp.search.database import LevelDatabase
-from msp.search.database import _read_manifest as read_database
-from msp.search.evolution import UNLIMITED
-from msp.search.state import load_state, save_state
+from msp.packed.checkpoint import save_packed
+from msp.packed.info import read_manifest, validate_packed
+from msp.plan.decode_table import DecodeTable
+from msp.plan.recipe import read_rules
+from msp.text.token_sets import TokenSource, save_tokens
 from torture.mutators import as_json, reshaped
 
 SAME = "same"

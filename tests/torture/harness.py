@@ -286,25 +286,25 @@ def command(arguments: list[str], folder: Path, **environment: str) -> Callable[
 def load_everything() -> None:
     """Import what a run imports, once: processes that are forked afterwards begin with the work itself."""
     import matplotlib.pyplot
+    import msp.search
     import yaml
     from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
-    import msp.checkpoint
     import msp.cli
+    import msp.cli.demo
     import msp.cli.describe
     import msp.cli.generation
     import msp.cli.running
-    import msp.demo
-    import msp.dense
-    import msp.measure
-    import msp.pareto_curve
-    import msp.pictures
-    import msp.pipeline
-    import msp.report
-    import msp.search
-    import msp.stored
-    import msp.streamed
-    import msp.streamed_workbench
+    import msp.evidence.measure
+    import msp.evidence.streamed
+    import msp.models.stored
+    import msp.packed.checkpoint
+    import msp.packed.dense
+    import msp.session.streamed_workbench
+    import msp.show.pictures
+    import msp.show.report
+    import msp.verbs.pareto_curve
+    import msp.verbs.pipeline
 
     msp.cli.running.calm_libraries()
     del matplotlib, yaml, GPT2LMHeadModel, LlamaForCausalLM

@@ -136,8 +136,8 @@ def try_case(seed: int, number: int) -> tuple[str, str]:
     choose = random.Random(f"{seed}/kernels/{number}")
 
     from msp.errors import MspError
+    from msp.formats.patterns import NMPattern
     from msp.ops import PackedWeight, nm_linear, nm_select, nm_unpack
-    from msp.patterns import NMPattern
 
     draw = torch.Generator().manual_seed(choose.randrange(1 << 40))
     pattern = NMPattern.parse(choose.choice(PATTERNS))

@@ -24,8 +24,8 @@ from typing import Any
 from families import packed_model, save, save_text, tokenizer
 from killing import bytes_below
 
-from msp.checkpoint import save_packed
 from msp.errors import MspError
+from msp.packed.checkpoint import save_packed
 from torture.harness import Report, Shares, command, kill, start, wait, workplace
 
 KILLS = 50
@@ -256,7 +256,7 @@ def kill_saves(report: Report, deadline: float, draw: random.Random, home: Path)
 @contextmanager
 def ray_cluster(folder: Path) -> Iterator[tuple[str, Callable[[], list[int]]]]:
     """A cluster of one node with two processors: its address, and the workers that hold a model."""
-    from msp.search.distributed import prepare_environment
+    from msp.engine.distributed import prepare_environment
 
     prepare_environment()
     os.environ["RAY_AUTH_MODE"] = "disabled"  # reached from this machine alone

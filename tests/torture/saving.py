@@ -16,15 +16,15 @@ from families import packed_model, tokenizer
 from kill_points import killed_at_every_step
 
 import msp
-from msp import staging
-from msp.checkpoint import save_packed
-from msp.data import save_tokens
-from msp.decode_table import DecodeTable
-from msp.files import write_text
+from msp.base import staging
+from msp.base.files import write_text
+from msp.base.outputs import new_folder, write_results
+from msp.formats.patterns import Allocation
 from msp.ops import nm_select
-from msp.outputs import new_folder, write_results
-from msp.patterns import Allocation
-from msp.pictures import sensitivity_picture
+from msp.packed.checkpoint import save_packed
+from msp.plan.decode_table import DecodeTable
+from msp.show.pictures import sensitivity_picture
+from msp.text.token_sets import save_tokens
 from torture.formats import database, stored
 from torture.harness import FULL_MINUTES, Report, Shares, workplace
 

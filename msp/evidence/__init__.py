@@ -1,0 +1,1 @@
+"""Statistics and figures of a model: calibration, Fisher traces, losses, decode times."""

@@ -1,0 +1,1 @@
+"""Packed models: the module, the checkpoint, its files and its card."""

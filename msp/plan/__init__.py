@@ -1,0 +1,1 @@
+"""Units, budgets, levels, rules and recipes."""

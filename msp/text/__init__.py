@@ -1,0 +1,1 @@
+"""Text sources, and the calibration, fitness and test tokens that are drawn from them."""

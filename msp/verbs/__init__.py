@@ -1,0 +1,1 @@
+"""The functions that the command line and the Python interface both call."""
