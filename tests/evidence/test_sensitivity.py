@@ -11,10 +11,10 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from msp.errors import MspError, UsageError
+from msp.evidence import fisher as sensitivity
 from msp.evidence.fisher import fisher_diagonals, fisher_traces
 from msp.models.structure import Linear, find_structure
 from msp.ops import force_backend
-from msp.evidence import fisher as sensitivity
 
 
 class Toy(nn.Module):

@@ -14,6 +14,7 @@ from torch import nn
 import msp
 from msp.engine.operators import swap
 from msp.errors import MspError, UsageError
+from msp.evidence import measure
 from msp.formats.patterns import NMPattern
 from msp.formats.storage import DENSE, Storage
 from msp.models.structure import find_structure
@@ -22,7 +23,6 @@ from msp.plan.decode_table import DecodeTable
 from msp.plan.levels import cost, levels_from_densities, repair
 from msp.plan.plans import Goal, PatternRules, make_plan, parse_time
 from msp.session import opened
-from msp.evidence import measure
 from msp.verbs import pipeline
 
 STRUCTURE = find_structure(build("llama"))
