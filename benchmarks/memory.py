@@ -38,10 +38,10 @@ VOCABULARY_RUNS = ("prune", "evaluate packed", "evaluate dense")
 
 def measured(model: Path | str, **options: Any) -> dict[str, Any]:
     """``prune`` with ``options`` beside what ``dry_run`` says of it; run in this process."""
-    import msp.verbs.pipeline
+    import msp
 
     options |= {"device": "cpu"}
-    expected = msp.verbs.pipeline.dry_run(model, **options)
+    expected = msp.dry_run(model, **options)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         result = msp.prune(model, output=Path(folder) / "packed", **options)
@@ -71,7 +71,7 @@ def run_real(what: str, model: str, calibration: str, evaluate: str) -> dict[str
 
 def run_vocabulary(what: str, model: str, text: str, folder: Path) -> dict[str, Any]:
     """One run on 8,192 test tokens in windows of 512, in this process."""
-    import msp.verbs.pipeline
+    import msp
 
     record: dict[str, Any] = {"run": what, "test_tokens": 8192, "base": peak()}
     options: dict[str, Any] = {"evaluate": text, "window": 512, "test_tokens": 8192, "device": "cpu"}
@@ -92,8 +92,8 @@ def run_vocabulary(what: str, model: str, text: str, folder: Path) -> dict[str, 
         figures = {"kl": result.kl, "perplexity": result.perplexity["pruned"]}
     else:
         packed_or_dense = folder / "packed" if what == "evaluate packed" else model
-        found = msp.verbs.pipeline.evaluate(packed_or_dense, reference=model, **options)
-        figures = {name: found[name] for name in ("kl", "perplexity")}
+        found = msp.evaluate(packed_or_dense, reference=model, **options)
+        figures = {name: getattr(found, name) for name in ("kl", "perplexity")}
     return record | figures | {"seconds": round(time.perf_counter() - start, 1), "peak": peak()}
 
 

@@ -68,7 +68,7 @@ class Peaks(threading.Thread):
 
 def run(verb: str, stream: bool, limit: int, folder: Path) -> dict[str, Any]:
     """One search, or one pruning to 2:8, in this process."""
-    import msp.verbs.pipeline
+    import msp
     from msp.engine.streaming import StreamingRunner
 
     runners: list[StreamingRunner] = []
@@ -90,7 +90,7 @@ def run(verb: str, stream: bool, limit: int, folder: Path) -> dict[str, Any]:
         options |= {"allocation": folder / "recipe.yaml", "output": folder / f"packed-{stream}"}
     found: Any
     try:
-        found = getattr(msp.verbs.pipeline, verb)(folder / "model", **options)
+        found = getattr(msp, verb)(folder / "model", **options)
     except (MemoryError, RuntimeError, msp.MspError) as error:
         return record | {"failed": str(error).splitlines()[0][:200]}
     record |= {"seconds": time.perf_counter() - start, "peak": peaks.seen}

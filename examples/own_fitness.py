@@ -8,7 +8,7 @@ import argparse
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from msp.verbs.pipeline import search
+from msp import search
 
 
 def difficult_tokens(logits: Tensor, tokens: Tensor) -> Tensor:

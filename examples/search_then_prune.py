@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 import msp
-from msp.verbs.pipeline import search
+from msp import search
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", help="directory or hub id of a dense model")

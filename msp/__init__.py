@@ -20,9 +20,26 @@ if TYPE_CHECKING:
     from msp.packed.info import PackedInfo, read_info, validate_packed
     from msp.packed.sparse_linear import SparseLinear, fast_decode, fast_prefill
     from msp.plan.budget import Budget
-    from msp.session.results import CompareResult, ParetoResult, PruneResult, SearchResult
-    from msp.verbs.pareto_curve import pareto
-    from msp.verbs.pipeline import compare, prune
+    from msp.plan.decode_table import DecodeTable
+    from msp.session.preview import Preview
+    from msp.session.results import (
+        CompareResult,
+        DenseInfo,
+        EvaluateResult,
+        ParetoResult,
+        PruneResult,
+        SearchResult,
+        SensitivityResult,
+    )
+    from msp.verbs.compare import compare
+    from msp.verbs.evaluate import evaluate
+    from msp.verbs.generate import Completion, generate
+    from msp.verbs.info import info
+    from msp.verbs.measure import measure
+    from msp.verbs.pareto import pareto
+    from msp.verbs.prune import dry_run, prune
+    from msp.verbs.search import search
+    from msp.verbs.sensitivity import sensitivity
 
 __version__ = "0.1.0"
 
@@ -30,24 +47,37 @@ _HOME = {
     "Allocation": "msp.formats.patterns",
     "Budget": "msp.plan.budget",
     "CompareResult": "msp.session.results",
+    "Completion": "msp.verbs.generate",
+    "DecodeTable": "msp.plan.decode_table",
+    "DenseInfo": "msp.session.results",
+    "EvaluateResult": "msp.session.results",
     "MspError": "msp.errors",
     "NMPattern": "msp.formats.patterns",
     "PackedInfo": "msp.packed.info",
     "ParetoResult": "msp.session.results",
+    "Preview": "msp.session.preview",
     "PruneResult": "msp.session.results",
     "SearchResult": "msp.session.results",
+    "SensitivityResult": "msp.session.results",
     "SparseLinear": "msp.packed.sparse_linear",
     "UsageError": "msp.errors",
-    "compare": "msp.verbs.pipeline",
+    "compare": "msp.verbs.compare",
+    "dry_run": "msp.verbs.prune",
+    "evaluate": "msp.verbs.evaluate",
     "export_dense": "msp.packed.dense",
     "fast_decode": "msp.packed.sparse_linear",
     "fast_prefill": "msp.packed.sparse_linear",
+    "generate": "msp.verbs.generate",
+    "info": "msp.verbs.info",
     "load_model": "msp.models.loading",
-    "pareto": "msp.verbs.pareto_curve",
-    "prune": "msp.verbs.pipeline",
+    "measure": "msp.verbs.measure",
+    "pareto": "msp.verbs.pareto",
+    "prune": "msp.verbs.prune",
     "read_info": "msp.packed.info",
     "replace_linears": "msp.packed.checkpoint",
     "save_packed": "msp.packed.checkpoint",
+    "search": "msp.verbs.search",
+    "sensitivity": "msp.verbs.sensitivity",
     "validate_packed": "msp.packed.info",
 }
 
@@ -55,25 +85,38 @@ __all__ = [
     "Allocation",
     "Budget",
     "CompareResult",
+    "Completion",
+    "DecodeTable",
+    "DenseInfo",
+    "EvaluateResult",
     "MspError",
     "NMPattern",
     "PackedInfo",
     "ParetoResult",
+    "Preview",
     "PruneResult",
     "SearchResult",
+    "SensitivityResult",
     "SparseLinear",
     "UsageError",
     "__version__",
     "compare",
+    "dry_run",
+    "evaluate",
     "export_dense",
     "fast_decode",
     "fast_prefill",
+    "generate",
+    "info",
     "load_model",
+    "measure",
     "pareto",
     "prune",
     "read_info",
     "replace_linears",
     "save_packed",
+    "search",
+    "sensitivity",
     "validate_packed",
 ]
 

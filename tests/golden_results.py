@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 
 import msp
+from msp import search
 from msp.allocators import allocator_names
 from msp.base.hashes import hash_tensor
 from msp.base.safetensors_files import read_headers, tensor_files
@@ -42,7 +43,6 @@ from msp.ops import nm_rank
 from msp.packed.info import validate_packed
 from msp.pruners import LinearStatistics, get_pruner, pruner_names
 from msp.text.token_sets import save_tokens
-from msp.verbs.pipeline import search
 
 GOLDEN = Path(__file__).parent / "golden"
 FILE = GOLDEN / "results.json"

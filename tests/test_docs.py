@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from verbs import SMALL as VERB_SIZES
 from verbs import msp_run, one_object
 
-import msp.verbs.pipeline
+import msp
 from msp.allocators import base as allocators
 from msp.cli import app
 from msp.errors import UsageError
@@ -64,8 +64,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("document", ["README.md", "docs/guide.md"])
 def test_the_python_examples_run(document: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    prune = functools.partial(msp.verbs.pipeline.prune, **SMALL, evaluations=16)
-    monkeypatch.setattr(msp.verbs.pipeline, "prune", prune)
+    prune = functools.partial(msp.prune, **SMALL, evaluations=16)
+    monkeypatch.setattr(msp, "prune", prune)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
     for code in blocks:
@@ -118,7 +118,7 @@ def test_the_guide_names_all_that_json_has(verb: str, tmp_path: Path, monkeypatc
 
 
 def test_the_pruner_prunes(workplace: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("msp.pruners.base._registry", dict(base._registry))
+    monkeypatch.setattr(base.PRUNERS, "factories", dict(base.PRUNERS.factories))
     load("balanced", example("pruner"), workplace)
     result = msp.prune(
         "path/to/model", sparsity=0.5, pruner="balanced", calibration="notes.txt", evaluations=16, **SMALL
@@ -138,7 +138,7 @@ def test_the_pruner_prunes(workplace: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_allocator_allocates(workplace: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("msp.allocators.base._REGISTRY", dict(allocators._REGISTRY))
+    monkeypatch.setattr(allocators.ALLOCATORS, "factories", dict(allocators.ALLOCATORS.factories))
     load("ends", example("allocator"), workplace)
     result = msp.prune("path/to/model", sparsity=0.6, allocator="ends", calibration="notes.txt", **SMALL)
     assert 0.39 < result.density <= 0.4

@@ -33,8 +33,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_packed(packed_model("llama"), tokenizer(), tmp_path / "packed", recipe={})
     save_text(tmp_path / "notes.txt", seed=11)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pruners, "_registry", dict(pruners._registry))
-    monkeypatch.setattr(allocators, "_REGISTRY", dict(allocators._REGISTRY))
+    monkeypatch.setattr(pruners.PRUNERS, "factories", dict(pruners.PRUNERS.factories))
+    monkeypatch.setattr(allocators.ALLOCATORS, "factories", dict(allocators.ALLOCATORS.factories))
     return tmp_path
 
 

@@ -22,17 +22,16 @@ FRESH = """
 import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import msp
-from msp import pipeline
 
 packed, dense, text = sys.argv[1:]
-found = pipeline.evaluate(packed, reference=dense, evaluate=text, window=512, test_tokens=1024, device="cpu")
+found = msp.evaluate(packed, reference=dense, evaluate=text, window=512, test_tokens=1024, device="cpu")
 model, tokenizer = AutoModelForCausalLM.from_pretrained(packed), AutoTokenizer.from_pretrained(packed)
 question = [{"role": "user", "content": "What is the capital of France?"}]
 prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 answer = model.generate(**prompt, max_new_tokens=24, do_sample=False)[0, prompt["input_ids"].shape[1]:]
 sparse = sum(type(module).__name__ == "SparseLinear" for module in model.modules())
 text = tokenizer.decode(answer, skip_special_tokens=True)
-print(json.dumps({**found, "answer": text, "sparse": sparse, "dtype of weights": str(model.dtype)}))
+print(json.dumps({**found.to_json(), "answer": text, "sparse": sparse, "dtype of weights": str(model.dtype)}))
 """
 
 

@@ -15,19 +15,19 @@ A new allocator takes a few lines::
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
 from msp.base.identity import Identity
 from msp.base.progress import NoProgress, Progress
+from msp.base.registry import Registry
 from msp.engine.evolution import EvolutionOptions, Fitness, asked
 from msp.engine.state import Step
-from msp.errors import UsageError
 from msp.formats.patterns import Allocation
 from msp.plan.budget import Budget, Unit
 from msp.plan.levels import Levels, cost, kept_weights, levels_from_densities, uniform_density
@@ -181,26 +181,12 @@ def allocate(allocator: Allocator, problem: Problem) -> Allocated:
     return found
 
 
-Factory = TypeVar("Factory", bound=Callable[..., Any])
+ALLOCATORS: Registry[Allocator] = Registry("allocator", ("name", "allocate"))
 
-_REGISTRY: dict[str, Callable[..., Allocator]] = {}
-
-
-def register_allocator(factory: Factory) -> Factory:
-    """Class decorator: make an allocator available under its ``name``."""
-    _REGISTRY[factory.name] = factory  # type: ignore[attr-defined]
-    return factory
+register_allocator = ALLOCATORS.register
+get_allocator = ALLOCATORS.get
 
 
 def allocator_names() -> tuple[str, ...]:
-    return tuple(_REGISTRY)
-
-
-def get_allocator(name: str, **options: Any) -> Allocator:
-    """The allocator registered as ``name``; ``UsageError`` lists the known ones."""
-    if name not in _REGISTRY:
-        raise UsageError(f"unknown allocator {name!r}; known: {', '.join(allocator_names())}")
-    try:
-        return _REGISTRY[name](**options)
-    except TypeError as error:
-        raise UsageError(f"allocator {name!r}: {error}") from error
+    """The names of all registered allocators, sorted."""
+    return ALLOCATORS.names

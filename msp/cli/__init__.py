@@ -1,4 +1,4 @@
-"""The command ``msp``: one verb per thing a user wants, each a thin skin over ``msp.verbs.pipeline``."""
+"""The command ``msp``: one verb per thing a user wants, each a thin skin over the function of that name."""
 
 from __future__ import annotations
 

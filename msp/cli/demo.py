@@ -30,8 +30,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from msp.base.files import write_text
 from msp.base.outputs import new_folder, reserved, working_folder
 from msp.base.progress import NoProgress, Progress
+from msp.base.readable import duration, number, size
 from msp.errors import MspError
-from msp.show.report import RichProgress, duration, number, size
+from msp.show.report import RichProgress
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 SKIPPED_FOLDERS = {
@@ -263,8 +264,8 @@ def run(
     corpus: Corpus | None = None,
 ) -> tuple[list[Row], str]:
     """Train or fetch the model, prune it twice into ``output``, load both back; the table and a sample."""
+    from msp import prune
     from msp.show.pictures import prune_pictures
-    from msp.verbs.pipeline import prune
 
     corpus = corpus if corpus is not None else standard_library(settings.corpus_bytes)
     with ExitStack() as stack:
@@ -306,7 +307,7 @@ def run(
 
 def _timed(path: Path, effort: Effort) -> tuple[float, str]:
     """Median decoding speed in tokens/s of the model at ``path``, as plain transformers loads it, and its text."""
-    from msp.cli.generation import continue_text
+    from msp.verbs.generate import continue_text
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     model.generation_config.eos_token_id = None  # every run generates the same number of tokens

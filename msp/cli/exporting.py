@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
-from msp.cli.options import RUN, AsJson, Debug, TrustRemoteCode
+from msp.cli.options import AsJson, Debug, takes
 from msp.cli.running import calm_libraries, running
 from msp.cli.verbs import app
 from msp.errors import UsageError
+from msp.session.arguments import RUN, Trusting
 
 
 @app.command()
+@takes(Trusting)
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A packed model: a directory.")],
     output: Annotated[
@@ -35,9 +37,9 @@ def export(
         bool,
         typer.Option("--force", help="Replace the model at OUT, if msp wrote all that is in it.", rich_help_panel=RUN),
     ] = False,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     debug: Debug = False,
+    **options: Any,
 ) -> None:
     """Write a packed model in a form that other programs load.
 
@@ -49,14 +51,14 @@ def export(
     with running(as_json, debug, on_interrupt=f"interrupted, {output} is not written") as session:
         if not dense:
             raise UsageError("export needs the form to write: --dense is the one there is")
+        from msp.base.readable import size
         from msp.base.safetensors_files import header_bytes, tensor_files
         from msp.packed.dense import export_dense
         from msp.packed.info import read_info
-        from msp.show.report import size
 
         calm_libraries()
         with session.progress.stage("Exporting"):
-            target = export_dense(model, output, force=force, trust_remote_code=trust_remote_code)
+            target = export_dense(model, output, force=force, **options)
         info, files = read_info(model), tensor_files(target)
         written = sum(file.stat().st_size - header_bytes(file) for file in files)
         packed = info.packed_bytes + info.other_bytes

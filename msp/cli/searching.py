@@ -8,65 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from msp.cli.options import (
-    METHOD,
-    RUN,
-    AsJson,
-    Debug,
-    DecodeTable,
-    Dequantise,
-    Device,
-    Dtype,
-    Levels,
-    Methods,
-    Model,
-    OneSearch,
-    Searching,
-    Streaming,
-    TrustRemoteCode,
-    takes,
-)
+from msp.cli.options import AsJson, Debug, Model, given, takes
 from msp.cli.running import calm_libraries, running
-from msp.cli.verbs import app, check_sources, given, search_folder, with_budget
+from msp.cli.verbs import app, search_folder, with_budget
 from msp.errors import UsageError
-
-
-class SeveralBudgets:
-    """How much may stay, once or several times over."""
-
-    sparsity: Annotated[
-        str | None,
-        typer.Option(
-            "--sparsity",
-            "-s",
-            metavar="SHARE,SHARE",
-            help="Share of the weights to remove, between 0 and 1: 0.75, the default, keeps one in four. Of several, "
-            "like 0.5,0.6,0.75, each is searched for.",
-            rich_help_panel=METHOD,
-        ),
-    ] = None
-    budget_bytes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BYTES,BYTES",
-            help="Instead of --sparsity: what the whole packed model may take, like 300MB or 1.5GB; one or several.",
-            rich_help_panel=METHOD,
-        ),
-    ] = None
-    budget_decode: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TIME,TIME",
-            help="Instead of --sparsity: how long all prunable layers together may take to decode a token, like 12ms "
-            "or 800us, each called once, as predicted from measured times; one or several.",
-            rich_help_panel=METHOD,
-        ),
-    ] = None
-    decode_table: DecodeTable = None
+from msp.session.arguments import RUN, MeasureArguments, SearchArguments
 
 
 @app.command()
-@takes(SeveralBudgets, Levels, Methods, Searching, OneSearch, Streaming)
+@takes(SearchArguments)
 def search(
     model: Model,
     output: Annotated[
@@ -95,24 +45,21 @@ def search(
     """
     interrupted = f"interrupted, {output} is not complete; run the same command with --resume to go on"
     with running(as_json, debug, on_interrupt=interrupted) as session:
-        check_sources(options["calibration"], options["evaluate"])
+        import msp
         from msp.base.outputs import working_folder
         from msp.show.report import pareto_report, search_report
-        from msp.verbs import pipeline
 
         calm_libraries()
         work_dir = options["work_dir"] or search_folder(output)
-        chosen = with_budget(**{**options, "work_dir": work_dir})
+        chosen = with_budget({**options, "work_dir": work_dir})
         budget, several = _several(chosen)
         with working_folder(work_dir):
             if several is None:
-                result = pipeline.search(model, output=output, progress=session.progress, **chosen)
+                result = msp.search(model, output=output, progress=session.progress, **chosen)
                 session.result(result.to_json(), search_report(result, output))
             else:
-                from msp.verbs.pareto_curve import pareto
-
                 chosen.pop(budget)
-                curve = pareto(model, **several, output=output, progress=session.progress, **chosen)
+                curve = msp.pareto(model, **several, output=output, progress=session.progress, **chosen)
                 session.result(curve.to_json(), pareto_report(curve, output))
             if options["work_dir"] is None:
                 shutil.rmtree(work_dir, ignore_errors=True)
@@ -129,7 +76,7 @@ def _several(options: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
 
 
 @app.command()
-@takes(Levels)
+@takes(MeasureArguments)
 def measure(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A dense model: a directory or a hub id.")],
     output: Annotated[
@@ -142,10 +89,6 @@ def measure(
             rich_help_panel=RUN,
         ),
     ],
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    dequantise: Dequantise = False,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     debug: Debug = False,
     **options: Any,
@@ -158,18 +101,9 @@ def measure(
     Example: msp measure ./my-model -o decode-table.json --patterns 0:8,1:8,2:8,4:8
     """
     with running(as_json, debug) as session:
-        from msp.evidence.measure import measure as measured
+        import msp
         from msp.show.report import decode_report
 
         calm_libraries()
-        table = measured(
-            model,
-            output=output,
-            dtype=dtype,
-            device=device,
-            dequantise=dequantise,
-            trust_remote_code=trust_remote_code,
-            progress=session.progress,
-            **given(**options),
-        )
+        table = msp.measure(model, output=output, progress=session.progress, **given(options))
         session.result(table.to_json(), decode_report(table, output))

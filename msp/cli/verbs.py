@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,35 +13,19 @@ from rich.console import Group
 from rich.text import Text
 
 from msp import __version__
-from msp.cli.options import (
-    DATA,
-    LARGEST_SEED,
-    METHOD,
-    RUN,
-    SOURCE_HELP,
-    AsJson,
-    Budgets,
-    Calibration,
-    CalibrationTokens,
-    Debug,
-    Dequantise,
-    Device,
-    Dtype,
-    Levels,
-    Methods,
-    Model,
-    OneSearch,
-    Picture,
-    Searching,
-    Seed,
-    Streaming,
-    TestTokens,
-    TrustRemoteCode,
-    Window,
-    takes,
-)
+from msp.cli.options import AsJson, Debug, Model, Picture, given, takes
 from msp.cli.running import calm_libraries, running
 from msp.errors import MspError, UsageError
+from msp.session.arguments import (
+    METHOD,
+    RUN,
+    CompareArguments,
+    EvaluateArguments,
+    GenerateArguments,
+    InfoArguments,
+    PruneArguments,
+    SensitivityArguments,
+)
 
 app = typer.Typer(
     name="msp",
@@ -72,31 +56,17 @@ def _options(
     pass
 
 
-def given(**options: Any) -> dict[str, Any]:
-    """The options that were set; the other options keep the defaults of ``msp.verbs.pipeline``."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def check_sources(*sources: str | None) -> None:
-    """Raise an error for a wrong text source before the model is loaded."""
-    from msp.text.token_sets import TokenSource
-
-    for source in sources:
-        if source is not None:
-            TokenSource.parse(source).check()
-
-
 BUDGETS = {"sparsity", "budget_bytes", "budget_decode", "allocation"}
 
 
-def with_budget(**options: Any) -> dict[str, Any]:
+def with_budget(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that were set, with a sparsity of 0.75 if no budget was set."""
-    found = given(**options)
+    found = given(options)
     return found if found.keys() & BUDGETS else {"sparsity": 0.75, **found}
 
 
 @app.command()
-@takes(Budgets, Levels, Methods, Searching, OneSearch, Streaming)
+@takes(PruneArguments)
 def prune(
     model: Model,
     output: Annotated[
@@ -105,15 +75,6 @@ def prune(
             "--output", "-o", metavar="OUT", help="Directory to write the packed model to.", rich_help_panel=RUN
         ),
     ],
-    allocation: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Instead of --sparsity and a search: allocation.json or recipe.yaml of **msp search**, or a recipe "
-            "of your own.",
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
     force: Annotated[
         bool,
         typer.Option("--force", help="Replace the model at OUT, if msp wrote all its files.", rich_help_panel=RUN),
@@ -144,22 +105,21 @@ def prune(
     """
     interrupted = f"interrupted, {output} is not written; run the same command with --resume to go on"
     with running(as_json, debug, on_interrupt=interrupted) as session:
-        check_sources(options["calibration"], options["evaluate"])
+        import msp
         from msp.base.outputs import check_output, reserved, working_folder
         from msp.show.report import preview_report, prune_report
-        from msp.verbs import pipeline
 
         calm_libraries()
         work_dir = options["work_dir"] or search_folder(output)
-        chosen = with_budget(allocation=allocation, **{**options, "work_dir": work_dir})
+        chosen = with_budget({**options, "work_dir": work_dir})
         # the folders stay reserved until the run ends: another run may then begin
         if dry_run:
             check_output(output, force, model=model, work_dir=work_dir)
-            planned = pipeline.dry_run(model, progress=session.progress, **chosen)
+            planned = msp.dry_run(model, progress=session.progress, **chosen)
             session.result(planned.to_json(), preview_report(planned))
             return
         with reserved(output, force, model=model, work_dir=work_dir), working_folder(work_dir):
-            result = pipeline.prune(model, output=output, force=force, progress=session.progress, **chosen)
+            result = msp.prune(model, output=output, force=force, progress=session.progress, **chosen)
             if options["work_dir"] is None:
                 shutil.rmtree(work_dir, ignore_errors=True)
             drawn: list[Path] = []
@@ -190,7 +150,7 @@ def _files(label: str, paths: list[Path]) -> list[Text]:
 
 
 @app.command()
-@takes(Budgets, Levels, Searching)
+@takes(CompareArguments)
 def compare(
     model: Model,
     allocators: Annotated[
@@ -222,20 +182,20 @@ def compare(
     Example: msp compare ./my-model --sparsity 0.75 --allocators uniform,msp --pruners wanda,sparsegpt --seeds 3
     """
     with running(as_json, debug) as session:
-        check_sources(options["calibration"], options["evaluate"])
+        import msp
+
         picture = _picture_path(output, model, "compare")
         from msp.show.pictures import compare_picture
         from msp.show.report import compare_report
-        from msp.verbs import pipeline
 
         calm_libraries()
-        result = pipeline.compare(
+        result = msp.compare(
             model,
             allocators=_names("allocators", allocators),
             pruners=_names("pruners", pruners),
             seeds=list(range(seeds)),
             progress=session.progress,
-            **with_budget(**options),
+            **with_budget(options),
         )
         drawn = _draw(lambda: [compare_picture(result, picture)])
         report = compare_report(result, every_seed=every_seed)
@@ -265,19 +225,9 @@ def _picture_path(output: Path | None, model: str, verb: str) -> Path:
 
 
 @app.command()
+@takes(SensitivityArguments)
 def sensitivity(
-    model: Model,
-    calibration: Calibration = None,
-    window: Window = None,
-    calibration_tokens: CalibrationTokens = None,
-    seed: Seed = 0,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    dequantise: Dequantise = False,
-    trust_remote_code: TrustRemoteCode = False,
-    output: Picture = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
+    model: Model, output: Picture = None, as_json: AsJson = False, debug: Debug = False, **options: Any
 ) -> None:
     """Show the layers in which a model can least afford to lose weights.
 
@@ -287,55 +237,21 @@ def sensitivity(
     Example: msp sensitivity ./my-model --calibration notes.txt
     """
     with running(as_json, debug) as session:
-        check_sources(calibration)
+        import msp
+
         picture = _picture_path(output, model, "sensitivity")
         from msp.show.pictures import sensitivity_picture
         from msp.show.report import sensitivity_report
-        from msp.verbs import pipeline
 
         calm_libraries()
-        options = given(calibration=calibration, window=window, calibration_tokens=calibration_tokens)
-        result = pipeline.sensitivity(
-            model,
-            seed=seed,
-            dtype=dtype,
-            device=device,
-            dequantise=dequantise,
-            trust_remote_code=trust_remote_code,
-            progress=session.progress,
-            **options,
-        )
+        result = msp.sensitivity(model, progress=session.progress, **given(options))
         drawn = _draw(lambda: [sensitivity_picture(result.traces, picture)])
         session.result(result.to_json(), Group(sensitivity_report(result), *_files("Picture", drawn)))
 
 
 @app.command()
-def evaluate(
-    model: Model,
-    source: Annotated[
-        str | None,
-        typer.Option(
-            "--evaluate",
-            metavar="SRC",
-            help=f"Text to measure on: {SOURCE_HELP}. Without it: the WikiText-2 test text from the hub.",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL", help="The dense model; the KL divergence from it is measured too.", rich_help_panel=METHOD
-        ),
-    ] = None,
-    window: Window = None,
-    test_tokens: TestTokens = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    dequantise: Dequantise = False,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
+@takes(EvaluateArguments)
+def evaluate(model: Model, as_json: AsJson = False, debug: Debug = False, **options: Any) -> None:
     """Measure the perplexity of a model, dense or packed.
 
     Perplexity is taken over non-overlapping windows of tokens. It depends on the text, the window, the tokenizer and
@@ -346,90 +262,46 @@ def evaluate(
     Example: msp evaluate ./my-model-75 --evaluate test.txt --reference ./my-model
     """
     with running(as_json, debug) as session:
-        check_sources(source)
+        import msp
         from msp.show.report import figures_report
-        from msp.text.token_sets import DEFAULT_EVALUATION
-        from msp.verbs import pipeline
 
         calm_libraries()
-        figures = pipeline.evaluate(
-            model,
-            evaluate=source if source is not None else DEFAULT_EVALUATION,
-            dtype=dtype,
-            device=device,
-            dequantise=dequantise,
-            trust_remote_code=trust_remote_code,
-            progress=session.progress,
-            **given(window=window, test_tokens=test_tokens, reference=reference),
-        )
+        figures = msp.evaluate(model, progress=session.progress, **given(options)).to_json()
         session.result(figures, figures_report(figures))
 
 
 @app.command()
+@takes(GenerateArguments)
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="The most tokens to generate.", rich_help_panel=METHOD)
-    ] = 64,
-    temperature: Annotated[
-        float,
-        typer.Option(
-            min=0.0,
-            help="0 takes the likeliest token; 1 samples from the model's probabilities.",
-            rich_help_panel=METHOD,
-        ),
-    ] = 0.0,
-    seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sampling.", rich_help_panel=METHOD)
-    ] = 0,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    dequantise: Dequantise = False,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     debug: Debug = False,
+    **options: Any,
 ) -> None:
     """Let a model, dense or packed, continue a text.
 
     Example: msp generate ./my-model-75 "Once upon a time" --max-new-tokens 100
     """
     with running(as_json, debug) as session:
-        from msp.cli.generation import complete
+        import msp
 
         calm_libraries()
-        with session.progress.stage("Generating", max_new_tokens) as advance:
-            completion = complete(
-                model,
-                prompt,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed,
-                dtype=dtype,
-                device=device,
-                dequantise=dequantise,
-                trust_remote_code=trust_remote_code,
-                on_token=advance,
-            )
+        with session.progress.stage("Generating", options["max_new_tokens"]) as advance:
+            completion = msp.generate(model, prompt, on_token=advance, **given(options))
         session.result(completion.to_json(), Text.assemble((prompt, "dim"), completion.text))
         session.say(f"{completion.tokens} tokens, {completion.tokens_per_second:.1f} tokens/s")
 
 
 @app.command()
+@takes(InfoArguments)
 def info(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A packed model, or a dense one: a directory or a hub id.")
     ],
-    verify: Annotated[
-        bool,
-        typer.Option(
-            "--verify",
-            help="Read all weights of a packed model and compare them with the hashes stored with it.",
-        ),
-    ] = False,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     debug: Debug = False,
+    **options: Any,
 ) -> None:
     """Describe a model without loading its weights.
 
@@ -439,7 +311,9 @@ def info(
     Example: msp info ./my-model-75
     """
     with running(as_json, debug) as session:
-        from msp.cli.describe import describe
+        import msp
+        from msp.show.report import info_report
 
         calm_libraries()
-        session.result(*describe(model, trust_remote_code=trust_remote_code, verify=verify))
+        found, verified = msp.info(model, **given(options)), options["verify"]
+        session.result({**found.to_json(), **({"verified": True} if verified else {})}, info_report(found, verified))

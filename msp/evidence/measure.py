@@ -15,19 +15,13 @@ import torch
 from torch import nn
 
 from msp import __version__
-from msp.base.outputs import QUANT_METHOD, check_file
 from msp.base.progress import NoProgress, Progress
-from msp.errors import MspError
 from msp.formats.patterns import NMPattern
 from msp.formats.storage import DENSE, Storage
-from msp.models.loading import DTYPES, check_dtype, find_device, make_skeleton, read_config, stored_dtype
-from msp.models.quantised import check_dense, dequantised_dtype, method_of
-from msp.models.structure import find_structure
 from msp.ops import nm_select
 from msp.ops._compiled import compiled_module
 from msp.packed.sparse_linear import SparseLinear
 from msp.plan.decode_table import DecodeTable, Shape
-from msp.plan.plans import PatternRules
 
 # More than the last cache of any machine this is likely to run on keeps between two calls of a linear.
 ROTATED_BYTES = 768 << 20
@@ -75,46 +69,6 @@ def measure_decode(
     for (shape, storage), found in samples.items():
         times[shape][storage.label] = statistics.median(found) * 1e6
     return DecodeTable(str(dtype).removeprefix("torch."), machine(device), times)
-
-
-def measure(
-    model: str | Path,
-    *,
-    output: str | Path | None = None,
-    group_size: int = 8,
-    patterns: str | None = None,
-    compliant: bool = False,
-    keep: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    dequantise: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> DecodeTable:
-    """The decode table of a model, of which no weight is read; arguments and errors as for ``prune``.
-
-    Args:
-        output: file to write it to. A file that is there is replaced if it is a decode table.
-        dtype: ``auto`` is what most of its weights are stored in, and its packed form computes in.
-    """
-    rules = PatternRules.parse(group_size, patterns, keep, compliant=compliant)
-    if output is not None:
-        check_file(output)
-        if Path(output).is_file():
-            DecodeTable.load(output)
-    place = find_device(device)
-    check_dtype(dtype)
-    config = read_config(model, trust_remote_code=trust_remote_code)
-    if method_of(config) == QUANT_METHOD:
-        raise MspError(f"{model} is packed; measure with the dense model")
-    quantised = check_dense(str(model), config, dequantise=dequantise)
-    stored = DTYPES[dtype] or (dequantised_dtype(config) if quantised else stored_dtype(model, config))
-    skeleton = make_skeleton(config, trust_remote_code=trust_remote_code)
-    shapes = [linear.shape for linear in find_structure(skeleton).linears]
-    table = measure_decode(shapes, rules.patterns, dtype=stored, device=place, progress=progress)
-    if output is not None:
-        table.save(Path(output))
-    return table
 
 
 def _linear(shape: Shape, storage: Storage, dtype: torch.dtype) -> nn.Module:

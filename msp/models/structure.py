@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,11 @@ class Place:
         bias = self.module.bias
         assert bias is None or isinstance(bias, torch.Tensor)
         return None if bias is None else bias.detach()
+
+
+def merge_experts(kind: str) -> str:
+    """One name for the linears of all experts: ``mlp.experts.5.w1`` -> ``mlp.experts.*.w1``."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", kind)
 
 
 @dataclass(frozen=True)

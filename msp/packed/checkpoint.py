@@ -83,6 +83,15 @@ def replace_linears(model: nn.Module, packed: Mapping[str, PackedWeight | CodedW
             sparse = at_places(weight, [module for _, module in same])
             for (place, _), module in zip(same, sparse, strict=True):
                 model.set_submodule(place, module)
+    mark_packed(model)
+
+
+def mark_packed(model: nn.Module) -> None:
+    """Let ``save_pretrained`` of a model whose linears are packed write a packed checkpoint.
+
+    Raises:
+        MspError: it has no packed linears.
+    """
     _attach_manifest(model, manifest_of(model))
 
 

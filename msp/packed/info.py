@@ -15,6 +15,7 @@ import torch
 from msp.base.finite import check_finite
 from msp.base.hashes import Hashing, note_without
 from msp.base.outputs import QUANT_METHOD
+from msp.base.readable import size
 from msp.base.reading import read_object
 from msp.base.safetensors_files import TensorHeader, header_bytes, read_headers, read_tensor, split_guards, tensor_files
 from msp.errors import MspError
@@ -125,7 +126,7 @@ class LinearInfo:
         return slower_from_tokens(self.pattern) if self.fast_prefill_bytes else 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PackedInfo:
     """What a packed checkpoint holds, read from its headers.
 
@@ -161,6 +162,16 @@ class PackedInfo:
     @property
     def kept(self) -> int:
         return self.allocation.kept(self.manifest.shapes)
+
+    def __repr__(self) -> str:
+        return (
+            f"PackedInfo({self.path}: {len(self.linears)} linears keep {self.kept / max(1, self.weights):.2%}, "
+            f"{size(self.packed_bytes)} of {size(self.dense_bytes)}, other tensors {size(self.other_bytes)})"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as ``msp info --json`` prints it."""
+        return {"packed": True, **self.to_dict()}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""

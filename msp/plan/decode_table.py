@@ -25,7 +25,7 @@ RESOLUTION = 1_000_000
 MOST_MICROSECONDS = 3.6e9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DecodeTable:
     """Microseconds of a call of a linear on one token.
 
@@ -38,6 +38,10 @@ class DecodeTable:
     dtype: str
     machine: Mapping[str, Any]
     times: Mapping[Shape, Mapping[str, float]]
+
+    def __repr__(self) -> str:
+        storages = len({storage for times in self.times.values() for storage in times})
+        return f"DecodeTable({self.dtype}: {len(self.times)} shapes in {storages} storages each)"
 
     def nanoseconds(self, shape: Shape, storage: Storage) -> int:
         """Of a linear in ``storage``.

@@ -15,18 +15,18 @@ A new pruner takes a few lines::
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from msp import ops
-from msp.errors import MspError, UsageError
+from msp.base.registry import Registry
+from msp.errors import MspError
 from msp.formats.patterns import NMPattern
 from msp.ops import PackedWeight
 
@@ -208,54 +208,12 @@ def tell(warn: Warn | None, message: str) -> None:
         warn(message)
 
 
-_registry: dict[str, Callable[..., Pruner]] = {}
+PRUNERS: Registry[Pruner] = Registry("pruner", ("name", "needs", "updates_weights", "scoring", "prune", "prune_levels"))
 
-Factory = TypeVar("Factory", bound=Callable[..., Pruner])
-
-
-def register_pruner(factory: Factory) -> Factory:
-    """Register a pruner under ``factory.name`` for ``get_pruner``; usable as a decorator.
-
-    Args:
-        factory: a pruner class, or a function with a ``name`` attribute that returns a pruner. Its keyword
-            arguments are the pruner's options.
-
-    Raises:
-        UsageError: the factory has no name, or another pruner has that name.
-    """
-    name = getattr(factory, "name", None)
-    if not isinstance(name, str) or not name:
-        raise UsageError(f"{factory!r} cannot be registered as a pruner: it has no `name`")
-    known = _registry.get(name)
-    if known is not None and _origin(known) != _origin(factory):
-        raise UsageError(f"a pruner named {name!r} is registered already: {_origin(known)}")
-    _registry[name] = factory
-    return factory
-
-
-def _origin(factory: Callable[..., Pruner]) -> str:
-    """The qualified name of a factory; a module that is loaded again may register its pruners again."""
-    return f"{factory.__module__}.{factory.__qualname__}"
-
-
-def get_pruner(name: str, **options: Any) -> Pruner:
-    """The pruner ``name`` with ``options``.
-
-    Raises:
-        UsageError: the pruner or an option is unknown (the message lists the known ones), or a value is out of range.
-    """
-    if name not in _registry:
-        raise UsageError(f"pruner {name!r} is not one of {', '.join(pruner_names())}")
-    factory = _registry[name]
-    known = inspect.signature(factory).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-    unknown = [] if takes_any else [option for option in options if option not in known]
-    if unknown:
-        choice = ", ".join(known) if known else "none"
-        raise UsageError(f"pruner {name!r} has no option {unknown[0]!r}; its options: {choice}")
-    return factory(**options)
+register_pruner = PRUNERS.register
+get_pruner = PRUNERS.get
 
 
 def pruner_names() -> tuple[str, ...]:
     """The names of all registered pruners, sorted."""
-    return tuple(sorted(_registry))
+    return PRUNERS.names

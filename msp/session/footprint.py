@@ -24,12 +24,11 @@ from msp.formats.storage import Storage
 from msp.models.loading import find_device
 from msp.models.narrow import WIDENED_BYTES
 from msp.models.structure import Linear, Structure
-from msp.plan.plans import Plan, parse_bytes
-from msp.pruners import get_pruner
-from msp.session.settings import PruneOptions
+from msp.plan.plans import Plan
+from msp.session.options import Options
 from msp.session.workbench import ACTIVATION_BYTES, FITNESS_BATCH_TOKENS, backward_bytes, batch_size
 from msp.text.text_sources import TokenSource
-from msp.text.token_sets import DEFAULT_CALIBRATION, POOL_FACTOR
+from msp.text.token_sets import POOL_FACTOR
 
 # Bytes that libraries allocate when the first products run, and gaps between tensors in the heap.
 FIRST_PRODUCTS = 40 << 20
@@ -114,9 +113,7 @@ class _Sizes:
         return int(LOGITS * 4 * tokens * self.vocabulary)
 
 
-def predict(
-    model: Any, structure: Structure, plan: Plan, options: PruneOptions, *, window: int, packed: int
-) -> Footprint:
+def predict(model: Any, structure: Structure, plan: Plan, options: Options, *, window: int, packed: int) -> Footprint:
     """The memory that ``prune`` with ``options`` takes on a CPU.
 
     Args:
@@ -135,7 +132,7 @@ def predict(
         weights, packed = weights - sum(blocks), packed * max(blocks) // max(1, sum(blocks))
         dense = max(blocks)
     linears = [linear for linear in structure.linears if any(linear.name in unit.linears for unit in plan.units)]
-    needs = get_pruner(options.pruner).needs
+    needs = options.pruner.needs
     test, calibration = options.test_tokens, options.calibration_tokens
     batch = batch_size(torch.device("cpu"), window) * window
     reference = sizes.kept(test)
@@ -146,9 +143,9 @@ def predict(
         "pruning": dense + packed + reference + states + _statistics(needs, structure, linears) + sizes.forward(batch),
         "measuring the pruned model": packed + reference + sizes.measured(min(batch, test)),
     }
-    if options.allocation is None and options.allocator not in WITHOUT_TRACES:
+    if not options.given and options.allocator.name not in WITHOUT_TRACES:
         stages["measuring sensitivities"] = dense + reference + _backward(sizes, calibration, options.stream)
-    if options.allocation is None and options.allocator not in WITHOUT_SEARCH:
+    if not options.given and options.allocator.name not in WITHOUT_SEARCH:
         stages["searching"] = dense + reference + _searching(sizes, plan, linears, options, model)
     return Footprint(resident() + FIRST_PRODUCTS, weights, stages)
 
@@ -164,10 +161,10 @@ def held_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _tokenising(options: PruneOptions) -> list[int]:
+def _tokenising(options: Options) -> list[int]:
     """Bytes for each text while it is tokenised."""
     drawn = POOL_FACTOR * (options.calibration_tokens + options.fitness_tokens) + options.test_tokens
-    texts = {options.calibration or DEFAULT_CALIBRATION: drawn}
+    texts = {options.calibration: drawn}
     if options.evaluate is not None:
         texts[options.evaluate] = options.test_tokens
     found = []
@@ -204,7 +201,7 @@ def _backward(sizes: _Sizes, calibration: int, stream: bool) -> int:
     return held + block + 4 * largest + sizes.logits(sizes.window)
 
 
-def _searching(sizes: _Sizes, plan: Plan, linears: Sequence[Linear], options: PruneOptions, model: Any) -> int:
+def _searching(sizes: _Sizes, plan: Plan, linears: Sequence[Linear], options: Options, model: Any) -> int:
     fitness = options.fitness_tokens
     tokens = min(fitness, max(FITNESS_BATCH_TOKENS, sizes.window))
     units = {name: unit for unit in plan.units for name in unit.linears}
@@ -213,7 +210,7 @@ def _searching(sizes: _Sizes, plan: Plan, linears: Sequence[Linear], options: Pr
     copies = sum(linear.weight.numel() * linear.weight.element_size() for linear in linears)
     if options.stream:
         return found
-    if options.database(get_pruner(options.pruner)):
+    if options.database:
         return found + copies + sum(_levels_bytes(linear, units[linear.name].patterns) for linear in linears)
     ranks = sum(
         linear.weight.numel() * len({pattern.m for pattern in units[linear.name].patterns}) for linear in linears
@@ -227,13 +224,13 @@ def _levels_bytes(linear: Linear, patterns: Sequence[NMPattern]) -> int:
     return sum(storage.nbytes(*linear.shape, linear.weight.dtype) for storage in storages)
 
 
-def hidden_bytes(options: PruneOptions, weights: int) -> int:
+def hidden_bytes(options: Options, weights: int) -> int:
     """The most bytes of hidden states: the option if it is given, or else a limit that suits the device.
 
     On a CPU it depends on the free memory and, without ``stream``, on the bytes of the ``weights``.
     """
-    if options.hidden_bytes != "auto":
-        return parse_bytes(options.hidden_bytes)
+    if options.hidden_bytes is not None:
+        return options.hidden_bytes
     if find_device(options.device).type != "cpu":
         return HIDDEN_BYTES
     room = available()

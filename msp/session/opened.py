@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,14 @@ from msp.models.as_loaded import StoredDtypes
 from msp.models.loading import LoadedModel, find_device, load_model
 from msp.models.stored import load_stored, read_skeleton
 from msp.models.structure import Structure, device_of, find_structure
-from msp.plan.budget import parse_sparsity
 from msp.plan.decode_table import DecodeTable
-from msp.plan.plans import Goal, Plan, make_plan, parse_bytes, parse_time
+from msp.plan.plans import Goal, Plan, make_plan
 from msp.session.footprint import held_bytes, hidden_bytes
+from msp.session.options import Options
 from msp.session.prunable import check_prunable
-from msp.session.settings import PruneOptions
 from msp.session.streamed_workbench import StreamedWorkbench
 from msp.session.workbench import Workbench, batch_size
-from msp.text.token_sets import DEFAULT_CALIBRATION, TokenSets, make_token_sets
+from msp.text.token_sets import TokenSets, make_token_sets
 
 
 @dataclass
@@ -46,9 +45,9 @@ class Opened:
     def model(self) -> Any:
         return self.loaded.model
 
-    def tokens(self, options: PruneOptions, seed: int) -> TokenSets:
+    def tokens(self, options: Options, seed: int) -> TokenSets:
         return make_token_sets(
-            options.calibration or DEFAULT_CALIBRATION,
+            options.calibration,
             self.loaded.tokenizer,
             vocabulary_size(self.model),
             evaluate=options.evaluate,
@@ -61,18 +60,19 @@ class Opened:
             seed=seed,
         )
 
-    def plan(self, options: PruneOptions, progress: Progress) -> Plan:
+    def plan(self, options: Options, progress: Progress) -> Plan:
         return make_plan(self.structure, self._goal(options, progress), options.rules, unit=options.unit)
 
-    def _goal(self, options: PruneOptions, progress: Progress) -> Goal:
-        if options.budget_decode is not None:
-            table = self._measured(options, progress)
-            return Goal(None, nanoseconds=parse_time(options.budget_decode), table=table)
-        if options.budget_bytes is None:
-            return Goal(None if options.sparsity is None else parse_sparsity(options.sparsity))
-        return Goal(None, parse_bytes(options.budget_bytes), self._other_bytes(), self.loaded.stored)
+    def _goal(self, options: Options, progress: Progress) -> Goal:
+        """The goal of ``options``, with the facts about this model that turn it into a limit."""
+        goal = options.goal
+        if goal.objective == "nanoseconds":
+            return replace(goal, table=self._measured(options, progress))
+        if goal.objective == "bytes":
+            return replace(goal, other_bytes=self._other_bytes(), stored=self.loaded.stored)
+        return goal
 
-    def _measured(self, options: PruneOptions, progress: Progress) -> DecodeTable:
+    def _measured(self, options: Options, progress: Progress) -> DecodeTable:
         """The table of ``options``, or one measured now; for a search that resumes, the one it began with.
 
         Raises:
@@ -80,11 +80,11 @@ class Opened:
         """
         shapes, dtype = [linear.shape for linear in self.structure.linears], self.loaded.stored_dtype
         kept = None if options.work_dir is None else options.work_dir / "decode-table.json"
-        file = options.decode_table or (kept if options.resume and kept is not None and kept.exists() else None)
-        if file is not None:
-            self.decode_table = DecodeTable.load(file)
-            if options.decode_table is None:
-                self._check_machine(self.decode_table, file)
+        if options.decode_table is not None:
+            self.decode_table = options.decode_table
+        elif options.resume and kept is not None and kept.exists():
+            self.decode_table = DecodeTable.load(kept)
+            self._check_machine(self.decode_table, kept)
         if self.decode_table is None:
             patterns = options.rules.patterns
             self.decode_table = measure_decode(shapes, patterns, dtype=dtype, device=self.device, progress=progress)
@@ -127,7 +127,7 @@ class Opened:
             return self._other_bytes() + plan.limit * least
         return self._other_bytes()
 
-    def bench(self, plan: Plan, tokens: TokenSets, options: PruneOptions, progress: Progress) -> Workbench:
+    def bench(self, plan: Plan, tokens: TokenSets, options: Options, progress: Progress) -> Workbench:
         about: dict[str, Any] = {
             "name": self.loaded.source,
             "stored": self.loaded.stored,
@@ -146,9 +146,7 @@ class Opened:
         )
 
 
-def open_model(
-    model: Any, options: PruneOptions, tokenizer: Any, progress: Progress, *, may_stream: bool = False
-) -> Opened:
+def open_model(model: Any, options: Options, tokenizer: Any, progress: Progress, *, may_stream: bool = False) -> Opened:
     """Load ``model``, or take the object as it is, and look at what there is to prune.
 
     Args:
@@ -202,7 +200,7 @@ def open_model(
     return Opened(loaded, structure, device)
 
 
-def open_skeleton(source: str | Path, options: PruneOptions) -> Opened:
+def open_skeleton(source: str | Path, options: Options) -> Opened:
     """The model as ``open_model`` opens it, without its weights: enough to plan.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the pipeline returns: plain data that prints, compares and turns into JSON."""
+"""The results of the verbs: plain data that prints, compares and turns into JSON."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from msp.base.readable import duration, number, size
 from msp.formats.patterns import Allocation
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class Found:
     """An allocation and how it was found.
 
@@ -47,8 +48,19 @@ class Found:
         plain = {name: value for name, value in vars(self).items() if name not in ("model", "tokenizer")}
         return plain | {"allocation": self.allocation.to_strings()}
 
+    def _told(self) -> list[str]:
+        """What the first line of the ``repr`` says."""
+        return [
+            f"keeps {self.density:.2%} of {len(self.allocation)} linears",
+            f"{size(self.bytes['dense'])} -> {size(self.bytes['packed'])}",
+            f"{self.spent:,} of {self.budget:,} {self.objective}",
+        ]
 
-@dataclass(kw_only=True)
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({'; '.join(self._told())}; {duration(sum(self.seconds.values()))})"
+
+
+@dataclass(kw_only=True, repr=False)
 class PruneResult(Found):
     """A packed model and how it came about.
 
@@ -65,8 +77,12 @@ class PruneResult(Found):
     tokenizer: Any
     search_fitness: dict[str, float] | None = None
 
+    def _told(self) -> list[str]:
+        perplexities = f"perplexity {number(self.perplexity['dense'])} -> {number(self.perplexity['pruned'])}"
+        return [*super()._told(), perplexities, f"KL {number(self.kl)}"]
 
-@dataclass(kw_only=True)
+
+@dataclass(kw_only=True, repr=False)
 class SearchResult(Found):
     """An allocation with nothing pruned: ``bytes`` are those that packing will give.
 
@@ -75,14 +91,26 @@ class SearchResult(Found):
 
     loss: float | None
 
+    def _told(self) -> list[str]:
+        loss = [] if self.loss is None else [f"loss {number(self.loss)}"]
+        return [*super()._told(), *loss]
 
-@dataclass
+
+@dataclass(repr=False)
 class ParetoResult:
     """Searches to several budgets on the same model and tokens, by the names of the budgets, the loosest first."""
 
     model: str
     fitness: str
     results: dict[str, SearchResult]
+
+    def __repr__(self) -> str:
+        points = [
+            f"{name}: {size(result.bytes['packed'])}"
+            + ("" if result.loss is None else f", {self.fitness} {number(result.loss)}")
+            for name, result in self.results.items()
+        ]
+        return f"ParetoResult({'; '.join(points)})"
 
     def to_json(self) -> dict[str, Any]:
         """A point for every budget; ``loss`` is the fitness that was reached, lower is better."""
@@ -122,7 +150,7 @@ class CompareRow:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(repr=False)
 class CompareResult:
     """All rows on the same model, test tokens and budget. ``spread`` is the standard deviation over seeds."""
 
@@ -130,11 +158,16 @@ class CompareResult:
     dense_perplexity: float
     settings: dict[str, Any]
 
+    def __repr__(self) -> str:
+        means = sorted((row for row in self.rows if row.seed == "mean"), key=lambda row: row.kl)
+        lines = [f"{row.allocator} {row.pruner}: KL {number(row.kl)}" for row in means]
+        return f"CompareResult({'; '.join(lines)})"
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-@dataclass
+@dataclass(repr=False)
 class SensitivityResult:
     """Fisher traces per linear, their sum per block, and the shape and kind of every linear."""
 
@@ -144,8 +177,79 @@ class SensitivityResult:
     kinds: dict[str, str]
     settings: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        most = sorted(self.traces, key=lambda name: -self.traces[name])[:3]
+        told = ", ".join(f"{name} {number(self.traces[name])}" for name in most)
+        return f"SensitivityResult({len(self.traces)} linears; the most sensitive: {told})"
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """The figures of a model on a text.
+
+    Attributes:
+        model, reference: as they were given; ``reference`` and ``kl``, in nats a token, are None without a reference.
+        evaluate: the text source.
+        window: tokens per sequence; ``tokens`` is the number of all tokens.
+        dtype: the dtype that the model computed in.
+    """
+
+    model: str
+    perplexity: float
+    kl: float | None
+    reference: str | None
+    evaluate: str
+    window: int
+    tokens: int
+    dtype: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Without ``kl`` and ``reference`` if there was no reference."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, repr=False)
+class DenseInfo:
+    """What a dense model is, and which of its linears can be pruned.
+
+    Attributes:
+        bytes: the size of its tensors as stored; ``dtype`` is the dtype of most of them.
+        quantised: the method of a quantised checkpoint, or None.
+        context: the longest sequence, if the configuration names it.
+        linears: a row for each kind and shape: ``kind``, ``shape``, ``count``, ``weights``, and the ``group_sizes`` M
+            that divide its input size.
+        skipped: linears that are never pruned, with the reason.
+    """
+
+    model: str
+    architecture: str
+    parameters: int
+    bytes: int
+    dtype: str
+    blocks: int
+    prunable_weights: int
+    quantised: str | None
+    context: int | None
+    linears: list[dict[str, Any]]
+    skipped: dict[str, str]
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The single figures."""
+        found = {name: value for name, value in vars(self).items() if name not in ("linears", "skipped")}
+        return found if self.quantised else {name: value for name, value in found.items() if name != "quantised"}
+
+    def __repr__(self) -> str:
+        return (
+            f"DenseInfo({self.model}: {self.architecture}, {self.parameters:,} parameters, {size(self.bytes)}, "
+            f"{self.blocks} blocks, {self.prunable_weights:,} prunable weights)"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"packed": False, **self.figures, "linears": self.linears, "skipped": self.skipped}
 
 
 SPENT = ("evaluations", "tokens")

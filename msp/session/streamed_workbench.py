@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from msp.base.identity import hashed_tensors
 from msp.base.staging import scratch_folder
@@ -24,12 +24,13 @@ from msp.evidence.evaluate import DenseReference, Reference, Sums, summed
 from msp.evidence.streamed import streamed_logits
 from msp.formats.patterns import Allocation, NMPattern
 from msp.models.gates import GatedModel
+from msp.models.loading import LoadedModel
 from msp.models.structure import Linear, check_finite
 from msp.ops import CodedWeight, PackedWeight
-from msp.packed.checkpoint import PackedShards
 from msp.packed.sparse_linear import SparseLinear
 from msp.pruners import Pruner
 from msp.session.workbench import Workbench
+from msp.session.writers import Writer, block_writer
 
 
 class StreamedWorkbench(Workbench):
@@ -78,24 +79,31 @@ class StreamedWorkbench(Workbench):
             )
         return StoredRanks(folder)
 
-    def prune_to(
+    def writer(
+        self, loaded: LoadedModel, output: str | Path | None, *, force: bool, size: int
+    ) -> AbstractContextManager[Writer]:
+        assert output is not None, "prune refuses that"
+        return block_writer(self, loaded, output, force=force, size=size)
+
+    def prune_blocks(
         self,
-        shards: PackedShards,
+        write: Callable[[nn.Module, str], None],
         allocation: Allocation,
         pruner: Pruner,
-        test: DenseReference,
-        fitness: Reference | None,
-    ) -> tuple[dict[str, PackedWeight | CodedWeight], Sums, Sums | None]:
-        """Prune block by block, each calibrated behind its pruned predecessors, and store each before the next one.
+        references: Sequence[Reference],
+    ) -> list[Sums]:
+        """Prune block by block, each calibrated after the pruned ones before it, and ``write`` each before the next.
 
-        Host memory: a hidden state for each token of calibration, ``test`` and ``fitness``.
+        Host memory: a hidden state for each token of calibration and of ``references``.
+
+        Args:
+            write: stores a pruned block under the names that begin with a prefix.
 
         Returns:
-            The packed weights on no device; and what ``test`` and ``fitness``, where it is given, say of the model.
+            The sums of every reference of the pruned model.
         """
         gates = GatedModel(self.model, self.structure, self._device)
         calibration = BlockStream(gates, self.tokens.calibration, batch_size=self._batch_size)
-        references = [test] if fitness is None else [test, fitness]
         measured = [BlockStream(gates, each.windows, batch_size=each.batch_size) for each in references]
         with gates:
             with self.progress.stage("Pruning", len(self.structure.blocks)) as advance:
@@ -108,18 +116,20 @@ class StreamedWorkbench(Workbench):
                         with self.packed(block, statistics, allocation, pruner):
                             for stream in (calibration, *measured):
                                 stream.pass_through(block.index)
-                            shards.write(block.module, f"{block.name}.")
+                            write(block.module, f"{block.name}.")
                     advance(block.index + 1)
-            sums = [
+            return [
                 summed(each.compare(batch, logits) for batch, logits in enumerate(stream.logits()))
                 for each, stream in zip(references, measured, strict=True)
             ]
-        packed = {
+
+    def packed_on_no_device(self, allocation: Allocation) -> dict[str, PackedWeight | CodedWeight]:
+        """The packed weights of ``allocation``, without data."""
+        return {
             linear.name: _on_no_device(linear, allocation[linear.name])
             for linear in self.linears
             if not allocation[linear.name].is_dense
         }
-        return packed, sums[0], sums[1] if fitness is not None else None
 
     def predictions(self, windows: Tensor, label: str, *, batch_size: int | None = None) -> DenseReference:
         size = batch_size or self._batch_size
@@ -131,7 +141,7 @@ class StreamedWorkbench(Workbench):
     def runner(
         self, candidates: Candidates, reference: Reference, workers: Workers | None = None
     ) -> AbstractContextManager[Runner]:
-        assert workers is None, "PruneOptions refuses them"
+        assert workers is None, "Options.parse refuses them"
         runner = StreamingRunner(
             GatedModel(self.model, self.structure, self._device),
             cast(Mapping[str, Ranks], candidates),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from msp import ops
-from msp.allocators import Problem, SearchSettings
+from msp.allocators import Problem
 from msp.base.host_memory import give_back
 from msp.base.identity import Identity, environment, hashed, hashed_code, hashed_config, hashed_data, hashed_tensors
+from msp.base.outputs import check_room
 from msp.base.progress import Progress
 from msp.engine.candidates import HIDDEN_BYTES, Candidates, Ranks
 from msp.engine.database import LevelDatabase, PackedLevels
@@ -31,6 +32,7 @@ from msp.evidence.task_loss import TaskLoss, TaskReference
 from msp.formats.patterns import Allocation
 from msp.models.as_loaded import StoredDtypes
 from msp.models.gates import GatedModel
+from msp.models.loading import LoadedModel
 from msp.models.structure import Block, Linear, Structure, check_finite, device_of
 from msp.ops import PackedWeight
 from msp.ops._sums import ordered_sum
@@ -38,7 +40,9 @@ from msp.packed.sparse_linear import at_places
 from msp.plan.plans import Plan
 from msp.pruners import LinearStatistics, Pruner, get_pruner
 from msp.pruners.base import named
+from msp.session.options import Options
 from msp.session.search_evidence import WorkbenchEvidence
+from msp.session.writers import MemoryWriter, Writer
 from msp.text.token_sets import TokenSets
 
 # Tokens per forward: enough to use the whole device, few enough that activations stay small.
@@ -103,22 +107,18 @@ class Workbench:
         self._norms: dict[str, Tensor] | None = None
         self._reference: DenseReference | None = None
 
-    def problem(
-        self,
-        pruner: Pruner,
-        *,
-        seed: int,
-        fitness: str | TaskLoss,
-        search: SearchSettings,
-        database: bool = False,
-    ) -> Problem:
+    def problem(self, options: Options, pruner: Pruner, *, seed: int | None = None) -> Problem:
         """The problem that an allocator solves when ``pruner`` chooses the kept weights.
 
-        With ``database``, candidates have the weights that the pruner computes. Without it, they keep the dense weights
-        that the pruner ranks first.
+        With a level database, candidates have the weights that the pruner computes. Without it, they keep the dense
+        weights that the pruner ranks first.
+
+        Args:
+            seed: the seed of the search, instead of the seed of ``options``.
         """
-        evidence = WorkbenchEvidence(self, pruner, fitness, search, database)
-        return Problem(self.plan.units, self.plan.budget, evidence, seed, search, self.progress)
+        evidence = WorkbenchEvidence(self, pruner, options.fitness, options.search, options.database_for(pruner))
+        seed = options.seed if seed is None else seed
+        return Problem(self.plan.units, self.plan.budget, evidence, seed, options.search, self.progress)
 
     @cached_property
     def whole(self) -> bool:
@@ -326,24 +326,42 @@ class Workbench:
         setting = Setting(self.model, self.structure, candidates, self.plan.units, reference, self._hidden_bytes)
         return open_runner(setting, workers, self.progress)
 
+    def writer(
+        self, loaded: LoadedModel, output: str | Path | None, *, force: bool, size: int
+    ) -> AbstractContextManager[Writer]:
+        """What prunes the model to an allocation and writes it to ``output``, where there is room for ``size`` bytes.
+
+        Raises:
+            MspError: there is no room.
+        """
+        if output is not None:
+            check_room(output, size, "the packed model")
+        return MemoryWriter(self, loaded, output, force)
+
     @contextmanager
-    def pruned(self, allocation: Allocation, pruner: Pruner) -> Iterator[Any]:
+    def pruned(self, allocation: Allocation, pruner: Pruner, *, stays: Callable[[], bool] = bool) -> Iterator[Any]:
         """Within the context the model is pruned, block by block; each block is calibrated after the pruned blocks.
 
-        The linears are ``SparseLinear`` within the context. The dense model is restored when the context ends.
+        The linears are ``SparseLinear`` within the context. When it ends, the dense model is restored, unless ``stays``
+        returns true.
         """
         with ExitStack() as stack:
             for block, statistics in self._stream(pruner.needs, sequential=True):
-                stack.enter_context(self.packed(block, statistics, allocation, pruner))
+                stack.enter_context(self.packed(block, statistics, allocation, pruner, stays))
                 del statistics  # before the statistics of the next block are made
                 give_back()  # packed weights lie in the heap between blocks of memory that calibration frees
             yield self.model
 
     @contextmanager
     def packed(
-        self, block: Block, statistics: Mapping[str, LinearStatistics], allocation: Allocation, pruner: Pruner
+        self,
+        block: Block,
+        statistics: Mapping[str, LinearStatistics],
+        allocation: Allocation,
+        pruner: Pruner,
+        stays: Callable[[], bool] = bool,
     ) -> Iterator[None]:
-        """Within the context the linears of ``block`` are pruned ``SparseLinear`` modules."""
+        """Within the context, or for good if ``stays`` returns true, the linears of ``block`` are ``SparseLinear``."""
         replaced = []
         try:
             for linear in block.linears:
@@ -363,7 +381,7 @@ class Workbench:
             del statistics
             yield
         finally:
-            for linear in replaced:
+            for linear in () if stays() else replaced:
                 self.structure.put(linear, [place.module for place in linear.places])
 
     def _rounded(self, packed: PackedWeight, stored: torch.dtype) -> PackedWeight:

@@ -21,7 +21,8 @@ from msp.base.files import replacing
 from msp.base.outputs import check_file
 from msp.errors import MspError
 from msp.formats.patterns import NMPattern
-from msp.show.report import merge_experts, split_names
+from msp.models.structure import merge_experts
+from msp.show.report import split_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,7 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from msp.base.progress import Advance
+from msp.base.readable import duration, number, size
 from msp.formats.storage import DENSE, Storage
+from msp.models.structure import merge_experts
+from msp.session.results import DenseInfo
 
 if TYPE_CHECKING:
     from msp.packed.info import PackedInfo
@@ -371,6 +374,22 @@ def packed_report(info: PackedInfo) -> RenderableType:
     return Group(table, kept, _levels({name: str(storage) for name, storage in info.manifest.storages.items()}), made)
 
 
+def info_report(found: PackedInfo | DenseInfo, verified: bool = False) -> RenderableType:
+    """What a model is; ``verified`` if all its weights were read and compared with their hashes."""
+    if isinstance(found, DenseInfo):
+        skipped = [skipped_report(found.skipped)] if found.skipped else []
+        return Group(
+            figures_report({name: value for name, value in found.figures.items()}),
+            kinds_report(found.linears),
+            *skipped,
+        )
+    if not verified:
+        return packed_report(found)
+    kept = "Every tensor is as it was saved."
+    fits = "Every tensor fits the format; there are no hashes to compare."
+    return Group(packed_report(found), Text(kept if found.manifest.hashes else fits))
+
+
 def kinds_report(rows: Iterable[Mapping[str, Any]]) -> Table:
     """The linears of a dense model by kind: shape, count, weights, and which group sizes divide them."""
     table = _table("Linears", right=("Out x in", "Count", "Weights"), title="What msp can prune")
@@ -395,38 +414,6 @@ def split_names(names: Iterable[str]) -> dict[str, tuple[int, str]]:
     if len({*lists.values()}) < 2:
         return {name: split_name(name) for name in names}
     return {name: (split_name(name)[0], f"{lists.get(name, '')} {split_name(name)[1]}".strip()) for name in names}
-
-
-def merge_experts(kind: str) -> str:
-    """One name for the linears of all experts: ``mlp.experts.5.w1`` -> ``mlp.experts.*.w1``."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", kind)
-
-
-def number(value: float) -> str:
-    """Four significant digits, thousands grouped."""
-    if not math.isfinite(value):
-        return "∞" if value == math.inf else str(value)
-    if value and not 1e-3 <= abs(value) < 1e7:
-        return f"{value:.2e}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def size(count: int) -> str:
-    """Bytes in decimal units, as disks and model hubs count them."""
-    scaled = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if scaled < 1000:
-            return f"{count} B" if unit == "B" else f"{scaled:.2f} {unit}"
-        scaled /= 1000
-    return f"{scaled:.2f} TB"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
 def _costs(seconds: Mapping[str, float], peak_memory: int) -> str:

@@ -16,11 +16,11 @@ import torch
 from families import SMALL, build, save, save_text
 from safetensors.torch import load_file, save_file
 
+import msp
+from msp import pareto
 from msp.base.identity import differences, hashed, hashed_code, hashed_data, hashed_tensors
 from msp.engine.database import LevelDatabase
 from msp.errors import MspError
-from msp.verbs import pipeline
-from msp.verbs.pareto_curve import pareto
 
 ASKED: dict[str, Any] = {**SMALL, "sparsity": 0.7, "evaluations": 16}
 
@@ -35,7 +35,7 @@ def home(tmp_path: Path) -> Path:
 
 def run(home: Path, *, model: str = "model", text: str = "text.txt", **changes: Any) -> Any:
     asked = {**ASKED, "calibration": str(home / text), "work_dir": home / "work", **changes}
-    return pipeline.search(home / model, **asked)
+    return msp.search(home / model, **asked)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_other_weights_are_refused_before_any_work(home: Path, monkeypatch: pyte
     monkeypatch.setattr(
         "msp.session.workbench.Workbench.predictions", lambda *_, **__: pytest.fail("worked before it looked")
     )
-    for verb in (pipeline.search, pipeline.prune):
+    for verb in (msp.search, msp.prune):
         asked = {**ASKED, "calibration": str(home / "text.txt"), "work_dir": home / "work", "resume": True}
         with pytest.raises(MspError, match="the weights differ"):
             verb(home / "model", **asked)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import msp
+from msp import evaluate
 from msp.base import hashes
 from msp.base.finite import check_figures, is_finite
 from msp.base.hashes import Hashing, data_places, hash_bytes, hash_tensor
@@ -29,7 +30,6 @@ from msp.models.loading import load_model
 from msp.packed.checkpoint import save_packed
 from msp.packed.info import read_manifest, validate_packed
 from msp.packed.sparse_linear import SparseLinear
-from msp.verbs.pipeline import evaluate
 
 
 @pytest.fixture(autouse=True)

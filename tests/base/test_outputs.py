@@ -22,6 +22,7 @@ from folders import contents, listing, small_files
 from verbs import msp_run
 
 import msp
+from msp import compare, pareto, search
 from msp.base import outputs
 from msp.base.files import replacing, write_tensors, write_text
 from msp.base.outputs import MARK, check_room, new_folder, reserved, working_folder, write_results
@@ -34,8 +35,6 @@ from msp.models.hidden import HiddenStates
 from msp.packed.checkpoint import save_packed
 from msp.plan.decode_table import DecodeTable
 from msp.show.pictures import check_picture, sensitivity_picture
-from msp.verbs.pareto_curve import pareto
-from msp.verbs.pipeline import compare, search
 
 
 def make(folder: Path) -> Path:
@@ -223,7 +222,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def loads(*_: object, **__: object) -> None:
         raise AssertionError("work has begun")
 
-    monkeypatch.setattr("msp.verbs.pipeline.open_model", loads)
+    monkeypatch.setattr("msp.verbs.prune.open_model", loads)
     monkeypatch.setattr("msp.evidence.measure.read_config", loads)
 
 

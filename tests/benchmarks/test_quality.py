@@ -33,7 +33,7 @@ from quality_tables import NOTHING, Results
 
 from msp.allocators import get_allocator
 from msp.engine.evolution import EvolutionOptions
-from msp.session.settings import PruneOptions
+from msp.session.arguments import PruneArguments, defaults
 
 GROUP = Cell()
 
@@ -101,7 +101,7 @@ def test_the_variants_change_what_there_is() -> None:
         options = dict(changed)
         for allocator in options.pop("seeds", ()):
             get_allocator(allocator)
-        assert options.pop("hidden_bytes", 0) != PruneOptions.hidden_bytes
+        assert options.pop("hidden_bytes", 0) != defaults(PruneArguments)["hidden_bytes"]
         assert options.keys() <= known, name
         assert not options or replace(EvolutionOptions(), **options) != EvolutionOptions(), name
 

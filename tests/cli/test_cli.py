@@ -345,7 +345,7 @@ EARLY = [
     (["compare", "M", "--calibration", "TEXT", "-o", "no/such/folder/rows.png"], 1, "there is no folder"),
     (["sensitivity", "M", "--calibration", "GONE"], 1, "no such file"),
     (["evaluate", "M", "--evaluate", "GONE"], 1, "no such file"),
-    (["generate", "M", "x", "--max-new-tokens", "0"], 2, "max-new-tokens"),
+    (["generate", "M", "x", "--max-new-tokens", "0"], 2, "new tokens"),
     (["generate", "M", "x", "--temperature", "-1"], 2, "temperature"),
     (["prun"], 2, "prun"),
 ]
@@ -357,7 +357,7 @@ EARLY = [
 def test_wrong_requests_fail_before_the_model_is_loaded(
     arguments: Sequence[str], code: int, message: str, llama: Path, text: Path, tmp_path: Path, monkeypatch
 ):
-    for module in ("msp.session.opened", "msp.verbs.pipeline"):
+    for module in ("msp.session.opened", "msp.verbs.evaluate", "msp.verbs.generate"):
         monkeypatch.setattr(f"{module}.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "precious.txt").write_text("x")

@@ -15,18 +15,18 @@ import pytest
 from families import save, save_text
 from verbs import SMALL, msp_run, one_object
 
-import msp.verbs.pipeline
+import msp
 from msp.formats.patterns import Allocation
 
 
 @pytest.fixture
 def faked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Runs `msp prune` with another pipeline.prune."""
+    """Runs `msp prune` with another msp.prune."""
     (tmp_path / "text.txt").write_text("w5 w6")
     common = ["-o", tmp_path / "out", "--calibration", tmp_path / "text.txt", "--no-pictures"]
 
     def run(prune, *extra: str):
-        monkeypatch.setattr(msp.verbs.pipeline, "prune", prune)
+        monkeypatch.setattr(msp, "prune", prune)
         return msp_run("prune", "anything", *common, *extra)
 
     return run

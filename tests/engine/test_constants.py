@@ -8,10 +8,10 @@ import pytest
 from families import SMALL
 
 import msp
+from msp import search
 from msp.engine.constants import read_constants
 from msp.engine.evolution import EvolutionOptions
 from msp.errors import UsageError
-from msp.verbs.pipeline import search
 
 
 def test_a_text_names_fields() -> None:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from families import build, save, tokens
 
+import msp
 from msp import ops
 from msp.base.progress import NoProgress
 from msp.engine.distributed import Workers, prepare_environment, ray_runner
@@ -29,7 +30,6 @@ from msp.errors import MspError, UsageError
 from msp.evidence.evaluate import DenseReference
 from msp.models.structure import find_structure
 from msp.plan.budget import Unit
-from msp.verbs import pipeline
 
 GROUP, BATCHES = 8, 12
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -131,7 +131,7 @@ def folder(tmp_path_factory) -> Path:
 
 @needs_ray
 def test_the_same_search_on_any_number_of_workers(ray, folder: Path) -> None:
-    found = {count: pipeline.search(**options(folder), workers=count) for count in (None, 2, 4)}
+    found = {count: msp.search(**options(folder), workers=count) for count in (None, 2, 4)}
     assert len(found[None].history) == 7
     for count in (2, 4):
         assert found[count].allocation == found[None].allocation
@@ -274,8 +274,8 @@ def test_a_killed_driver_goes_on_from_its_last_generation(ray, folder: Path, tmp
     wait_for(lambda: not any(map(alive, workers)), "end of the workers of a dead driver")
 
     assert generation() < 20
-    resumed = pipeline.search(**asked, workers=1, resume=True)
-    whole = pipeline.search(**options(folder, evaluations=320))
+    resumed = msp.search(**asked, workers=1, resume=True)
+    whole = msp.search(**options(folder, evaluations=320))
     assert resumed.allocation == whole.allocation
     assert resumed.history == whole.history
 
@@ -285,21 +285,21 @@ def test_workers_without_ray_are_refused_before_any_work(monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else find(name, *rest))
     for asked in ({"workers": 2}, {"ray_address": "auto"}):
         with pytest.raises(UsageError, match=r"pip install 'mixed-sparsity-pruning\[ray\]'"):
-            pipeline.prune("no-such-model", sparsity=0.5, **asked)
+            msp.prune("no-such-model", sparsity=0.5, **asked)
 
 
 @needs_ray
 @pytest.mark.parametrize("count", [0, -1])
 def test_no_workers_at_all_are_refused(count: int) -> None:
     with pytest.raises(UsageError, match="at least one"):
-        pipeline.compare("no-such-model", sparsity=0.5, allocators=["msp"], workers=count)
+        msp.compare("no-such-model", sparsity=0.5, allocators=["msp"], workers=count)
 
 
 def test_one_process_does_not_import_ray(folder: Path) -> None:
     script = f"""
 import sys
-from msp import pipeline
-pipeline.search(**{ {**options(folder), "evaluations": 16}!r})
+import msp
+msp.search(**{ {**options(folder), "evaluations": 16}!r})
 assert not [name for name in sys.modules if name.partition(".")[0] == "ray"]
 """
     subprocess.run([sys.executable, "-c", script], env=ONE_THREAD, check=True)

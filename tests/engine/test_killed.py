@@ -15,10 +15,10 @@ import torch
 from families import SMALL, VOCABULARY, save
 from typer.testing import CliRunner
 
+import msp
 from msp.base.progress import Advance, NoProgress
 from msp.cli import app
 from msp.text.token_sets import save_tokens
-from msp.verbs import pipeline
 
 
 def generations(checkpoint: Path) -> int:
@@ -78,5 +78,5 @@ def test_a_generation_is_on_disk_before_the_next_one_begins(tmp_path: Path) -> N
             yield advance
 
     options = {**SMALL, "sparsity": 0.7, "calibration": str(tmp_path / "tokens.safetensors"), "evaluations": 64}
-    pipeline.search(tmp_path / "model", work_dir=checkpoint.parent, progress=Watching(), **options)
+    msp.search(tmp_path / "model", work_dir=checkpoint.parent, progress=Watching(), **options)
     assert seen == [0, 1, 2, 3, 4]

@@ -30,7 +30,6 @@ from msp.models.structure import Structure, find_structure
 from msp.ops import nm_rank
 from msp.plan.budget import Unit
 from msp.text.token_sets import save_tokens
-from msp.verbs import pipeline
 
 CPU = torch.device("cpu")
 # Sliding windows, tied embeddings, Conv1D, a subclass of nn.Linear.
@@ -233,8 +232,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_streamed_search_finds_what_one_in_memory_does(allocator: str, tmp_path: Path, text: str) -> None:
     model, work = sharded("qwen2", tmp_path / "model"), tmp_path / "work"
     options = {**SMALL, "sparsity": 0.7, "allocator": allocator, "calibration": text, "evaluations": 32}
-    expected = pipeline.search(model, **options)
-    found = pipeline.search(model, **options, stream=True, hidden_bytes="20kB", work_dir=work)
+    expected = msp.search(model, **options)
+    found = msp.search(model, **options, stream=True, hidden_bytes="20kB", work_dir=work)
     assert (found.allocation, found.bytes) == (expected.allocation, expected.bytes)
     assert (found.history, found.sensitivities) == (expected.history, expected.sensitivities)
     assert not (work / "ranks").exists()
@@ -250,12 +249,12 @@ def test_what_does_not_go_with_streaming_is_said_at_once(tmp_path: Path) -> None
     for message, requests in refusals.items():
         for wrong in requests:
             with pytest.raises(UsageError, match=message):
-                pipeline.search(tmp_path / "absent", sparsity=0.5, stream=True, **wrong)
+                msp.search(tmp_path / "absent", sparsity=0.5, stream=True, **wrong)
     with pytest.raises(UsageError, match="in memory"):
-        pipeline.search(build("llama"), sparsity=0.5, stream=True)
+        msp.search(build("llama"), sparsity=0.5, stream=True)
     for whole in (
         lambda absent: msp.compare(absent, sparsity=0.5, allocators=["uniform"], stream=True),
-        lambda absent: pipeline.sensitivity(absent, stream=True),
+        lambda absent: msp.sensitivity(absent, stream=True),
     ):
         with pytest.raises(UsageError, match="only search and prune can stream"):
             whole(tmp_path / "absent")

@@ -12,7 +12,6 @@ import msp
 from msp.errors import MspError, UsageError
 from msp.evidence.evaluate import perplexity
 from msp.evidence.task_loss import TaskReference, fitness_name, load_task_loss
-from msp.verbs import pipeline
 
 OPTIONS = {**SMALL, "fitness_tokens": 128}
 
@@ -59,8 +58,8 @@ def test_sums_add_up_over_batches() -> None:
 @pytest.mark.parametrize("fitness", [next_token, f"{__name__}:next_token"])
 def test_the_loss_of_perplexity_gives_the_search_by_perplexity(fitness, llama: Path, text: str) -> None:
     options = {"sparsity": 0.6, "calibration": text, "evaluations": 48, **OPTIONS}
-    want = pipeline.search(llama, fitness="perplexity", **options)
-    found = pipeline.search(llama, fitness=fitness, **options)
+    want = msp.search(llama, fitness="perplexity", **options)
+    found = msp.search(llama, fitness=fitness, **options)
     assert found.allocation == want.allocation
     assert [step["best"] for step in found.history] == pytest.approx([step["best"] for step in want.history], rel=1e-5)
     assert found.recipe["fitness"] == f"{__name__}:next_token"
@@ -68,17 +67,17 @@ def test_the_loss_of_perplexity_gives_the_search_by_perplexity(fitness, llama: P
 
 def test_another_loss_is_minimised(llama: Path, text: str) -> None:
     options = {"sparsity": 0.6, "calibration": text, "evaluations": 160, **OPTIONS}
-    found, other = (pipeline.search(llama, fitness=loss, **options) for loss in (last_token, "perplexity"))
+    found, other = (msp.search(llama, fitness=loss, **options) for loss in (last_token, "perplexity"))
     assert found.allocation != other.allocation
     assert found.history[-1]["best"] < found.history[0]["best"]
 
 
 def test_a_search_with_another_loss_is_another_search(llama: Path, text: str, tmp_path: Path) -> None:
     options = {"sparsity": 0.6, "calibration": text, "evaluations": 16, "work_dir": tmp_path, **OPTIONS}
-    pipeline.search(llama, fitness=next_token, **options)
-    pipeline.search(llama, fitness=f"{__name__}:next_token", resume=True, **options)
+    msp.search(llama, fitness=next_token, **options)
+    msp.search(llama, fitness=f"{__name__}:next_token", resume=True, **options)
     with pytest.raises(MspError, match="another search"):
-        pipeline.search(llama, fitness=last_token, resume=True, **options)
+        msp.search(llama, fitness=last_token, resume=True, **options)
 
 
 def test_comparisons_minimise_it_too(llama: Path, text: str) -> None:
@@ -98,7 +97,7 @@ def test_comparisons_minimise_it_too(llama: Path, text: str) -> None:
 
 def test_a_loss_that_is_no_number_is_named(llama: Path, text: str) -> None:
     with pytest.raises(MspError, match=r"every_token: .*element"):
-        pipeline.search(llama, sparsity=0.6, fitness=every_token, calibration=text, **OPTIONS)
+        msp.search(llama, sparsity=0.6, fitness=every_token, calibration=text, **OPTIONS)
 
 
 def test_names() -> None:

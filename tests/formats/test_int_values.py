@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from msp.cli.describe import describe
+import msp
 from msp.errors import MspError, UsageError
 from msp.formats.patterns import NMPattern
 from msp.formats.storage import VALUE_DTYPES, Storage
@@ -223,7 +223,7 @@ def test_info_and_card_tell_storages_and_bytes(tmp_path: Path) -> None:
     model = coded_model("llama", torch.bfloat16)
     folder = save_packed(model, None, tmp_path / "out", recipe={})
     info, stored = read_info(folder), load_file(folder / "model.safetensors")
-    data, _ = describe(str(folder), verify=True)
+    data = msp.info(folder, verify=True).to_json()
     for linear, told in zip(info.linears, data["linears"], strict=True):
         own = [stored[f"{linear.name}.{part}"] for part in linear.storage.parts(*linear.shape)]
         assert told["packed_bytes"] == linear.packed_bytes == sum(part.nbytes for part in own)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import msp
+from msp import evaluate
 from msp.evidence.fisher import fisher_traces
 from msp.models import narrow
 from msp.models.loading import load_model
@@ -22,7 +23,6 @@ from msp.models.stored import load_stored
 from msp.models.structure import find_structure
 from msp.packed.sparse_linear import SparseLinear
 from msp.text.token_sets import save_tokens
-from msp.verbs.pipeline import evaluate
 
 CPU = torch.device("cpu")
 # One has linears of a class of its own, one changes its weights.
@@ -213,10 +213,10 @@ def test_a_packed_model_is_measured_with_narrow_weights(tmp_path: Path) -> None:
     found = evaluate(
         tmp_path / "out", reference=tmp_path / "dense", evaluate=text, window=16, test_tokens=64, device="cpu"
     )
-    assert found["dtype"] == "float32"
+    assert found.dtype == "float32"
     assert made.model is not None
     again = evaluate(tmp_path / "out", evaluate=text, window=16, test_tokens=64, device="cpu")
-    assert again["perplexity"] == found["perplexity"]
+    assert again.perplexity == found.perplexity
 
 
 def test_a_streamed_block_is_the_pages_of_its_file(tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import msp
+from msp import evaluate, search, sensitivity
 from msp.cli import app
 from msp.errors import MspError
 from msp.evidence.measure import measure
 from msp.models.loading import load_model
 from msp.models.stored import load_stored
 from msp.text.token_sets import save_tokens
-from msp.verbs.pipeline import evaluate, search, sensitivity
 
 CODE = """
 from pathlib import Path
@@ -113,7 +113,7 @@ def test_trusted_code_serves_all_verbs_and_what_they_make(streamed: bool, dense:
     assert json.loads((out / "config.json").read_text())["auto_map"] == MAP
     assert 'from_pretrained("PATH_OR_HUB_ID", trust_remote_code=True' in (out / "README.md").read_text()
     figures = evaluate(out, evaluate=text, window=16, test_tokens=64, reference=dense, trust_remote_code=True)
-    assert figures["kl"] == pytest.approx(result.kl, rel=1e-4)
+    assert figures.kl == pytest.approx(result.kl, rel=1e-4)
     plain = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     assert type(plain).__name__ == "OwnForCausalLM"
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 from typer.testing import CliRunner
 
 import msp
+from msp import evaluate, search, sensitivity
 from msp.base.safetensors_files import read_headers, tensor_files
 from msp.cli import app
 from msp.errors import MspError, UsageError
@@ -28,7 +29,6 @@ from msp.models.stored import load_stored
 from msp.models.structure import find_structure
 from msp.packed.info import read_info
 from msp.text.token_sets import save_tokens
-from msp.verbs.pipeline import evaluate, search, sensitivity
 
 CPU = torch.device("cpu")
 
@@ -106,12 +106,12 @@ def test_a_mixed_checkpoint_stays_mixed(family: str, streamed: bool, options: di
     # In float32 the packed model is the one that was measured; plain transformers casts all to bfloat16.
     text = {"evaluate": options["calibration"], "window": 16, "test_tokens": 64, "device": "cpu"}
     exact = evaluate(tmp_path / "out", reference=tmp_path / "dense", dtype="float32", **text)
-    assert exact["kl"] == pytest.approx(result.kl, rel=1e-4)
-    assert exact["perplexity"] == pytest.approx(result.perplexity["pruned"], rel=1e-5)
+    assert exact.kl == pytest.approx(result.kl, rel=1e-4)
+    assert exact.perplexity == pytest.approx(result.perplexity["pruned"], rel=1e-5)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert {parameter.dtype for parameter in plain.parameters()} == {torch.bfloat16}
     cast = evaluate(tmp_path / "out", **text)
-    assert cast["perplexity"] == pytest.approx(result.perplexity["pruned"], rel=0.03)
+    assert cast.perplexity == pytest.approx(result.perplexity["pruned"], rel=0.03)
 
 
 def test_fused_experts_and_tied_weights_have_the_dtypes_of_what_they_are_made_of(tmp_path: Path) -> None:

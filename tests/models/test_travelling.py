@@ -18,12 +18,12 @@ from families import SMALL, build, save, tokenizer, tokens
 from transformers import AutoTokenizer
 
 import msp
+from msp import evaluate
 from msp.base.outputs import MARK
 from msp.errors import MspError
 from msp.models.loading import load_model
 from msp.models.stored import load_stored
 from msp.text.token_sets import save_tokens
-from msp.verbs.pipeline import evaluate
 
 
 @pytest.fixture(scope="module")

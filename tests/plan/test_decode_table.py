@@ -23,7 +23,6 @@ from msp.plan.decode_table import DecodeTable
 from msp.plan.levels import cost, levels_from_densities, repair
 from msp.plan.plans import Goal, PatternRules, make_plan, parse_time
 from msp.session import opened
-from msp.verbs import pipeline
 
 STRUCTURE = find_structure(build("llama"))
 SHAPES = [linear.shape for linear in STRUCTURE.linears]
@@ -193,20 +192,20 @@ def test_a_resumed_search_keeps_the_times_it_began_with(
     monkeypatch.setattr(opened, "measure_decode", lambda *_, **__: next(tables))
     monkeypatch.setattr(opened, "machine", lambda _: made_up(4).machine)
     asked = {"budget_decode": f"{dense_time(made_up(4)) / 2000}us", "calibration": text, **SMALL}
-    whole = pipeline.search(llama, evaluations=48, **asked)
+    whole = msp.search(llama, evaluations=48, **asked)
     tables = iter([made_up(4), made_up(5)])
-    pipeline.search(llama, evaluations=16, work_dir=tmp_path, **asked)
-    resumed = pipeline.search(llama, evaluations=48, work_dir=tmp_path, resume=True, **asked)
+    msp.search(llama, evaluations=16, work_dir=tmp_path, **asked)
+    resumed = msp.search(llama, evaluations=48, work_dir=tmp_path, resume=True, **asked)
     assert resumed.allocation == whole.allocation and len(resumed.history) == 4
     monkeypatch.setattr(opened, "machine", lambda _: {**made_up(4).machine, "threads": 2})
     with pytest.raises(MspError, match=r"decode-table\.json was not measured here: threads 2, was 1; .* decode_table"):
-        pipeline.search(llama, evaluations=48, work_dir=tmp_path, resume=True, **asked)
+        msp.search(llama, evaluations=48, work_dir=tmp_path, resume=True, **asked)
     given = {**asked, "decode_table": tmp_path / "decode-table.json"}
-    moved = pipeline.search(llama, evaluations=48, work_dir=tmp_path, resume=True, **given)
+    moved = msp.search(llama, evaluations=48, work_dir=tmp_path, resume=True, **given)
     assert moved.allocation == whole.allocation
     made_up(7).save(tmp_path / "other.json")
     with pytest.raises(MspError, match=r"another search: the costs of the patterns differ;"):
-        pipeline.search(
+        msp.search(
             llama,
             evaluations=48,
             work_dir=tmp_path,

@@ -11,7 +11,7 @@ from msp.errors import UsageError
 from msp.formats.patterns import NMPattern
 from msp.ops import nm_rank
 from msp.pruners import KeepingPruner, LinearStatistics, Scoring, get_pruner, pruner_names, register_pruner
-from msp.pruners.base import STATISTICS, _registry
+from msp.pruners.base import PRUNERS, STATISTICS
 
 BUILT_IN = ("fisher", "magnitude", "ria", "sparsegpt", "wanda")
 
@@ -19,10 +19,10 @@ BUILT_IN = ("fisher", "magnitude", "ria", "sparsegpt", "wanda")
 @pytest.fixture
 def registry(monkeypatch):
     """Whatever the test registers is forgotten afterwards."""
-    before = dict(_registry)
+    before = dict(PRUNERS.factories)
     yield
-    _registry.clear()
-    _registry.update(before)
+    PRUNERS.factories.clear()
+    PRUNERS.factories.update(before)
 
 
 def test_the_built_in_ones_are_there():

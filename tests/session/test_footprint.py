@@ -31,9 +31,8 @@ from msp.pruners.sparsegpt import SparseGPTPruner
 from msp.session import footprint, preview
 from msp.session.footprint import hidden_bytes
 from msp.session.opened import open_model
-from msp.session.settings import PruneOptions
+from msp.session.options import Options
 from msp.text.token_sets import save_tokens
-from msp.verbs import pipeline
 
 ENOUGH = 1 << 40
 
@@ -49,7 +48,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_weights_are_those_that_loading_holds(family: str, dtype: torch.dtype, text: str, tmp_path: Path) -> None:
     save(family, tmp_path, dtype=dtype)
-    planned = pipeline.dry_run(tmp_path, sparsity=0.5, calibration=text, **SMALL)
+    planned = msp.dry_run(tmp_path, sparsity=0.5, calibration=text, **SMALL)
     held = load_model(tmp_path, narrow=True).model
     assert planned.memory is not None
     if family == "mixtral":  # where its tokens go, no forward without weights can say: all is counted as fp32
@@ -62,7 +61,7 @@ def test_the_weights_are_those_that_loading_holds(family: str, dtype: torch.dtyp
 def test_a_dry_run_plans_what_the_run_does(text: str, tmp_path: Path) -> None:
     save("llama", tmp_path / "dense", dtype=torch.bfloat16)
     options: dict[str, Any] = {"sparsity": 0.5, "calibration": text, "keep": ".*down_proj=dense", **SMALL}
-    planned = pipeline.dry_run(tmp_path / "dense", **options)
+    planned = msp.dry_run(tmp_path / "dense", **options)
     done = msp.prune(tmp_path / "dense", allocator="uniform", **options)
     assert (planned.budget, planned.skipped) == (done.budget, done.skipped)
     assert planned.bytes["dense"] == done.bytes["dense"]
@@ -93,7 +92,7 @@ def test_what_does_not_fit_is_streamed_or_refused(
     options: dict[str, Any] = {"sparsity": 0.5, "allocator": "uniform", "calibration": text, **SMALL}
     expected = msp.prune(tmp_path / "dense", output=tmp_path / "whole", **options)
     needs = {
-        stream: preview._needed(tmp_path / "dense", PruneOptions(stream=stream, **options)) for stream in (False, True)
+        stream: preview._needed(tmp_path / "dense", Options.parse(stream=stream, **options)) for stream in (False, True)
     }
     assert needs[True] < needs[False]
     monkeypatch.setattr(preview, "AMPLE", ENOUGH)
@@ -121,7 +120,7 @@ def test_what_cannot_be_streamed_says_so(text: str, tmp_path: Path, monkeypatch:
     with pytest.raises(MspError, match=r"one block at a time is no way out: .*level database"):
         msp.prune(tmp_path / "dense", output=tmp_path / "out", sparsity=0.5, pruner="sparsegpt", calibration=text)
     with pytest.raises(UsageError, match="dequantised"):
-        pipeline.dry_run(tmp_path / "dense", sparsity=0.5, calibration=text, dequantise=True, **SMALL)
+        msp.dry_run(tmp_path / "dense", sparsity=0.5, calibration=text, dequantise=True, **SMALL)
 
 
 def test_a_limit_of_the_process_counts() -> None:
@@ -155,11 +154,11 @@ def test_control_groups_count_with_those_that_hold_them(version: int, tmp_path: 
 
 
 def test_hidden_states_take_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    auto = PruneOptions(sparsity=0.5, device="cpu")
+    auto = Options.parse(sparsity=0.5, device="cpu")
     monkeypatch.setattr(footprint, "available", lambda: 64 << 30)
     assert hidden_bytes(auto, 10) == 256 << 20
     assert hidden_bytes(auto, 2 << 30) == 1 << 30
-    assert hidden_bytes(PruneOptions(sparsity=0.5, device="cpu", hidden_bytes="1MB"), 10) == 10**6
+    assert hidden_bytes(Options.parse(sparsity=0.5, device="cpu", hidden_bytes="1MB"), 10) == 10**6
     monkeypatch.setattr(footprint, "available", lambda: 100 << 20)
     assert hidden_bytes(auto, 10) == 50 << 20
 
@@ -185,7 +184,8 @@ def test_statistics_of_a_block_go_before_the_next_ones_come(tmp_path: Path) -> N
             held.append(weakref.ref(statistics))
             return super().prune(weight, statistics, *args, **options)
 
-    options = PruneOptions(0.5, calibration=str(tmp_path / "tokens.safetensors"), allocator="uniform", **SMALL)
+    text = str(tmp_path / "tokens.safetensors")
+    options = Options.parse(sparsity=0.5, calibration=text, allocator="uniform", **SMALL)
     opened = open_model(tmp_path / "dense", options, None, NoProgress())
     plan = opened.plan(options, NoProgress())
     bench = opened.bench(plan, opened.tokens(options, 0), options, NoProgress())
@@ -210,7 +210,7 @@ def test_no_more_memory_is_told_as_such(error: Exception, tmp_path: Path, monkey
     def fails(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(pipeline, "evaluate", fails)
+    monkeypatch.setattr(msp, "evaluate", fails)
     (tmp_path / "text.txt").write_text("w5 w6")
     found = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--evaluate", str(tmp_path / "text.txt")])
     assert found.exit_code == 1

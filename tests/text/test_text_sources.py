@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from texts import VOCABULARY, byte_tokenizer, random_text
 
 import msp
+from msp import evaluate
 from msp.errors import MspError, UsageError
 from msp.text.text_sources import _encode as encode
 from msp.text.token_sets import TokenSource, save_tokens
-from msp.verbs.pipeline import evaluate
 
 
 @pytest.mark.parametrize(

@@ -287,13 +287,13 @@ def load_everything() -> None:
     """Import what a run imports, once: processes that are forked afterwards begin with the work itself."""
     import matplotlib.pyplot
     import msp.search
+    import msp.verbs.pareto_curve
     import yaml
     from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
+    import msp
     import msp.cli
     import msp.cli.demo
-    import msp.cli.describe
-    import msp.cli.generation
     import msp.cli.running
     import msp.evidence.measure
     import msp.evidence.streamed
@@ -303,8 +303,8 @@ def load_everything() -> None:
     import msp.session.streamed_workbench
     import msp.show.pictures
     import msp.show.report
-    import msp.verbs.pareto_curve
-    import msp.verbs.pipeline
+    import msp.verbs.generate
+    import msp.verbs.info
 
     msp.cli.running.calm_libraries()
     del matplotlib, yaml, GPT2LMHeadModel, LlamaForCausalLM

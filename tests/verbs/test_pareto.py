@@ -15,7 +15,6 @@ from msp.formats.patterns import Allocation
 from msp.models.structure import find_structure
 from msp.session import opened
 from msp.session.workbench import Workbench
-from msp.verbs import pipeline
 
 
 def test_every_budget_is_searched_for_on_shared_evidence(
@@ -37,7 +36,7 @@ def test_every_budget_is_searched_for_on_shared_evidence(
         assert result.allocation.kept(shapes) == result.kept <= result.budget == int((1 - float(name)) * total + 1e-6)
         assert result.recipe["sparsity"] == float(name)
     # The loosest search has nothing before it, and is the one that a single budget gets.
-    alone = pipeline.search(llama, sparsity=0.5, **options)
+    alone = msp.search(llama, sparsity=0.5, **options)
     assert curve.results["0.5"].allocation == alone.allocation and curve.results["0.5"].history == alone.history
     written = json.loads((tmp_path / "pareto.json").read_text())
     assert written["fitness"] == "kl"
@@ -77,11 +76,11 @@ def test_a_search_starts_from_the_result_before_it(llama: Path, text: str) -> No
 
     from msp.allocators import base
 
-    base._REGISTRY["watched"] = Watched
+    base.ALLOCATORS.factories["watched"] = Watched
     try:
         curve = msp.pareto(llama, sparsities=[0.6, 0.7], allocator="watched", calibration=text, **SMALL)
     finally:
-        del base._REGISTRY["watched"]
+        del base.ALLOCATORS.factories["watched"]
     assert not seen[0].hints and len(seen[1].hints) == 1
     (hint,) = seen[1].hints
     assert seen[1].budget.is_met(seen[1].cost(hint))
@@ -110,7 +109,7 @@ def test_budgets_in_bytes_are_named_as_they_were_written(llama: Path, text: str,
         ({"budgets_bytes": ["1MB", "1000kB"]}, "more than once"),
         ({"budgets_decode": ["1ms", "soon"]}, "12ms or 800us"),
         ({"sparsities": [0.5, 1.5]}, "outside"),
-        ({"sparsities": [0.5, 0.6], "allocator": "best"}, "unknown allocator"),
+        ({"sparsities": [0.5, 0.6], "allocator": "best"}, "allocator .best. is not one of"),
         ({"sparsities": [0.5, 0.6], "resume": True}, "work_dir"),
     ],
 )

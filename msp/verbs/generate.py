@@ -1,25 +1,31 @@
-"""Lets a model continue a text, and times it."""
+"""Let a model continue a text, and time it."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import StoppingCriteria
 
 from msp.base.progress import Advance
 from msp.errors import MspError, UsageError
-from msp.models.loading import load_model
+from msp.models.loading import find_device, load_model
 from msp.models.structure import device_of
 from msp.ops import check_environment
 from msp.packed.sparse_linear import fast_decode
+from msp.session.arguments import GenerateArguments, completed, documented
+from msp.text.token_sets import check_seed
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model made of a prompt. ``seconds`` covers everything after the prompt was read in."""
+    """The continuation of a prompt. ``seconds`` runs from the first token to the last one."""
 
     prompt: str
     text: str
@@ -52,31 +58,36 @@ class _Watch(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def complete(
-    model: str,
+@documented(GenerateArguments)
+def generate(
+    model: str | Path,
     prompt: str,
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
-    dtype: str = "auto",
-    device: str = "auto",
-    dequantise: bool = False,
-    trust_remote_code: bool = False,
     on_token: Advance | None = None,
+    **arguments: Unpack[GenerateArguments],
 ) -> Completion:
     """Load ``model`` (dense or packed) and let it continue ``prompt``.
 
     Args:
-        temperature: 0 takes the likeliest token every time.
+        model: a directory or a hub id.
+        prompt: the text to continue.
+        on_token: called with the number of tokens so far, after each one.
+        arguments: the options that are listed below.
 
     Raises:
+        UsageError: an option is out of range.
         MspError: the model has no tokenizer, or the prompt leaves no room in its context.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_environment(torch.device(device).type)
-    loaded = load_model(model, dtype=dtype, device=device, dequantise=dequantise, trust_remote_code=trust_remote_code)
+    asked = completed(arguments, GenerateArguments)
+    if asked["max_new_tokens"] < 1:
+        raise UsageError(f"{asked['max_new_tokens']} new tokens: at least one is generated")
+    if not asked["temperature"] >= 0:
+        raise UsageError(f"temperature {asked['temperature']:g} is below 0")
+    check_seed(asked["seed"])
+    device = find_device(asked["device"])
+    check_environment(device.type)
+    loading = {name: asked[name] for name in ("dtype", "dequantise", "trust_remote_code")}
+    loaded = load_model(model, device=device, **loading)
     if loaded.tokenizer is None:
         raise MspError(f"{model} has no tokenizer to read a prompt with")
     fast_decode(loaded.model)
@@ -84,9 +95,9 @@ def complete(
         loaded.model,
         loaded.tokenizer,
         prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
+        max_new_tokens=asked["max_new_tokens"],
+        temperature=asked["temperature"],
+        seed=asked["seed"],
         on_token=on_token,
     )
 
@@ -101,7 +112,7 @@ def continue_text(
     seed: int = 0,
     on_token: Advance | None = None,
 ) -> Completion:
-    """What ``complete`` does, with a model that is loaded already."""
+    """``generate`` with a model that is loaded already."""
     ids = tokenizer(prompt)["input_ids"]
     start = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
     ids = ids or start[:1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msp.base.outputs import check_results, working_folder, write_results
 from msp.base.progress import NoProgress, Progress
@@ -12,14 +12,19 @@ from msp.errors import UsageError
 from msp.plan.budget import parse_sparsity
 from msp.plan.plans import parse_bytes, parse_time
 from msp.plan.recipe import ALLOCATION_FILES, write_allocation
+from msp.session.arguments import Budgets, ParetoArguments, SearchArguments, documented
 from msp.session.results import ParetoResult, SearchResult
 from msp.show.pictures import pareto_picture
 from msp.show.report import to_json
-from msp.verbs.pipeline import search_all
+from msp.verbs.search import search_all
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 CURVE_FILES = ("pareto.json", "pareto.png")
 
 
+@documented(ParetoArguments)
 def pareto(
     model: Any,
     *,
@@ -30,7 +35,7 @@ def pareto(
     work_dir: str | Path | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
-    **options: Any,
+    **arguments: Unpack[ParetoArguments],
 ) -> ParetoResult:
     """A search for each of several sparsities, or budgets in bytes or in time; the rest as for ``search``.
 
@@ -44,7 +49,9 @@ def pareto(
     """
     budgets = _budgets(sparsities, budgets_bytes, budgets_decode)
     place = None if work_dir is None else Path(work_dir)
-    requests = [{**options, **budget, "work_dir": place and place / name} for name, budget in budgets.items()]
+    requests: list[SearchArguments] = [
+        {**arguments, **budget, "work_dir": place and place / name} for name, budget in budgets.items()
+    ]
     listener = progress or NoProgress()
     with working_folder(work_dir), working_folder(output):
         if output is not None:
@@ -60,7 +67,7 @@ def pareto(
 
 def _curve(
     model: Any,
-    requests: Sequence[Mapping[str, Any]],
+    requests: Sequence[SearchArguments],
     names: Sequence[str],
     output: str | Path | None,
     tokenizer: Any,
@@ -80,11 +87,11 @@ def _curve(
 
 def _budgets(
     sparsities: Sequence[float | str], budgets_bytes: Sequence[int | str], budgets_decode: Sequence[str]
-) -> Mapping[str, dict[str, Any]]:
+) -> Mapping[str, Budgets]:
     """By name, the loosest first, the option of ``search`` that says it."""
     if sum(map(bool, (sparsities, budgets_bytes, budgets_decode))) != 1:
         raise UsageError("a Pareto curve needs sparsities, budgets_bytes or budgets_decode, one of them")
-    by_size: list[tuple[float, str, dict[str, Any]]]
+    by_size: list[tuple[float, str, Budgets]]
     if sparsities:
         shares = [float(parse_sparsity(sparsity)) for sparsity in sparsities]
         by_size = [(-share, str(share), {"sparsity": share}) for share in shares]
