@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from msp.allocators import Problem, get_allocator
 from msp.base.files import write_text
-from msp.evidence.measure import measure_decode
+from msp.evidence.decode_times import measure_decode
 from msp.formats.storage import DENSE
 from msp.models.structure import find_structure
 from msp.ops import nm_select

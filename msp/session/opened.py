@@ -13,8 +13,8 @@ from msp.base.finite import check_finite, named_tensors
 from msp.base.identity import differences
 from msp.base.progress import Progress
 from msp.errors import MspError, UsageError
+from msp.evidence.decode_times import machine, measure_decode
 from msp.evidence.evaluate import DenseReference
-from msp.evidence.measure import machine, measure_decode
 from msp.formats.patterns import Allocation
 from msp.formats.storage import DENSE, Storage
 from msp.models.as_loaded import StoredDtypes

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from msp.base.outputs import QUANT_METHOD, check_file
 from msp.base.progress import Progress
 from msp.errors import MspError
-from msp.evidence.measure import measure_decode
+from msp.evidence.decode_times import measure_decode
 from msp.models.loading import DTYPES, check_dtype, find_device, make_skeleton, read_config, stored_dtype
 from msp.models.quantised import check_dense, dequantised_dtype, method_of
 from msp.models.structure import find_structure

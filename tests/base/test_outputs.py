@@ -22,14 +22,13 @@ from folders import contents, listing, small_files
 from verbs import msp_run
 
 import msp
-from msp import compare, pareto, search
+from msp import compare, measure, pareto, search
 from msp.base import outputs
 from msp.base.files import replacing, write_tensors, write_text
 from msp.base.outputs import MARK, check_room, new_folder, reserved, working_folder, write_results
 from msp.engine import distributed
 from msp.engine.streaming import StoredRanks
 from msp.errors import MspError
-from msp.evidence.measure import measure
 from msp.models.gates import State
 from msp.models.hidden import HiddenStates
 from msp.packed.checkpoint import save_packed
@@ -223,7 +222,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("work has begun")
 
     monkeypatch.setattr("msp.verbs.prune.open_model", loads)
-    monkeypatch.setattr("msp.evidence.measure.read_config", loads)
+    monkeypatch.setattr("msp.verbs.measure.read_config", loads)
 
 
 def test_every_output_is_checked_before_any_work(tmp_path: Path, text: str, no_work: None) -> None:

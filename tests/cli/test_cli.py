@@ -136,7 +136,7 @@ def test_several_budgets(home: Path, llama: Path, text: Path):
 
 def test_a_budget_in_time(home: Path, llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch):
     """Measured by one verb, spent by another; and a loss from a module in the current directory."""
-    monkeypatch.setattr("msp.evidence.measure.SECONDS", 1e-4)
+    monkeypatch.setattr("msp.evidence.decode_times.SECONDS", 1e-4)
     monkeypatch.chdir(home)
     (home / "my_task_loss.py").write_text("def first(logits, tokens):\n    return -logits[:, :-1, 3].sum()\n")
     table = home / "times.json"

@@ -16,10 +16,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import msp
-from msp import evaluate, search, sensitivity
+from msp import evaluate, measure, search, sensitivity
 from msp.cli import app
 from msp.errors import MspError
-from msp.evidence.measure import measure
 from msp.models.loading import load_model
 from msp.models.stored import load_stored
 from msp.text.token_sets import save_tokens

@@ -18,11 +18,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 from typer.testing import CliRunner
 
 import msp
-from msp import evaluate, search, sensitivity
+from msp import evaluate, measure, search, sensitivity
 from msp.base.safetensors_files import read_headers, tensor_files
 from msp.cli import app
 from msp.errors import MspError, UsageError
-from msp.evidence.measure import measure
 from msp.models.as_loaded import StoredDtypes
 from msp.models.loading import load_model
 from msp.models.stored import load_stored

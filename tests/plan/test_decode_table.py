@@ -14,7 +14,7 @@ from torch import nn
 import msp
 from msp.engine.operators import swap
 from msp.errors import MspError, UsageError
-from msp.evidence import measure
+from msp.evidence import decode_times
 from msp.formats.patterns import NMPattern
 from msp.formats.storage import DENSE, Storage
 from msp.models.structure import find_structure
@@ -139,10 +139,10 @@ def test_every_shape_is_measured_with_what_fits_it(dtype: torch.dtype, monkeypat
         seen.append((linears[0], columns, len(linears)))
         return 1e-6 * (1 + len(seen) % 3)
 
-    monkeypatch.setattr(measure, "_seconds", timed)
+    monkeypatch.setattr(decode_times, "_seconds", timed)
     patterns = [NMPattern.parse(text) for text in ("0:8", "2:8", "8:8", "3:16")]
     shapes = [(16, 32), (16, 32), (8, 40)]
-    table = measure.measure_decode(shapes, patterns, dtype=dtype, device=torch.device("cpu"))
+    table = decode_times.measure_decode(shapes, patterns, dtype=dtype, device=torch.device("cpu"))
     assert {shape: list(times) for shape, times in table.times.items()} == {
         (16, 32): ["dense", "0:8", "2:8", "3:16"],
         (8, 40): ["dense", "0:8", "2:8"],
@@ -159,10 +159,10 @@ def test_every_shape_is_measured_with_what_fits_it(dtype: torch.dtype, monkeypat
 
 def test_copies_take_no_more_than_overflows_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
-    monkeypatch.setattr(measure, "ROTATED_BYTES", 10_000)
-    monkeypatch.setattr(measure, "_seconds", lambda linears, _: float(counts.append(len(linears)) or 1))
-    measure.measure_decode([(16, 32)] * 50, [], dtype=torch.float32, device=torch.device("cpu"))
-    assert counts == [math.ceil(10_000 / (16 * 32 * 4))] * measure.ROUNDS
+    monkeypatch.setattr(decode_times, "ROTATED_BYTES", 10_000)
+    monkeypatch.setattr(decode_times, "_seconds", lambda linears, _: float(counts.append(len(linears)) or 1))
+    decode_times.measure_decode([(16, 32)] * 50, [], dtype=torch.float32, device=torch.device("cpu"))
+    assert counts == [math.ceil(10_000 / (16 * 32 * 4))] * decode_times.ROUNDS
 
 
 @pytest.mark.parametrize("allocator", ["uniform", "msp"])

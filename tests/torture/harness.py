@@ -286,8 +286,6 @@ def command(arguments: list[str], folder: Path, **environment: str) -> Callable[
 def load_everything() -> None:
     """Import what a run imports, once: processes that are forked afterwards begin with the work itself."""
     import matplotlib.pyplot
-    import msp.search
-    import msp.verbs.pareto_curve
     import yaml
     from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
@@ -295,7 +293,8 @@ def load_everything() -> None:
     import msp.cli
     import msp.cli.demo
     import msp.cli.running
-    import msp.evidence.measure
+    import msp.engine.evolution
+    import msp.evidence.decode_times
     import msp.evidence.streamed
     import msp.models.stored
     import msp.packed.checkpoint
@@ -305,6 +304,7 @@ def load_everything() -> None:
     import msp.show.report
     import msp.verbs.generate
     import msp.verbs.info
+    import msp.verbs.pareto
 
     msp.cli.running.calm_libraries()
     del matplotlib, yaml, GPT2LMHeadModel, LlamaForCausalLM
