@@ -7,8 +7,8 @@ NATIVE := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 CXX_FILES := $(filter %.h %.cpp %.cu,$(NATIVE))
 SANITIZED := build/sanitize
 
-# Small models have a barrier every few microseconds: threads that spin there starve the one they wait for as soon as
-# anything else runs on the machine.
+# Small models have a barrier every few microseconds. Threads that spin there take the core from the thread that they
+# wait for as soon as another program runs on the machine.
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
@@ -24,13 +24,13 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 
 build: $(INSTALLED) ## make .venv and the compiled modules (the other targets do so themselves)
 
-demo: $(INSTALLED) ## train a small model, prune it two ways, compare, generate: minutes, nothing downloaded
+demo: $(INSTALLED) ## train a small model, prune it two ways, compare, generate: minutes, no download
 	$(BIN)/python -m msp.cli.demo
 
 test: $(INSTALLED) ## the whole test suite; ARGS="tests/ops -k select" for less
 	$(BIN)/python -m pytest $(ARGS)
 
-# One file or more of every room, none that builds, kills or waits.
+# At least one file of every room; none that builds, kills or waits.
 DAILY := $(addprefix tests/, formats/test_patterns.py plan/test_levels.py plan/test_plan.py plan/test_recipe.py \
     models/test_model.py text/test_data.py base/test_reading.py show/test_report.py packed/test_sparse_linear.py \
     test_docs.py test_doc_references.py test_papers.py cli/test_cli.py pruners/test_registry.py pruners/test_masks.py \
@@ -48,7 +48,7 @@ lint: $(INSTALLED) ## ruff and clang-format, changing nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
-format: $(INSTALLED) ## let ruff and clang-format change what lint complains of
+format: $(INSTALLED) ## let ruff and clang-format correct the findings of lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
@@ -56,12 +56,12 @@ format: $(INSTALLED) ## let ruff and clang-format change what lint complains of
 types: $(INSTALLED) ## mypy --strict on msp
 	$(BIN)/mypy --strict msp
 
-wheel: $(INSTALLED) ## the wheel that is released, repaired and checked, in dist/; MSP_CUDA=0|1 and MSP_CUDA_ARCHS as in setup.py
+wheel: $(INSTALLED) ## the wheel for a release, repaired and checked, in dist/; MSP_CUDA=0|1 and MSP_CUDA_ARCHS as in setup.py
 	rm -rf build/lib.* build/bdist.*
 	$(BIN)/python .ci/release_wheel.py
 
-# Preloaded, since the interpreter itself has no sanitizer; libstdc++ too, for its exceptions to be seen.
-# An interpreter never frees all it allocates, so leaks are not looked for.
+# Preloaded, since the interpreter itself has no sanitizer; libstdc++ too, so that its exceptions are found.
+# An interpreter never frees all its memory, so leaks are not searched for.
 PRELOADED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib:$(CURDIR)/tests
 sanitized: $(INSTALLED)
@@ -80,7 +80,7 @@ torture: sanitized ## kills, full disks, damaged files, bad numbers: 30 minutes;
 	PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/benchmarks $(BIN)/python -m torture --minutes $(MINUTES) \
 	    $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED)) $(if $(OUT),--out "$(OUT)")
 
-# Any Python that has torch will do, so that a machine with a GPU and no network can check what it was handed.
+# Any Python with torch will do, so that a machine with a GPU and no network can check a copy of the source.
 gpu-check: ## prove the kernels on this machine's GPU; ONLY="spmm bench" for a part, OUT= for another result file
 	PYTHONPATH=$(CURDIR)/.ci $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m gpu_check $(ONLY) $(if $(OUT),--out "$(OUT)")
 
@@ -96,13 +96,13 @@ bench: $(INSTALLED) ## the speed of the kernels and of decoding on this machine,
 	env -u OMP_WAIT_POLICY $(BIN)/python -m pytest benchmarks --benchmark-disable-gc --benchmark-json build/bench.json $(ARGS)
 	$(BIN)/python benchmarks/runner.py build/bench.json --save
 
-quality: $(INSTALLED) ## measure the quality tables: hours on a CPU, resumes where it stopped; ARGS="--only wanda-0.25" for less
+quality: $(INSTALLED) ## measure the quality tables: hours on a CPU, continues an interrupted run; ARGS="--only wanda-0.25" for less
 	$(BIN)/python benchmarks/quality.py $(ARGS)
 
 matrix: $(INSTALLED) ## the oldest and newest versions allowed, each in an environment of its own; PYTHONS=/path/to/python3.10 ARGS=--anew
 	$(BIN)/python .ci/matrix.py $(ARGS)
 
-clean: ## remove what was built; .venv stays
+clean: ## remove everything that was built; .venv stays
 	rm -rf build dist *.egg-info .coverage coverage.xml .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f msp/*.so
 

@@ -1,12 +1,12 @@
 """Runs msp on the oldest and newest versions that pyproject.toml allows: ``make matrix``.
 
-Each row has a virtual environment in ``build/matrix``, which the next run uses again, and gets msp from a wheel of HEAD
-without CUDA; one serves all versions of torch, since the compiled module does not link to it. A row compares the golden
-results (``tests/golden_results.py``), runs ``TESTS``, and decodes with the models that all rows packed.
-``benchmarks/results/matrix.json`` and the table in ``docs/reliability.md`` tell what came out.
+Each row has a virtual environment in ``build/matrix``, which the next run uses again. It gets msp from a wheel of HEAD
+without CUDA; one wheel serves all versions of torch, since the compiled module does not link to it. A row compares the
+golden results (``tests/golden_results.py``), runs ``TESTS``, and decodes with the models that all rows packed.
+``benchmarks/results/matrix.json`` and the table in ``docs/reliability.md`` hold the results.
 
-A Python is looked for in ``$PYTHONS`` (paths, with spaces between), on PATH, and by ``uv`` and ``conda``, where these
-commands exist. pip's own settings (``PIP_...``) say where packages come from.
+A Python is searched in ``$PYTHONS`` (paths, with spaces between), on PATH, and by ``uv`` and ``conda``, if these
+commands exist. pip's own settings (``PIP_...``) name the source of packages.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TESTS = [
         "packed/test_transformers",
     )
 ]
-# what the tests import beside msp's own dependencies
+# the packages that the tests import besides msp's own dependencies
 TOOLS = ["pytest", "hypothesis"]
 
 
@@ -81,7 +81,7 @@ def bounds() -> dict[str, str]:
 
 
 def requirements(row: Row) -> dict[str, str]:
-    """What pip is asked for, by name."""
+    """The requirements for pip, by name."""
     return {
         name: f"{name}=={low}" if row.oldest == ("*",) or name in row.oldest else f"{name}>={low}"
         for name, low in bounds().items()
@@ -105,7 +105,7 @@ def find_python(version: str) -> str | None:
 
 
 def _said(*command: str) -> str | None:
-    """What a command prints; None where there is no such command, or it fails."""
+    """The output of a command; None if there is no such command, or it fails."""
     if shutil.which(command[0]) is None:
         return None
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -117,7 +117,7 @@ class Failed(Exception):
 
 
 def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> str:
-    """All that a command prints; ``Failed`` with its last lines if it fails."""
+    """The whole output of a command; ``Failed`` with its last lines if it fails."""
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -133,13 +133,13 @@ def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> st
 
 
 def _environment() -> dict[str, str]:
-    """Without what would lead to another msp or another path through it."""
+    """The environment without variables that lead to another msp or another path through it."""
     ours = ("PYTHONPATH", "PYTHONHOME", "MSP_")
     return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | {"HF_HUB_OFFLINE": "1"}
 
 
 def environment(row: Row, python: str) -> Path:
-    """The interpreter of the row's environment, made if it is not there."""
+    """The interpreter of the row's environment, which is created if it is absent."""
     home = FOLDER / "environments" / row.name.replace(" ", "-")
     inside, stamp, asked = home / "bin" / "python", home / "asked.json", requirements(row)
     wanted = json.dumps([row.python, asked, TOOLS])
@@ -167,7 +167,7 @@ def versions(python: Path) -> dict[str, str]:
 
 
 def check(row: Row, source: Path) -> dict[str, Any]:
-    """One row but for the models of the others."""
+    """The result of one row, except for the models of the others."""
     result: dict[str, Any] = {"row": row.name, "python": row.python, "passed": False, "reason": ""}
     python = find_python(row.python)
     if python is None:
@@ -181,7 +181,7 @@ def check(row: Row, source: Path) -> dict[str, Any]:
         model = FOLDER / "models" / row.name.replace(" ", "-")
         shutil.rmtree(model, ignore_errors=True)
         result["golden"] = run(inside, source / "tests/golden_results.py", "--save", model, cwd=FOLDER).splitlines()[-1]
-        # neither `python -m pytest` nor in the source: what a test starts would import msp from there
+        # neither `python -m pytest` nor in the source folder: the tests' own processes would import msp from there
         pytest = (inside.parent / "pytest", "-q", "-p", "no:cacheprovider", "-c", source / "pyproject.toml")
         tests = run(*pytest, *(source / test for test in TESTS), cwd=FOLDER)
         result["tests"] = re.sub(r" in [\d.]+s.*", "", tests.splitlines()[-1]).strip("= ")
@@ -191,7 +191,7 @@ def check(row: Row, source: Path) -> dict[str, Any]:
 
 
 def exchange(rows: Sequence[dict[str, Any]], source: Path) -> None:
-    """Let every row that passed decode with what every row packed."""
+    """Decode in every row that passed, with the models of every row."""
     models = sorted((FOLDER / "models").iterdir())
     for result in rows:
         python = result.pop("interpreter", None)
@@ -232,7 +232,7 @@ def write_table(results: Mapping[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="the one row of this name; nothing is recorded then")
-    parser.add_argument("--anew", action="store_true", help="make all environments anew, with what is newest today")
+    parser.add_argument("--anew", action="store_true", help="make all environments anew, with the newest packages")
     parser.add_argument("--drop", action="store_true", help="remove them afterwards: 5 GB each with torch for CUDA")
     asked = parser.parse_args(arguments)
     for name in ["models", "source", *(["environments"] if asked.anew else [])]:

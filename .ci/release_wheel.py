@@ -1,8 +1,9 @@
-"""Builds the wheel that is released, has auditwheel repair it, and checks it: ``make wheel``.
+"""Builds the wheel for a release, has auditwheel repair it, and checks it: ``make wheel``.
 
-It holds the CPU kernels and, where there is nvcc, CUDA kernels for every target of ``ARCHS``, with PTX of the last for
-newer GPUs. ``MSP_CUDA`` and ``MSP_CUDA_ARCHS`` as in setup.py. Prints what docs/building.md tells: time and size.
-The tests that read machine code (``tests/build``) read the wheel's, since elsewhere it is built for fewer targets.
+It holds the CPU kernels and, if there is nvcc, CUDA kernels for every target of ``ARCHS``, with PTX of the last for
+newer GPUs. ``MSP_CUDA`` and ``MSP_CUDA_ARCHS`` work as in setup.py. Prints the figures of docs/building.md: time and
+size. The tests that read machine code (``tests/build``) read the wheel's, since elsewhere it is built for fewer
+targets.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def run(*command: str | Path, **environment: str) -> str:
 
 
 def build(source: Path, folder: Path) -> Path:
-    """A wheel as this machine's compilers make it."""
+    """A wheel from this machine's compilers."""
     archs = os.environ.get("MSP_CUDA_ARCHS") or ARCHS
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-deps")
     run(*pip, "--wheel-dir", folder, source, MSP_CUDA_ARCHS=archs)
@@ -50,7 +51,7 @@ def build(source: Path, folder: Path) -> Path:
 
 
 def repair(wheel: Path, dist: Path) -> Path:
-    """Into ``dist``, tagged with the oldest manylinux that its symbols allow; refused where no policy does."""
+    """Move it into ``dist``, tagged with the oldest manylinux that its symbols allow; refuse it if no policy does."""
     with tempfile.TemporaryDirectory() as folder:
         run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", folder, wheel)
         (repaired,) = Path(folder).glob("*.whl")
@@ -59,7 +60,7 @@ def repair(wheel: Path, dist: Path) -> Path:
 
 
 def check(wheel: Path) -> list[str]:
-    """What is wrong with a repaired wheel."""
+    """The faults of a repaired wheel."""
     wrong = []
     size = wheel.stat().st_size
     if size >= MOST_BYTES:
@@ -74,7 +75,7 @@ def check(wheel: Path) -> list[str]:
 
 
 def check_kernels(wheel: Path) -> list[str]:
-    """What is wrong with the CUDA kernels of a wheel for this Python; nothing where it has none."""
+    """The faults in the CUDA kernels of a wheel for this Python; none if it has no such kernels."""
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
         modules = [name for name in archive.namelist() if name.startswith("msp/_cuda.")]
         if not modules:
@@ -87,7 +88,7 @@ def check_kernels(wheel: Path) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dist", type=Path, default=ROOT / "dist", help="where the wheel goes")
+    parser.add_argument("--dist", type=Path, default=ROOT / "dist", help="the folder for the wheel")
     options = parser.parse_args()
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

@@ -4,8 +4,8 @@
 
 Each runs in a process of its own and is pruned to 50 % twice: by Wanda with one density for all, and by SparseGPT with
 densities by Fisher trace. It passes if the packed model that transformers loads computes the same bits as the one in
-memory, and if every linear is in the allocation or has a reason. ``benchmarks/results/architectures.json`` says what
-became of each; one that is there already for this commit is not run again.
+memory, and if every linear is in the allocation or has a reason. ``benchmarks/results/architectures.json`` has the
+result of each; an architecture with a result for this commit is not run again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SECONDS, MOST_WEIGHTS = 120, 30_000_000
 WORDS = 96
 METHODS = (("wanda", "uniform"), ("sparsegpt", "fisher-rank"))
 
-# Whatever of these a configuration has.
+# Sizes for the fields that a configuration has.
 TINY: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim", "embedding_size"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"), 64),
@@ -59,7 +59,7 @@ def architectures() -> list[str]:
 
 
 def build(name: str) -> Any:
-    """A small random model with larger weights than an initialisation has; raises what the library does."""
+    """A small random model with larger weights than after an initialisation; errors of the library pass through."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -89,7 +89,7 @@ def build(name: str) -> Any:
 
 
 def run(name: str) -> dict[str, Any]:
-    """What becomes of ``name``, in this process."""
+    """The result for ``name``, computed in this process."""
     import torch
     import transformers
 

@@ -1,8 +1,8 @@
-"""Decoding with a packed model beside its dense one: a Llama of 1B shape with random weights, mixed 75 %.
+"""Decoding with a packed model and its dense one: a Llama of 1B shape with random weights, mixed 75 %.
 
 Both are loaded as a user would, by plain ``from_pretrained``; greedy decoding through ``model.generate``, one sequence,
-the same prompt and length. Time to the first token is taken off, so what remains is decoding alone. What a loaded
-model keeps resident is measured in a process of its own.
+the same prompt and length. The time to the first token is subtracted, so only the decoding is counted. A process of its
+own measures the memory that a loaded model keeps resident.
 """
 
 from __future__ import annotations

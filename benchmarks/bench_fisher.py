@@ -1,4 +1,4 @@
-"""``fisher_diag_`` and ``fisher_trace`` on the CPU beside what a user would write in torch."""
+"""``fisher_diag_`` and ``fisher_trace`` on the CPU, compared with the usual code in torch."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_diagonal(benchmark, shape: tuple[int, int, int, int], dtype: torch.dtyp
 @pytest.mark.parametrize("form", ["direct", None], ids=["direct", "automatic"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_trace(benchmark, shape: tuple[int, int, int, int], form: Literal["direct"] | None) -> None:
-    """The direct form is ours; where the automatic one is Gram's, the reference serves it."""
+    """The direct form is msp's own; if the automatic form is the Gram form, the reference serves it."""
     x, g = make(shape, torch.float32)
     want = sum(float(gradient.square().sum()) for gradient in gradients(x, g))
     error = abs(float(fisher_trace(x, g, form=form)) / want - 1)

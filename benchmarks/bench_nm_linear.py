@@ -1,4 +1,4 @@
-"""``nm_linear`` on the CPU beside torch's dense linear and a dense GEMV written like ours."""
+"""``nm_linear`` on the CPU, compared with torch's dense linear and a dense GEMV written in the same style."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from msp.formats.patterns import NMPattern
 from msp.ops import PackedWeight, force_backend, nm_linear, nm_select
 
 ROWS = COLUMNS = 4096
-# more than the last cache of any machine this is likely to run on would keep between two uses
+# more bytes than the last cache of any likely machine keeps between two uses
 ROTATED_BYTES = 768 << 20
 BOUND = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 
 
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def dense(request: pytest.FixtureRequest) -> list[torch.Tensor]:
-    """Weights enough that none is in a cache when its turn comes again."""
+    """Enough weights that none is in a cache at its next turn."""
     size = ROWS * COLUMNS * request.param.itemsize
     return [torch.randn(ROWS, COLUMNS).to(request.param) for _ in range(ROTATED_BYTES // size)]
 

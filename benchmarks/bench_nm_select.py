@@ -1,4 +1,4 @@
-"""``nm_select``, ``nm_rank`` and ``nm_keep`` on the CPU beside what a user would write in torch."""
+"""``nm_select``, ``nm_rank`` and ``nm_keep`` on the CPU, compared with the usual code in torch."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from msp.formats.patterns import NMPattern
 from msp.ops import force_backend, nm_keep, nm_rank, nm_select
 
 PATTERN = NMPattern(2, 8)
-# more than the last cache of any machine this is likely to run on would keep between two uses
+# more bytes than the last cache of any likely machine keeps between two uses
 ROTATED_BYTES = 768 << 20
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def make(size: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """Weights enough that none is in a cache when its turn comes again, and a column scale."""
+    """Enough weights that none is in a cache at its next turn, and a column scale."""
     count = ROTATED_BYTES // (size * size * dtype.itemsize)
     return [torch.randn(size, size).to(dtype) for _ in range(count)], torch.rand(size) + 0.1
 
 
 def copy_of(moved: int) -> Callable[[], object]:
-    """Torch's copy of half as many bytes: as many are read and written. Its ratio is a share of its bandwidth."""
+    """Torch's copy of half the bytes: reads and writes together move as many. Its ratio is a share of its bandwidth."""
     source = torch.ones(max(ROTATED_BYTES, 2 * moved), dtype=torch.uint8)
     target = torch.empty_like(source)
     starts = itertools.cycle(range(0, len(source) - moved // 2, moved // 2))
@@ -53,7 +53,7 @@ def compare_selection(benchmark, dtype: torch.dtype, size: int) -> None:
     with force_backend("cpu"):
         packed = nm_select(weights[0], PATTERN, column_scale=scale)
     _, mask = topk(weights[0], scale)
-    # among equal scores topk may take another column, so what is held against it is the sum of what is kept
+    # topk may take another column of equal score, so the sums of the kept scores are compared
     kept, wanted = ((weights[0].float() * scale).abs()[which].double().sum() for which in (packed.kept(), mask))
     turns = itertools.cycle(weights)
     with force_backend("cpu"):
@@ -91,7 +91,7 @@ def force(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def argsort(weight: Tensor, column_scale: Tensor, m: int) -> Tensor:
-    """The rank in its group of every weight, as one would have it from torch: the place in the sort, inverted."""
+    """The rank of every weight in its group by torch's usual means: the place in the sort, inverted."""
     scores = (weight.abs().float() * column_scale).view(len(weight), -1, m)
     order = scores.argsort(dim=-1, descending=True, stable=True)
     return order.argsort(dim=-1).to(torch.uint8).view_as(weight)

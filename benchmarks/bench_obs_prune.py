@@ -1,4 +1,4 @@
-"""``obs_prune`` on the CPU beside SparseGPT's loop over columns, as it is published and run."""
+"""``obs_prune`` on the CPU, compared with SparseGPT's loop over columns, as it is published and run."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def test_square(benchmark, size: int, pattern: str) -> None:
         with force_backend("cpu"):
             return op(weight, factor, chosen.n, chosen.m, BLOCK)
 
-    # As many operations as the updates have, in one go: what to aim at, as torch's product does it, and the least
-    # that any fp32 implementation takes here.
+    # As many operations as the updates have, in one product: torch's time for it is the aim, and the products alone are
+    # the least time of any fp32 implementation here.
     a, b = torch.randn(size, size // 2), torch.randn(size // 2, size)
     alone = products_from_registers(size**3 // 2)
     measure(

@@ -1,8 +1,8 @@
-"""The search beside the bare forward of its model on as many tokens, and where the rest of its time goes.
+"""The search, compared with the bare forward of its model on as many tokens, and the shares of the rest of its time.
 
 Fitness takes a forward, the logarithm of the probabilities and their divergence from the dense model's. Everything else
 is overhead: setting the levels of candidates (``nm_keep`` on every linear that changes), and the engine, which breeds,
-repairs, ranks and keeps the books.
+repairs, ranks and records.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ SHAPE = {
     "tie_word_embeddings": True,
 }
 FITNESS_TOKENS = 8192
-# Without the emptied blocks of the first population, which would be most of so short a search.
-# Measuring sensitivities takes far longer than two generations, and its bookkeeping is that of any candidate.
+# Without the emptied blocks of the first population, which would be most of so short a search. Without sensitivities:
+# they take far longer than two generations, and their bookkeeping is that of any candidate.
 SHORT = replace(EvolutionOptions(), generations=2, offspring=4, emptied=0, sensitivities=0)
 TURNS = 2
-# The search says the KL of what it found; with bf16 products it is off by about 1e-4 of 1.
+# The limit for the error of the search's KL; with bf16 products it is off by about 1e-4 of 1.
 BOUND = 2e-3
 
 
@@ -89,12 +89,12 @@ def timed(owner: type, name: str) -> Iterator[list[float]]:
 
 
 def precision(model: Any) -> AbstractContextManager[Any]:
-    """The one that candidates are computed in."""
+    """The dtype in which candidates are computed."""
     return torch.autocast("cpu", torch.bfloat16) if forward_in_bf16(model) else nullcontext()
 
 
 def bare_forward(model: Any, reference: DenseReference, tokens: int) -> None:
-    """As many tokens as a search forwards, in as large batches."""
+    """The forward of as many tokens as a search, in batches of the same size."""
     size = reference.batch_size * reference.windows.shape[1]
     with torch.inference_mode(), precision(model):
         for batch in range(tokens // size):
@@ -122,7 +122,7 @@ def masked_kl(bench: Workbench, found: Allocated, ranks: Any) -> float:
 
 
 def measure_search(model: Any, tokens: TokenSets, *, turns: int = TURNS) -> dict[str, Any]:
-    """One row: the search, the bare forward and the forward with the loss, in turn and on as many tokens."""
+    """One row: the search, the bare forward and the forward with the loss, in turn and on the same number of tokens."""
     structure = find_structure(model)
     plan = make_plan(structure, Goal(Fraction(3, 4)), PatternRules.parse(8))
     options = {"name": "bench", "stored": FLOAT32, "device": torch.device("cpu"), "progress": NoProgress()}

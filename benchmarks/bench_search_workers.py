@@ -1,4 +1,4 @@
-"""Candidates on two workers beside one: each on 2,048 tokens, on wiki6m, one thread a worker.
+"""Candidates on two workers, compared with one: each on 2,048 tokens, on wiki6m, one thread a worker.
 
 Needs the model in ``../shared`` (or ``$MSP_SHARED``) and Ray.
 """
@@ -29,7 +29,7 @@ GROUP, CANDIDATES, WINDOW, WINDOWS = 8, 8, 256, 8
 
 
 def setting() -> Setting:
-    """Rank codes by magnitude, random tokens: what is measured depends on neither."""
+    """Rank codes by magnitude, and random tokens: the measured time depends on neither."""
     model = load_model(MODEL).model
     structure = find_structure(model)
     linears = structure.linears

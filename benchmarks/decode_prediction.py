@@ -1,10 +1,10 @@
-"""How well a decode table predicts: the linears of a random Llama, dense and with two allocations.
+"""The error of a decode table's predictions: the linears of a random Llama, dense and with two allocations.
 
     python benchmarks/decode_prediction.py [--save]
 
-The table is measured first, as ``msp measure`` does. Two allocators then meet half of the dense model's predicted time,
-and the linears of the packed model are timed twice over: one after another in the order of the model, and inside its
-decode steps (one token, no cache), by hooks around every linear. Medians. ``--save`` writes
+The table is measured first, as by ``msp measure``. Two allocators then meet half of the dense model's predicted time.
+The linears of the packed model are timed twice: one after another in the order of the model, and inside its decode
+steps (one token, no cache), by hooks around every linear. Times are medians. ``--save`` writes
 ``benchmarks/results/decode-prediction.json``, the table included.
 """
 
@@ -82,7 +82,7 @@ def in_a_step(model: Any, names: list[str]) -> float:
 
 
 def rows() -> Iterator[dict[str, Any]]:
-    """The table, then what was predicted and measured."""
+    """The table, then the predicted and the measured times."""
     structure = find_structure(build())
     names = [linear.name for linear in structure.linears]
     shapes = [linear.shape for linear in structure.linears]

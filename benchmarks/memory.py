@@ -4,10 +4,10 @@
     python benchmarks/memory.py --real MODEL CALIBRATION EVALUATE
     python benchmarks/memory.py --vocabulary wikitext2-test.txt
 
-The first measures a random Llama and writes ``benchmarks/results/memory.json``. The second adds a real model to that
-file. The third measures SmolLM2-135M, whose vocabulary is large, on 8,192 test tokens of a text and writes
-``memory-vocabulary.json``. Peak memory is the largest resident set, the pages of mapped weight files included; ``base``
-is what the process takes before it loads weights, as ``dry_run`` counts it (of the third: before any import).
+The first command measures a random Llama and writes ``benchmarks/results/memory.json``. The second adds a real model to
+that file. The third measures SmolLM2-135M, whose vocabulary is large, on 8,192 test tokens of a text and writes
+``memory-vocabulary.json``. Peak memory is the largest resident set, the pages of mapped weight files included. ``base``
+is the memory of the process before it loads weights, as ``dry_run`` counts it (in the third: before any import).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ RUNS = (
     ("msp", "sparsegpt", 1024),
 )
 
-# The packed model that the first of them writes is measured by the second.
+# The first run writes the packed model that the second one measures.
 VOCABULARY_RUNS = ("prune", "evaluate packed", "evaluate dense")
 
 
 def measured(model: Path | str, **options: Any) -> dict[str, Any]:
-    """``prune`` with ``options`` beside what ``dry_run`` says of it; run in this process."""
+    """``prune`` with ``options``, and the prediction of ``dry_run`` for it; run in this process."""
     import msp
 
     options |= {"device": "cpu"}
@@ -62,7 +62,7 @@ def run(what: str, pruner: str, tokens: int, folder: Path) -> dict[str, Any]:
 
 
 def run_real(what: str, model: str, calibration: str, evaluate: str) -> dict[str, Any]:
-    """One run of a real model with windows of 256, by what a user would leave as it is but for the sizes."""
+    """One run of a real model with windows of 256, with the default options except the sizes."""
     record: dict[str, Any] = {"run": what, "model": Path(model).name, "test_tokens": 8192}
     sizes = {"window": 256, "calibration_tokens": 4096, "fitness_tokens": 1024, "test_tokens": 8192}
     options = {"sparsity": 0.5, "allocator": what, "evaluations": 16, **sizes}

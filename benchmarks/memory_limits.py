@@ -2,9 +2,9 @@
 
     python benchmarks/memory_limits.py
 
-Prunes the random model of ``memory.py`` uniformly in a control group of its own (version 1 or 2; making one takes the
-right to, as root has) at several limits, and writes ``benchmarks/results/memory-limits.json``: what became of each run,
-its KL, and the most that the group took. Pages of the weight file that other groups read count there, not here.
+Prunes the random model of ``memory.py`` uniformly in a control group of its own (version 1 or 2; creating one needs the
+rights of root) at several limits, and writes ``benchmarks/results/memory-limits.json``: the outcome of each run, its
+KL, and the most bytes of the group. Pages of the weight file that other groups read count there, not here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TOKENS = {"window": 128, "calibration-tokens": 1024, "fitness-tokens": 256, "tes
 
 @contextmanager
 def control_group(limit: int) -> Iterator[tuple[Path, str]]:
-    """A group whose processes together may have ``limit`` bytes; and the file that has the most they took."""
+    """A group whose processes together may use ``limit`` bytes, and the file with their peak."""
     root = Path("/sys/fs/cgroup")
     first = (root / "memory").is_dir()
     folder = (root / "memory" if first else root) / f"msp-limit-{os.getpid()}"

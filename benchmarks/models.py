@@ -25,7 +25,7 @@ DOWNLOAD_SECONDS = 600
 
 
 class Unavailable(RuntimeError):
-    """A model that cannot be had here; the message says why."""
+    """A model that is not available here; the message has the reason."""
 
 
 def cache_folder() -> Path:
@@ -114,7 +114,7 @@ def _convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    # What was read from a gguf file refuses to be saved, so a fresh model gets the weights and rounds them to bf16.
+    # A model read from a gguf file cannot be saved, so a fresh model gets the weights and rounds them to bf16.
     read.config.quantization_config = None
     del read.config.quantization_config
     model = type(read)(read.config).to(torch.bfloat16)

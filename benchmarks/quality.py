@@ -1,15 +1,15 @@
 """Quality at a given density: every allocator with several pruners on the same models, budgets and tokens.
 
-    python benchmarks/quality.py                      # measure what is missing, then write the tables and the picture
-    python benchmarks/quality.py --only wanda-0.25    # of that, the cells whose names match a regular expression
+    python benchmarks/quality.py                      # measure the missing cells, then write the tables and the picture
+    python benchmarks/quality.py --only wanda-0.25    # only the missing cells whose names match a regular expression
     python benchmarks/quality.py --tables ablation    # one of quality, patterns and ablation
-    python benchmarks/quality.py --list               # what is there and what is missing
+    python benchmarks/quality.py --list               # list the measured and the missing cells
     python benchmarks/quality.py --write              # only write the tables and the picture
 
 Needs the models and texts in ``../shared`` (or ``$MSP_SHARED``). A cell is one allocator with one pruner, density,
 pattern, unit and seed (``quality_cells.py``); it has a file of its own under ``benchmarks/results/quality``. An
-interrupted run goes on where it stopped, in the middle of a search too: checkpoints are under ``build/quality``, and a
-search that is allowed more tokens than before goes on from there.
+interrupted run continues at the point where it stopped, also inside a search: checkpoints are under ``build/quality``.
+A search with a higher token limit than before continues from there too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def missing(cells: Sequence[Cell], results: Path, search_tokens: int | None = None) -> list[Cell]:
-    """The cells, each once, that were not measured with their present setting."""
+    """The cells, each once, that were not measured with their current setting."""
     return [cell for cell in dict.fromkeys(cells) if read(cell, results, search_tokens) is None]
 
 
@@ -50,16 +50,16 @@ def measure_to_file(cell: Cell, made_by: str, results: Path, work: Path, search_
 
 
 def die_with_parent() -> None:
-    """A worker whose parent was killed would search on beside the next run's, on the same checkpoint."""
+    """End a worker with its parent: otherwise it and a worker of the next run would use the same checkpoint."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run(cells: Sequence[Cell], jobs: int, results: Path, work: Path, search_tokens: int | None = None) -> int:
-    """Measure cells in order, ``jobs`` at a time, in processes of one thread; returns how many failed."""
+    """Measure cells in order, ``jobs`` at a time, in processes of one thread; returns the number that failed."""
     os.environ["OMP_NUM_THREADS"] = "1"
     results.mkdir(parents=True, exist_ok=True)
-    # the code that runs is today's, whatever is committed meanwhile
+    # workers run a copy of the current code, so later commits do not change it
     made_by, failed = commit(), 0
     with ProcessPoolExecutor(jobs, get_context("spawn"), die_with_parent) as pool:
         rows = {pool.submit(measure_to_file, cell, made_by, results, work, search_tokens): cell for cell in cells}

@@ -1,4 +1,4 @@
-"""The cells of the quality tables: what each is, and how one is measured. ``quality.py`` runs them."""
+"""The cells of the quality tables: their settings, and the measurement of one. ``quality.py`` runs them."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ SEEDS = (0, 1, 2)
 MAIN_PRUNERS = ("wanda", "sparsegpt")
 PRUNERS = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "magnitude": "magnitude", "ria": "RIA"}
 
-# Fields of ``EvolutionOptions`` that a variant of our search changes; "seeds" are the allocators it starts from, and
-# "hidden_bytes" is what it keeps hidden states in, to share those of candidates that begin alike.
+# Fields of ``EvolutionOptions`` that a variant of the search changes. "seeds" are the allocators that it starts from.
+# "hidden_bytes" is the memory for hidden states that candidates with equal first blocks share.
 VARIANTS: dict[str, dict[str, Any]] = {
     "no FIM seeds": {"seeds": ("ramp", "uniform")},
     "crossover": {"crossover_rate": 0.5},
@@ -88,7 +88,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of a table: an allocator, or a variant of ours, with everything it depends on."""
+    """One row of a table: an allocator, or a variant of the search, with everything it depends on."""
 
     model: str = "wiki6m"
     pruner: str = "wanda"
@@ -102,7 +102,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Names the cell's file."""
+        """The name of the cell's file."""
         if self.allocator in REFERENCES:
             return f"{self.model}-{self.allocator}"
         words = [self.model, self.pruner, f"{self.density:g}", f"m{self.group_size}", self.unit]
@@ -110,7 +110,7 @@ class Cell:
         return "-".join([*words, *self.variant.split()])
 
     def setting(self, search_tokens: int | None = None) -> dict[str, Any]:
-        """All that a row depends on; a file made with another setting is measured again."""
+        """Everything that a row depends on; a file with another setting is measured again."""
         bed = TESTBEDS[self.model]
         limit = (search_tokens or bed.search_tokens) if self.allocator in SEARCHES else None
         setting = {**asdict(self), **asdict(bed), "search_tokens": limit, "changed": ""}
@@ -122,7 +122,7 @@ class Cell:
 
 
 def quality_groups() -> list[Cell]:
-    """The cells of the main tables without allocators, those that say most first."""
+    """The cells of the main tables without allocators, the most important first."""
     first = [Cell(pruner=pruner) for pruner in MAIN_PRUNERS]
     others = [Cell(pruner=pruner, density=density) for density in (0.125, 0.5, 0.1875) for pruner in MAIN_PRUNERS]
     quarter = [Cell(pruner="magnitude"), Cell(pruner="ria")]
@@ -132,13 +132,13 @@ def quality_groups() -> list[Cell]:
 
 
 def pattern_groups() -> list[Cell]:
-    """What a unit, a group size and compliance cost, without allocators."""
+    """The cells for unit, group size and compliance, without allocators."""
     kinds = [("linear", False), ("block", False), ("linear", True)]
     return [Cell(group_size=m, unit=unit, compliant=compliant) for m in (8, 4, 16) for unit, compliant in kinds]
 
 
 def compliant_sizes(largest: int) -> list[int]:
-    """Group sizes that a compliant cell mixes: at most two of each stay, so that of 16 alone no quarter could."""
+    """Group sizes that a compliant cell mixes: at most two of each group stay, so 16 alone could not keep a quarter."""
     return [size for size in (4, 8, 16) if size <= largest]
 
 
@@ -146,7 +146,7 @@ PATTERN_ALLOCATORS = ("uniform", "fisher-rank", OURS)
 
 
 def cells_of(table: str) -> list[Cell]:
-    """The cells of ``quality``, ``patterns`` or ``ablation``, in the order in which they are measured."""
+    """The cells of ``quality``, ``patterns`` or ``ablation``, in the order of their measurement."""
     if table == "quality":
         references = [Cell(model=model, allocator=name) for model in TESTBEDS for name in REFERENCES]
         return references + [replace(cell, allocator=name) for cell in quality_groups() for name in ALLOCATORS]
@@ -159,14 +159,14 @@ TABLES = ("quality", "patterns", "ablation")
 
 
 def read(cell: Cell, results: Path, search_tokens: int | None = None) -> dict[str, Any] | None:
-    """What was measured of a cell, None if nothing was with its present setting."""
+    """The result of a cell; None if there is none with its current setting."""
     path = results / f"{cell.name}.json"
     row = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     return row if row and row["setting"] == cell.setting(search_tokens) else None
 
 
 class CpuClock:
-    """Processor seconds of each stage of a run; a search adds what the runs it goes on from have taken."""
+    """Processor seconds of each stage of a run; a search adds those of the runs that it continues."""
 
     def __init__(self, spent: Path) -> None:
         self._spent = spent
@@ -189,7 +189,7 @@ class CpuClock:
 
 
 def measure(cell: Cell, work: Path, search_tokens: int | None = None) -> dict[str, Any]:
-    """Measure one cell in this process, on one thread; a search goes on from its checkpoint in ``work``."""
+    """Measure one cell in this process, on one thread; a search continues from its checkpoint in ``work``."""
     import torch
 
     torch.set_num_threads(1)
@@ -238,7 +238,7 @@ def _pruned(cell: Cell, setting: dict[str, Any], work: Path) -> dict[str, Any]:
 
 
 def _engine() -> str:
-    """Names the code of the search: a checkpoint that other code made is not gone on from."""
+    """A name for the code of the search: a search does not continue from a checkpoint of other code."""
     digest = hashlib.sha256()
     for path in sorted((ROOT / "msp").glob("search/*.py")) + sorted((ROOT / "msp").glob("allocators/*.py")):
         digest.update(path.read_bytes())
@@ -246,7 +246,7 @@ def _engine() -> str:
 
 
 def _variant(name: str, changed: dict[str, Any]) -> str:
-    """Our search with some options ``changed``, as an allocator that has a name."""
+    """The search of ``msp`` with some options ``changed``, as an allocator with a name."""
     from msp.allocators import Allocated, Problem, get_allocator, register_allocator
     from msp.allocators.evolution import fisher_seeds, search
     from msp.engine.evolution import EvolutionOptions
@@ -268,7 +268,7 @@ def _variant(name: str, changed: dict[str, Any]) -> str:
 
 
 def _source(source: str, folder: Path) -> str:
-    """The stories one by one, as the model was trained: each a document, paragraphs on single lines."""
+    """The stories one by one, as in the model's training: each a document, paragraphs on single lines."""
     path = SHARED / source
     if path.suffix != ".txt":
         return str(path)
@@ -309,7 +309,7 @@ def _reference(cell: Cell, setting: dict[str, Any]) -> dict[str, Any]:
 
 
 def token_sets(loaded: LoadedModel, setting: dict[str, Any]) -> TokenSets:
-    """The tokens that `prune` would draw, without what is added to those of a search."""
+    """The tokens that `prune` would draw, without the random tokens that it adds for a search."""
     import tempfile
 
     from msp.text.token_sets import make_token_sets

@@ -1,4 +1,4 @@
-"""The tables and the picture that ``quality.py`` makes of its cells' files; what no file has is said to be missing."""
+"""The tables and the picture that ``quality.py`` makes from the files of its cells; a missing cell is marked."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from runner import write_table
 
 Row = dict[str, Any]
 Rows = dict[int, Row]
-"""Of one cell, by seed."""
+"""The results of one cell, by seed."""
 NOTHING = "not measured yet"
-# At this density and below ours is to be this much better than what does not search.
+# At this density and below, the search should be this much better than the allocators that do not search.
 DENSITY, MARGIN = 0.25, 0.15
-# Of the tokens of a rival search, ours is to need this much for the KL that the rival ends at.
+# The share of a rival search's tokens after which this search should reach the rival's last KL.
 SHARES = {"msp-paper": 0.25, "evopress": 0.5}
 
 
 @dataclass(frozen=True)
 class Results:
-    """The files in a folder."""
+    """The cells' files in a folder."""
 
     folder: Path
     search_tokens: int | None = None
@@ -50,7 +50,7 @@ class Results:
         return read(cell, self.folder, self.search_tokens)
 
     def seeds(self, cell: Cell, **changes: Any) -> Rows:
-        """What was measured of a cell with every seed that was."""
+        """The results of a cell for every seed that was measured."""
         found = {seed: self.row(replace(cell, seed=seed, **changes)) for seed in SEEDS}
         return {seed: row for seed, row in found.items() if row is not None}
 
@@ -69,7 +69,7 @@ def told(rows: Rows, name: str, digits: int) -> str:
 
 
 def lowest(rows: dict[str, Rows], name: str, digits: int) -> dict[str, str]:
-    """``told`` of each, the lowest mean in bold."""
+    """``told`` for each, the lowest mean in bold."""
     means = {key: mean(found, lambda row: row[name]) for key, found in rows.items() if found}
     best = min(means.values(), default=None)
     return {
@@ -94,7 +94,7 @@ def seeds_told(rows: Iterable[Rows]) -> str:
 
 
 def readme_table(results: Results) -> str:
-    """The density that matters most: all allocators with two pruners, and what else as many bytes can buy."""
+    """The table of the main density: all allocators with two pruners, and models of a similar number of bytes."""
     found = {
         pruner: {name: results.seeds(Cell(pruner=pruner), allocator=name) for name in ALLOCATORS}
         for pruner in MAIN_PRUNERS
@@ -156,7 +156,7 @@ def reference_table(results: Results, model: str) -> str:
 
 
 def claims_table(found: dict[Cell, dict[str, Rows]]) -> str:
-    """Cell by cell, on the seeds that all allocators were measured with: whether each claim holds, and by how much."""
+    """Cell by cell, on the seeds of all allocators: whether each claim holds, and by how much."""
     head = ["pruner", "density", "lowest KL", f"{MARGIN:.0%} below what does not search"]
     head += [f"tokens to the KL of `{rival}` (at most {share:.0%})" for rival, share in SHARES.items()]
     body = []
@@ -186,7 +186,7 @@ def yes(holds: bool) -> str:
 
 
 def share_to_reach(ours: Row, rival: Row) -> float | None:
-    """Tokens until ours is as good on the fitness tokens as the rival ends, of those the rival forwards in all."""
+    """Tokens until the search is as good on the fitness tokens as the rival at its end, over all of the rival's."""
     target = rival["history"][-1]["best"]
     spent = (step["tokens"] for step in ours["history"] if step["best"] <= target)
     reached = next(spent, None)
@@ -202,7 +202,7 @@ def share_told(shares: Sequence[float | None], limit: float) -> str:
 
 
 def pattern_table(results: Results) -> str:
-    """What a unit, a group size and compliance cost at one density."""
+    """The table of unit, group size and compliance at one density."""
     body = []
     for group in sorted(
         pattern_groups(), key=lambda group: (group.unit != "linear", group.compliant, group.group_size)
@@ -217,7 +217,7 @@ def pattern_table(results: Results) -> str:
 
 
 def ablation_table(results: Results) -> str:
-    """What each part of our search is worth: without it, on the seeds that both were measured with."""
+    """The worth of each part of the search: results without it, on the seeds that both were measured with."""
     whole = results.seeds(Cell())
     body = [["all parts", told(whole, "kl", 3), "", told_time(whole), ""]]
     for variant in VARIANTS:
@@ -234,7 +234,7 @@ def ablation_table(results: Results) -> str:
 
 
 def search_time(row: Row) -> float:
-    """In the time that the same process took to evaluate both models on the test tokens: no machine's seconds."""
+    """The time of the search in units of the evaluation of both models by the same process, so machines compare."""
     seconds = row["seconds"]
     return float(seconds["Search"] / (seconds["Dense test predictions"] + seconds["Evaluating"]))
 
@@ -244,7 +244,7 @@ def told_time(rows: Rows) -> str:
 
 
 def made_by(results: Results) -> str:
-    """Which code on which machines made the files."""
+    """The code and the machines that made the files."""
     found = [row for table in ("quality", "patterns") for cell in cells_of(table) if (row := results.row(cell))]
     if not found:
         return ""
@@ -297,7 +297,7 @@ def picture(results: Results, path: Path) -> None:
 
 
 def write(folder: Path) -> None:
-    """Put the tables into the pages; README and picture wait for the first cell."""
+    """Write the tables into the pages; README and picture wait for the first cell."""
     results = Results(folder)
     write_table(ROOT / "docs" / "quality.md", "quality", quality_page(results))
     write_table(ROOT / "docs" / "quality.md", "patterns", pattern_table(results))

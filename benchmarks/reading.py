@@ -1,10 +1,10 @@
-"""What it costs to check a model while it is read: hashes, NaN and infinity, positions at each call.
+"""The cost of the checks of a model during reading: hashes, NaN and infinity, positions at each call.
 
     python benchmarks/reading.py [--layers 24] [--hidden 2048] [--repeats 5]
 
 Makes a random packed model in bf16 (1 GB by default) in a temporary folder and loads it with and without the hashes, in
 turns. Writes ``benchmarks/results/reading.json``. ``cpu_seconds`` are those of all threads of the process, the least of
-the repeats; ``wall_seconds`` are the least too, and depend on what else the machine does.
+the repeats. ``wall_seconds`` are the least too, and depend on the other load of the machine.
 """
 
 from __future__ import annotations

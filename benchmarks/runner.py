@@ -1,4 +1,4 @@
-"""One way to measure for every benchmark here: our call beside its peers, the error in the same row.
+"""The one measuring method of every CPU benchmark: msp's call and its peers, the error in the same row.
 
 A benchmark is a pytest-benchmark test that ends in ``measure``::
 
@@ -50,19 +50,19 @@ def measure(
     flops: int | None = None,
     seconds: float = 2.0,
 ) -> None:
-    """Time ``ours`` and the peers in turn, so that what disturbs the machine disturbs all of them.
+    """Time ``ours`` and the peers in turn, so that a disturbance of the machine affects all of them.
 
-    A turn is a few calls in a row, of which the first is not counted: threads that slept through the others' turns
-    are awake by then, as they are between the layers of a model.
+    A turn is a few calls in a row, and the first is not counted: threads that slept during the others' turns are awake
+    afterwards, as they are between the layers of a model.
 
     Args:
         benchmark: pytest-benchmark's fixture; its own statistics are of ``ours``.
         ours, peers: calls without arguments; inputs should rotate through more memory than the caches hold.
-        error: of ours against a better computation; a speed is refused where it is above ``bound``.
-        moved: bytes that must move, for GB/s and the share of the read bandwidth, which is measured in turn too: what
-            else runs on the host halves it at times.
+        error: the error of ``ours`` against a better computation; above ``bound`` no speed is reported.
+        moved: bytes that must move, for GB/s and the share of the read bandwidth. The bandwidth is measured in turn
+            too, because other load on the host can halve it.
         flops: operations, for GFLOP/s.
-        seconds: about how long the slowest call is repeated.
+        seconds: the approximate time for which the slowest call is repeated.
     """
     if not error <= bound:
         raise AssertionError(f"an error of {error:.2g} is above {bound:.2g}: no speed is worth reporting")
@@ -91,7 +91,7 @@ def measure(
 def take_turns(
     samplers: dict[str, Callable[[], float]], turns: int, *, counted: int = 1, uncounted: int = 0
 ) -> dict[str, list[float]]:
-    """The counted samples of each, taken in turn: what disturbs the machine disturbs all of them."""
+    """The counted samples of each, taken in turn: a disturbance of the machine affects all of them."""
     times: dict[str, list[float]] = {name: [] for name in samplers}
     for _ in range(turns):
         for name, sample in samplers.items():
@@ -125,7 +125,7 @@ def native_peers() -> ctypes.CDLL:
 def reader() -> tuple[Call, int]:
     """A call that reads the next part of 1 GiB on torch's number of threads, and the bytes of a part.
 
-    A part is as large as a weight and so as quickly read.
+    A part has the size of a weight, so it is read as fast.
     """
     import torch
 
@@ -144,8 +144,8 @@ def reader() -> tuple[Call, int]:
 def read_bandwidth() -> float:
     """GB/s at which torch's number of threads reads memory that is in no cache.
 
-    The median over parts: a machine that stands still for some milliseconds now and then would otherwise slow every
-    read down, but few of the others.
+    It is the median over parts: a machine that pauses for some milliseconds from time to time slows down only a few of
+    the parts, but would slow down every long read.
     """
     read, bytes_read = reader()
     times = [seconds_of(read) for _ in range(128)]
@@ -155,7 +155,7 @@ def read_bandwidth() -> float:
 def products_from_registers(count: int) -> Call | None:
     """A call that multiplies and adds in fp32 ``count`` times on torch's number of threads, out of registers.
 
-    No computation with as many products takes less time. None without AVX-512.
+    No computation with this number of products takes less time. None without AVX-512.
     """
     import torch
 
@@ -168,7 +168,7 @@ def products_from_registers(count: int) -> Call | None:
 
 
 def commit() -> str:
-    """Names the code that is measured."""
+    """The commit of the measured code."""
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -176,7 +176,7 @@ def commit() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on: processor, instruction set, threads, versions, commit."""
+    """The conditions of a figure: processor, instruction set, threads, versions, commit."""
     import torch
 
     import msp
@@ -247,7 +247,7 @@ def machine_name(processor: str) -> str:
 
 
 def save(where: dict[str, Any], entries: list[dict[str, Any]]) -> None:
-    """Write the results files of this machine and day, and the pages' tables from the newest of every machine."""
+    """Write the results files of this machine and day, and the tables of the pages from the newest of every machine."""
     from msp.base.files import write_text
 
     for kind, wanted in (("cpu", False), ("search", True)):
@@ -260,7 +260,7 @@ def save(where: dict[str, Any], entries: list[dict[str, Any]]) -> None:
 
 
 def write_table(page: Path, name: str, text: str) -> None:
-    """Put ``text`` between the comments of a Markdown page that name the table."""
+    """Write ``text`` between the comments of a Markdown page that name the table."""
     from msp.base.files import write_text
 
     start, end = f"<!-- table:{name} -->\n", f"<!-- /table:{name} -->"
@@ -269,7 +269,7 @@ def write_table(page: Path, name: str, text: str) -> None:
 
 
 def tables(kind: str) -> str:
-    """A headline and a table for every machine of which there are results of the ``cpu`` or the ``search``."""
+    """A headline and a table for every machine with results of the ``cpu`` or the ``search``."""
     newest: dict[str, Path] = {}
     for path in sorted(RESULTS.glob(f"{kind}-*-????-??-??.json")):
         newest[path.stem[: -len("-2026-01-01")]] = path

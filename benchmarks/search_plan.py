@@ -1,10 +1,10 @@
-"""What a search of a large model would take, by arithmetic: tokens, bytes and seconds on one and on eight H200.
+"""The cost of a search of a large model, by arithmetic: tokens, bytes and seconds on one and on eight H200.
 
     python benchmarks/search_plan.py            # print the table
     python benchmarks/search_plan.py --write    # put it into docs/search-reference.md
 
-No run on such a device stands behind any of it. The device's peaks are NVIDIA's data sheet; the shares of them that a
-run would reach are assumptions, all of them in ``Device``.
+No run on such a device supports these figures. The device's peaks are NVIDIA's data sheet. The shares of them that a
+run reaches are assumptions, all of them in ``Device``.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Shape:
         return self.vocabulary * self.hidden
 
     def flop(self, window: int) -> float:
-        """Of one token in a forward: two a weight, and attention to half the window on average."""
+        """FLOP of one token in a forward: two for each weight, and attention to half the window on average."""
         return 2 * (self.linears + self.head) + self.blocks * 4 * self.hidden * window / 2
 
 
@@ -60,7 +60,7 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Device:
-    """An H200: from the data sheet bytes of memory, FLOP/s of dense bf16, bytes/s of HBM and of PCIe 5.0 x16.
+    """An H200. From the data sheet: bytes of memory, FLOP/s of dense bf16, bytes/s of HBM and of PCIe 5.0 x16.
 
     ``compute``, ``memory`` and ``link`` are the shares of the last three that a run is *assumed* to reach.
     """
@@ -76,11 +76,12 @@ class Device:
 
 @dataclass(frozen=True)
 class Plan:
-    """One search: its tokens, what has to be in memory, and the seconds of a generation from sensitivities.
+    """One search: its tokens, the data that must be in memory, and the seconds of a generation from sensitivities.
 
     Attributes:
-        stages: of a generation: candidates, and tokens that each forwards anew.
-        streamed: the model does not fit: every stage loads all blocks once, and all its candidates pass through each.
+        stages: the stages of a generation: candidates, and the tokens that each one forwards anew.
+        streamed: whether the model does not fit: every stage then loads all blocks once, and all its candidates pass
+            through each.
     """
 
     shape: Shape
@@ -101,17 +102,17 @@ class Plan:
 
     @property
     def probes(self) -> tuple[int, int]:
-        """To measure sensitivities: the best individual, and it with a linear a level up or down."""
+        """The runs that measure sensitivities: the best individual, and it with a linear a level up or down."""
         return 1 + min(MOVES, 2 * LINEARS * self.shape.blocks), self.stages[0][1]
 
     @property
     def passes(self) -> list[tuple[int, int]]:
-        """Of a generation from sensitivities: they are measured, then its children race."""
+        """Tokens of a generation from sensitivities: they are measured, then its children race."""
         return [self.probes, *self.stages]
 
     @property
     def resident(self) -> int:
-        """Bytes of weights, ranks, the kept copy that a candidate runs with, embeddings and head."""
+        """Bytes of weights, ranks, the kept copy of a running candidate, embeddings and head."""
         return self.shape.linears * (VALUE + RANK + VALUE) + 2 * self.shape.head * VALUE
 
     @property
@@ -144,10 +145,10 @@ class Plan:
         return len(self.passes) * self.stored if self.streamed else 0
 
     def seconds(self, devices: int) -> tuple[float, float, float, float]:
-        """Of a generation: measuring sensitivities, the race's forwards, setting levels, and loading blocks.
+        """Seconds of a generation: measuring sensitivities, the race's forwards, setting levels, and loading blocks.
 
-        Blocks are loaded during the forwards. A candidate is on one device, so that a pass takes as long as the device
-        with the most of them.
+        Blocks are loaded during the forwards. A candidate stays on one device, so a pass takes as long as the device
+        with the most candidates.
         """
         rounds = [(ceil(candidates / devices), tokens) for candidates, tokens in self.passes]
         device = self.device

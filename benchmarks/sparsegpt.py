@@ -1,4 +1,4 @@
-"""SparseGPT's loop over columns as it is published and run: what ``obs_prune`` is measured against, and its inputs."""
+"""SparseGPT's loop over columns as it is published and run: the peer of ``obs_prune``, and its inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BLOCK = 128
 
 
 def published(weight: Tensor, factor: Tensor, n: int, m: int) -> Tensor:
-    """Algorithm 1 of arXiv 2301.00774 with N:M selection, step by step as its authors' ``fasterprune`` takes it."""
+    """Algorithm 1 of arXiv 2301.00774 with N:M selection, in the steps of its authors' ``fasterprune``."""
     w = weight.clone()
     for start in range(0, w.shape[1], BLOCK):
         stop = min(start + BLOCK, w.shape[1])
@@ -48,7 +48,7 @@ def make(size: int) -> tuple[Tensor, Tensor]:
 def error_where_the_choice_agrees(
     updated: Tensor, kept: Tensor, weight: Tensor, factor: Tensor, n: int, m: int
 ) -> float:
-    """Of the updated weights, against the sweep in float64 that is given our choice."""
+    """The error of the updated weights against a sweep in float64 with the same selection."""
     agree = (kept == reference(weight, factor, n, m, BLOCK)[1]).view(len(weight), -1, m).all(-1)
     assert agree.double().mean() > 0.99, "another choice than the reference's in more than the closest cases"
     w, u = weight.double().t().contiguous(), factor.double()

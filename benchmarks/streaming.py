@@ -1,12 +1,12 @@
-"""A model larger than the memory it may take: streamed, and not streamed under the same limit.
+"""A model larger than the allowed memory: streamed, and not streamed under the same limit.
 
     python benchmarks/streaming.py [search | prune] [--layers 32] [--hidden 1024] [--limit 1.2]
 
-Writes ``benchmarks/results/streaming.json`` of a search, ``streaming-prune.json`` of SparseGPT to an allocation. Every
-run has a process of its own. The limit is RLIMIT_DATA, which the kernel holds against all private writable pages a
-process has asked for, touched or not: what it has allocated, and the mapped weight files as long as they are open. What
-is resident is sampled every 10 ms: ``anonymous`` pages are held; pages of mapped files are clean, so the kernel takes
-them back whenever it needs room.
+Writes ``benchmarks/results/streaming.json`` for a search, ``streaming-prune.json`` for SparseGPT to an allocation.
+Every run has a process of its own. The limit is RLIMIT_DATA. The kernel counts all private writable pages that a
+process asked for, touched or not: its allocations, and the mapped weight files while they are open. Resident memory is
+sampled every 10 ms: ``anonymous`` pages are held; pages of mapped files are clean, so the kernel takes them back when
+it needs room.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--limit", type=float, default=1.2, help="in GB")
-    parser.add_argument("--folder", type=Path, help="where the model is made, for a while")
+    parser.add_argument("--folder", type=Path, help="temporary folder for the model")
     parser.add_argument("--child", nargs="+", help="one step, here")
     options = parser.parse_args()
     if options.child:

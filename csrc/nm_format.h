@@ -1,9 +1,9 @@
-// The packed N:M format: how a weight [R, K] that keeps N of every M columns lies in memory, and which
-// weights of a group are kept. One definition for every backend: CUDA kernels, the scalar CPU path and the
-// tests compile these very functions.
+// The packed N:M format: the layout in memory of a weight [R, K] that keeps N of every M columns, and the
+// selection of the kept weights of a group. All backends share this definition: CUDA kernels, the scalar CPU
+// path and the tests compile these functions.
 //
 //   values   [R, K/M*N]      kept weights of each row in column order, in the weight's dtype
-//   bitmask  [R, ceil(K/8)]  bit c%8 of byte c/8 is set where column c is kept; bits past K are 0
+//   bitmask  [R, ceil(K/8)]  bit c%8 of byte c/8 is set if column c is kept; bits past K are 0
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@
 #if defined(__CUDACC__)
 #define MSP_HD __host__ __device__ __forceinline__
 #else
-// Files compiled for different instruction sets share these functions, so none may be emitted as a symbol
-// that the linker could take from a file of another set.
+// Files compiled for different instruction sets share these functions, so none may become a symbol that the
+// linker could take from a file of another set.
 #define MSP_HD inline __attribute__((always_inline))
 #endif
 #if defined(__CUDA_ARCH__)
@@ -29,7 +29,7 @@ enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 MSP_HD constexpr int dtype_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
-// A unit is the fewest columns whose kept bits fill whole bytes: one group, or two groups of 4.
+// A unit is the smallest number of columns whose kept bits fill whole bytes: one group, or two groups of 4.
 MSP_HD constexpr int unit_columns(int group_size) { return group_size < 8 ? 8 : group_size; }
 
 MSP_HD constexpr int64_t bitmask_row_bytes(int64_t columns) { return (columns + 7) / 8; }
@@ -42,14 +42,14 @@ MSP_HD constexpr int64_t units_per_row(int64_t columns, int group_size) {
     return (columns + unit_columns(group_size) - 1) / unit_columns(group_size);
 }
 
-// What the groups of a row that is no multiple of 8 long leave of the last unit: 1 group of 2, else all.
+// The groups of the last unit in a row whose length is no multiple of 8: 1 group of 2, else all.
 MSP_HD constexpr int64_t first_group_of_unit(int64_t row, int64_t unit_in_row, int64_t columns,
                                              int group_size) {
     return row * (columns / group_size) + unit_in_row * (unit_columns(group_size) / group_size);
 }
 
-// Ranks below every finite score: what `compliant` rules out, and lanes past the end of a row. Not the very
-// least integer, so that one below it can still be compared with.
+// Ranks below every finite score: for weights that `compliant` excludes, and lanes past the end of a row. Not
+// the least integer, so that comparisons can use the integer below it.
 constexpr int32_t kRuledOut = INT32_MIN + 1;
 
 // An integer that orders as the finite float with these bits does; -0 and +0 are one value.
@@ -92,7 +92,7 @@ MSP_HD constexpr int count_bits(uint32_t bits) {
 #endif
 }
 
-// `kept` without the last `excess` of the columns whose key is the threshold.
+// `kept` without the last `excess` of the columns whose key equals the threshold.
 template <int M>
 MSP_HD constexpr uint32_t without_last_ties(const int32_t (&keys)[M], int32_t threshold, uint32_t kept,
                                             int excess) {
@@ -126,9 +126,9 @@ MSP_HD constexpr uint32_t select_group(const int32_t (&keys)[M], int n) {
     return n > 0 ? kept : 0u;
 }
 
-// Rules out all but the best two of each aligned four. Walking a group in rank order and refusing what is
-// third in its quad keeps exactly the best of the weights that rank below 2 in their quad, so the compliant
-// selection is the plain one on what remains.
+// Excludes all but the best two of each aligned four. A walk in rank order that skips the third and fourth of
+// each quad keeps exactly the best of the weights that rank below 2 in their quad. So the compliant selection
+// is the plain one on the remaining weights.
 template <int M>
 MSP_HD constexpr void rule_out_beyond_two_of_four(int32_t (&keys)[M]) {
     MSP_UNROLL

@@ -1,4 +1,4 @@
-// What nm_rank works on.
+// The arguments of nm_rank.
 #pragma once
 
 #include "nm_score.h"

@@ -8,7 +8,7 @@
 
 namespace msp {
 
-// Source of the score: |w|; |w| s_j; (|w| (r_i + c_j)) s_j; (w w) F_ij; given. The numbers are the binding's.
+// The score: |w|; |w| s_j; (|w| (r_i + c_j)) s_j; (w w) F_ij; given. The numbers are those of the binding.
 enum class ScoreKind : int { kMagnitude = 0, kScaled = 1, kRelative = 2, kFisher = 3, kGiven = 4 };
 
 MSP_HD uint32_t float_bits(float value) {
@@ -34,8 +34,8 @@ MSP_HD float float_from_bits(uint32_t bits) {
 MSP_HD float half_to_float(uint16_t half) {
     const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
     const uint32_t rest = half & 0x7fffu;
-    // Exponent and mantissa shifted into place are 2^-112 of the value, exactly, also for subnormals;
-    // infinity and NaN would come out finite.
+    // Exponent and mantissa shifted into place are exactly 2^-112 of the value, also for subnormals; infinity
+    // and NaN would come out finite.
     if (rest >= 0x7c00u) return float_from_bits(sign | 0x7f800000u | rest << 13);
     return float_from_bits(sign | float_bits(float_from_bits(rest << 13) * 0x1p112f));
 }
@@ -62,7 +62,7 @@ struct Stored<Dtype::kBFloat16> {
     static MSP_HD float to_float(uint16_t bits) { return float_from_bits(static_cast<uint32_t>(bits) << 16); }
 };
 
-// A weight and what its scores are made of. The caller has checked everything; pointers are to contiguous
+// A weight and the terms of its scores. The caller has checked everything; pointers are to contiguous
 // row-major data.
 struct Scored {
     const void* weight;  // [rows, columns]
@@ -71,13 +71,13 @@ struct Scored {
     int64_t columns;  // a multiple of group_size
     int group_size;   // 4, 8, 16 or 32
     ScoreKind kind;
-    const float* column_scale;  // [columns]; may be null for kRelative, where it then counts as 1
+    const float* column_scale;  // [columns]; may be null for kRelative, which then takes 1
     const float* row_term;      // [rows]
     const float* column_term;   // [columns]
     const float* matrix;        // [rows, columns]
 };
 
-// Of the terms, those that a kind does not use are ignored.
+// A kind ignores the terms that it does not use.
 template <ScoreKind Kind>
 MSP_HD float score(float w, float column_scale, float row_term, float column_term, float matrix) {
     const float magnitude = float_from_bits(float_bits(w) & 0x7fffffffu);

@@ -1,4 +1,4 @@
-// What nm_select works on.
+// The arguments of nm_select.
 #pragma once
 
 #include "nm_format.h"

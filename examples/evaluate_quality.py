@@ -1,4 +1,4 @@
-"""Measure a packed model on a text, beside the dense model that it was made of.
+"""Measure a packed model on a text, together with the dense model it was made from.
 
 python examples/evaluate_quality.py model-75 test.txt --reference MODEL
 """

@@ -1,4 +1,4 @@
-"""Write a packed model as a dense one, zeros included, for programs that cannot have msp.
+"""Write a packed model as a dense one, zeros included, for programs that cannot import msp.
 
 python examples/export_dense.py model-75 model-75-dense
 """

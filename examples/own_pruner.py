@@ -1,4 +1,4 @@
-"""A pruner of your own: Wanda with a say in how much the inputs count.
+"""A pruner of your own: Wanda with a choice of how much the inputs count.
 
 python examples/own_pruner.py MODEL notes.txt
 """

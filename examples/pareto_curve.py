@@ -1,4 +1,4 @@
-"""Search for several budgets at once, and draw what each of them costs.
+"""Search for several budgets at once, and draw the loss at each of them.
 
 python examples/pareto_curve.py MODEL notes.txt curve
 """

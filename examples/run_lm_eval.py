@@ -12,7 +12,7 @@ import msp  # noqa: F401  teaches transformers, and with it lm-eval, the packed 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", help="directory of a packed or a dense model")
 parser.add_argument("text", help="a text file, to measure its perplexity")
-parser.add_argument("--tasks", default="", help="tasks of lm-eval besides, which it downloads")
+parser.add_argument("--tasks", default="", help="more tasks of lm-eval, which it downloads")
 parser.add_argument("--device", default="cpu")
 args = parser.parse_args()
 

@@ -34,6 +34,6 @@ for step in range(args.steps):
     optimizer.zero_grad()
     print(f"step {step + 1}: loss {loss.item():.3f}")
 
-# An adapter is dense; the mask takes what it adds at empty places, so measure the merged model again.
+# An adapter is dense; the mask removes its values at empty places, so measure the merged model again.
 model.merge_and_unload().save_pretrained(args.output)
 tokenizer.save_pretrained(args.output)

@@ -43,15 +43,15 @@ def fisher_diag_kernel(
     first_row, first_column = locate_tile(rows, columns, BLOCK_R, BLOCK_K, GROUP_R)
     squares = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
     gradient = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
-    # One loop over all tokens of all sequences: the next sequence's loads are under way while this one's gradient is
-    # squared. A loop a sequence would fill and drain the pipeline each time.
+    # One loop over all tokens of all sequences: the next sequence's loads run while this one's gradient is squared. A
+    # separate loop for each sequence would fill and drain the pipeline each time.
     steps = tl.cdiv(tokens, BLOCK_T)
     for step in range(sequences * steps):
         sequence = step // steps
         token = (step % steps) * BLOCK_T
         g = load_transposed(g_source, sequence, token, first_row, tokens, rows, BLOCK_T, BLOCK_R, TMA)
         x = load_tile(x_source, sequence, token, first_column, tokens, columns, BLOCK_T, BLOCK_K, TMA)
-        # "ieee": float32 inputs must not be rounded to TF32 on the way.
+        # "ieee": float32 inputs must not be rounded to TF32.
         gradient = tl.dot(g, x, gradient, input_precision="ieee")
         if token + BLOCK_T >= tokens:
             squares += gradient * gradient

@@ -100,7 +100,7 @@ def fisher_trace_gram_kernel(
 
     gram_g = gram_tile(g_source, s, i * BLOCK_R, j * BLOCK_K, tokens, rows, BLOCK_R, BLOCK_T, TMA)
     gram_x = gram_tile(x_source, s, i * BLOCK_R, j * BLOCK_K, tokens, columns, BLOCK_R, BLOCK_T, TMA)
-    # A tile above the diagonal stands for its mirror image too.
+    # A tile above the diagonal also counts for its mirror image.
     weight = tl.where(i == j, 1.0, 2.0)
     tl.store(partial_ptr + tl.program_id(0), weight * tl.sum(gram_g * gram_x))
 
@@ -114,7 +114,7 @@ def fisher_trace_direct(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     tiles = tile_sizes("direct", x.dtype, architecture(x), rows, columns, tokens, sequences)
     x_block, g_block = product_blocks(tiles)
     count = triton.cdiv(rows, tiles["BLOCK_R"]) * triton.cdiv(columns, tiles["BLOCK_K"])
-    # a program takes as many sequences as leave enough programs
+    # a program takes as many sequences as possible while there are enough programs
     share = max(1, min(sequences, sequences * count // ENOUGH_PROGRAMS))
     grid = (count, triton.cdiv(sequences, share))
     partial = torch.empty(grid[::-1], dtype=torch.float32, device=x.device)
@@ -136,7 +136,7 @@ def fisher_trace_direct(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
 
 
 def gram_tile_sizes(dtype: torch.dtype, arch: int, tokens: int, width: int, sequences: int) -> dict[str, int]:
-    """Square tiles, since the upper triangle is made of them; of the whole square half is computed."""
+    """Square tiles, because they form the upper triangle; half of the whole square is computed."""
     tiles = tile_sizes("gram", dtype, arch, tokens, tokens, width, max(1, sequences // 2))
     return {
         **tiles,
@@ -154,7 +154,7 @@ def fisher_trace_gram(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     tiles = gram_tile_sizes(x.dtype, architecture(x), tokens, max(rows, columns), sequences)
     x_block, g_block = gram_blocks(tiles)
     side = triton.cdiv(tokens, tiles["BLOCK_R"])
-    # of one dimension, since of the others a grid has 65,535 at most
+    # one dimension, since a grid has at most 65,535 in each of the others
     grid = (sequences * (side * (side + 1) // 2),)
     partial = torch.empty(grid, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
@@ -172,7 +172,7 @@ def fisher_trace_gram(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
 
 
 def gram_blocks(tiles: dict[str, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """What a step of the Gram matrices loads of x and of g."""
+    """The loads of x and of g in a step of the Gram matrices."""
     block = tiles["BLOCK_R"], tiles["BLOCK_T"]
     return block, block
 

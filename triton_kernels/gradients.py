@@ -1,7 +1,7 @@
-"""What the Fisher kernels share: tiles of x and g, the order of programs, and the sizes of tiles by architecture.
+"""Common parts of the Fisher kernels: tiles of x and g, the order of programs, and the sizes of tiles by architecture.
 
-x is ``[S, T, K]`` and g ``[S, T, R]``. Where the GPU has a copy engine for tensors (TMA, from Hopper on) and the memory
-is laid out as it asks, a kernel gets descriptors and its threads compute no addresses; else pointers and masks.
+x is ``[S, T, K]`` and g ``[S, T, R]``. If the GPU has a copy engine for tensors (TMA, from Hopper on) and the layout in
+memory fits it, a kernel gets descriptors and its threads compute no addresses; otherwise it gets pointers and masks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .targets import CompileCase
 
 OPTIONS = ("num_warps", "num_stages")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# So many row tiles are walked through together along the columns, so that what neighbouring programs read is in L2.
+# The number of row tiles that are processed together along the columns, so that reads of neighbouring programs hit L2.
 GROUP_ROWS = 8
 
 
@@ -53,8 +53,8 @@ def load_tile(
 def load_transposed(
     source, sequence, token, column, tokens, width, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr
 ):
-    """The same as ``[BLOCK_D, BLOCK_T]``. Without TMA it is loaded so: what is transposed in registers has been
-    loaded there, past the pipeline of asynchronous copies."""
+    """The same as ``[BLOCK_D, BLOCK_T]``. Without TMA it is loaded transposed: a transpose in registers would need a
+    load to registers, outside the pipeline of asynchronous copies."""
     if TMA:
         return tl.trans(load_tile(source, sequence, token, column, tokens, width, BLOCK_T, BLOCK_D, TMA))
     else:
@@ -65,10 +65,11 @@ def load_transposed(
         return tl.load(source + first + t[None, :] * width + d[:, None], mask=inside, other=0.0)
 
 
-# form -> architecture -> tile of the result, tokens or columns of one step, warps, stages, for 16-bit tensor cores. The
-# widest that registers and shared memory hold: a step of 128 x 128 reads 32 KB for 2^20 multiplications, one of
-# 128 x 256 48 KB for twice as many, and on Hopper that traffic from L2 is the limit (docs/kernels/fisher.md).
-# "diag" holds the gradient and the sum of squares, "gram" two products, "direct" the gradient alone.
+# form -> architecture -> tile of the result, tokens or columns of one step, warps, stages, for 16-bit tensor cores.
+# These are the widest tiles that registers and shared memory hold: a step of 128 x 128 reads 32 KB for 2^20
+# multiplications, one of 128 x 256 48 KB for twice as many, and on Hopper that traffic from L2 is the limit
+# (docs/kernels/fisher.md). "diag" holds the gradient and the sum of squares, "gram" two products, "direct" the gradient
+# alone.
 TILES = {
     "diag": {80: (128, 64, 64, 8, 3), 90: (128, 128, 64, 8, 4)},
     "direct": {80: (128, 128, 32, 8, 4), 90: (128, 256, 64, 8, 4)},
@@ -81,22 +82,23 @@ ENOUGH_PROGRAMS = 128
 
 
 def architecture(tensor: torch.Tensor) -> int:
-    """The row of ``TILES`` that serves a tensor's device: 90 where there are Hopper's tensor cores, shared memory and
-    copy engine, or more; on the CPU too, so that the interpreter runs the same kernels."""
+    """The row of ``TILES`` for a tensor's device: 90 if it has Hopper's tensor cores, shared memory and copy engine, or
+    more; on the CPU too, so that the interpreter runs the same kernels."""
     if tensor.device.type == "cpu":
         return 90
     if not tensor.is_cuda or torch.version.hip is not None:
         return 80
-    # what came after for data centres; consumer chips have no more shared memory than Ampere's
+    # newer chips for data centres; consumer chips have no more shared memory than Ampere's
     return 90 if torch.cuda.get_device_capability(tensor.device)[0] in (9, 10) else 80
 
 
 def tile_sizes(
     form: str, dtype: torch.dtype, arch: int, height: int, width: int, depth: int, batch: int = 1
 ) -> dict[str, int]:
-    """Of a ``[height, width]`` result summed over ``depth``, of which there are ``batch`` in a launch.
+    """The tile of a ``[height, width]`` result summed over ``depth``, for ``batch`` results in a launch.
 
-    The table's, halved as long as there are too few for all multiprocessors, and never much larger than the result.
+    It is the tile of the table, halved while there are too few tiles for all multiprocessors, and never much larger
+    than the result.
     """
     if dtype == torch.float32:
         rows, columns, step, warps, stages = FLOAT32_TILES[form]
@@ -124,16 +126,16 @@ def described(x: torch.Tensor, g: torch.Tensor) -> bool:
 
 
 def source(tensor: torch.Tensor, block: tuple[int, int], tma: bool) -> Any:
-    """What ``load_tile`` takes of a contiguous ``[S, T, D]``, to load a ``block`` of tokens and columns at a time."""
+    """The arguments of ``load_tile`` for a contiguous ``[S, T, D]``, to load blocks of ``block`` tokens and columns."""
     if not tma:
         return tensor
     _, tokens, width = tensor.shape
-    # not the tensor's own strides, which may be anything where a size is 1
+    # not the tensor's own strides, which are arbitrary for a size of 1
     return TensorDescriptor(tensor, list(tensor.shape), [tokens * width, width, 1], [1, *block])
 
 
 def product_blocks(tiles: dict[str, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """What a step of ``g^T x`` loads of x and of g."""
+    """The loads of x and of g in a step of ``g^T x``."""
     return (tiles["BLOCK_T"], tiles["BLOCK_K"]), (tiles["BLOCK_T"], tiles["BLOCK_R"])
 
 
@@ -148,7 +150,7 @@ def gradient_cases(
 ) -> Iterator[CompileCase]:
     """A kernel that fills ``result``, on tensor cores with and without TMA and on plain ones.
 
-    ``tiles_of`` is given a dtype and a row of ``TILES``; ``numbers`` and ``aligned`` name the integer arguments.
+    ``tiles_of`` takes a dtype and a row of ``TILES``; ``numbers`` and ``aligned`` name the integer arguments.
     """
     for label, tma, arch, architectures in (
         ("bf16", True, 90, (90, 100)),

@@ -1,9 +1,9 @@
-"""What the group kernels share: groups held in registers, their scores and their ranks.
+"""Common parts of the group kernels: groups held in registers, their scores and their ranks.
 
-A *unit* is the columns whose kept bits fill whole bytes: one group, or two groups of 4. A program
-takes ``UNITS`` of them, one a thread, as chunks of ``CHUNK`` columns, ``[UNITS, CHUNK]`` tiles that one thread
-loads with vector loads of 16 bytes. A thread then holds all columns of its units: splitting them
-off, comparing them and packing them needs no shuffle and no shared memory (the PTX has none).
+A *unit* is the columns whose kept bits fill whole bytes: one group, or two groups of 4. A program takes ``UNITS`` of
+them, one a thread, as chunks of ``CHUNK`` columns. A chunk is a ``[UNITS, CHUNK]`` tile that one thread loads with
+vector loads of 16 bytes. A thread then holds all columns of its units: splitting them off, comparing them and packing
+them needs no shuffle and no shared memory (the PTX has none).
 """
 
 # Triton's language has no starred expressions
@@ -28,7 +28,7 @@ def unit_columns(group_size: int) -> int:
 
 
 def grid(rows: int, columns: int, group_size: int) -> tuple[int]:
-    """Programs for a ``[rows, columns]`` weight; ``locate`` tells each its units."""
+    """Programs for a ``[rows, columns]`` weight; ``locate`` gives each program its units."""
     return (triton.cdiv(rows * triton.cdiv(columns, unit_columns(group_size)), UNITS.value),)
 
 
@@ -50,8 +50,8 @@ def locate(rows, columns, UNIT: tl.constexpr):
 def load_chunk(ptr, start, step, left, right, GROUP: tl.constexpr):
     """``ptr[start + i * step]`` for i < 8 as a ``[UNITS, 8]`` tile; zeros in the halves that do not exist.
 
-    Four-byte elements come in halves of 16 bytes. So do groups of 4, whose last half may be missing: a
-    mask that is one for all of a load keeps it a vector load whatever the row length.
+    Four-byte elements come in halves of 16 bytes. So do groups of 4, whose last half may be missing. A mask that is one
+    value for a whole load keeps it a vector load at any row length.
     """
     HALF: tl.constexpr = CHUNK // 2
     if ptr.dtype.element_ty.primitive_bitwidth == 32 or GROUP < CHUNK:
@@ -81,7 +81,7 @@ def score_chunk(
 ):
     """Scores of one chunk in fp32.
 
-    KIND: 0 ``|w|``, 1 ``|w| s_j``, 2 ``|w| (r_i + c_j) s_j`` (no s: 1), 3 ``w^2 F_ij``, 4 given as ``F_ij``.
+    KIND: 0 ``|w|``, 1 ``|w| s_j``, 2 ``|w| (r_i + c_j) s_j`` (without s: 1), 3 ``w^2 F_ij``, 4 the given ``F_ij``.
     """
     weight = weight.to(tl.float32)
     if KIND >= 3:
@@ -187,11 +187,11 @@ def join_columns(columns):
 
 @triton.jit
 def rank_chunk(chunk, others, FIRST: tl.constexpr, GROUP: tl.constexpr):
-    """How many of its group are better than each weight of a chunk; ties go to the lower column.
+    """The number of better weights in the group of each weight of a chunk; ties go to the lower column.
 
-    ``chunk`` holds the scores from column FIRST of the unit on, ``others`` those of all the unit's columns.
-    All pairs are compared: for groups of at most 32 in registers that beats a sort, and no branch
-    or address depends on the data.
+    ``chunk`` holds the scores from column FIRST of the unit on, ``others`` those of all the unit's columns. All pairs
+    are compared: for groups of at most 32 in registers this is faster than a sort, and no branch or address depends on
+    the data.
     """
     column = FIRST + tl.arange(0, CHUNK)[None, :]
     rank = tl.zeros(chunk.shape, tl.int32)
@@ -213,8 +213,8 @@ def rank_chunk(chunk, others, FIRST: tl.constexpr, GROUP: tl.constexpr):
 def demote_beyond_two_of_four(chunks):
     """Scores with all but the best two of each aligned four at minus infinity.
 
-    Walking a group in rank order and refusing what is third in its quad keeps exactly the best of
-    those that rank below 2 in their quad, so the compliant selection is the plain one on these scores.
+    A walk in rank order that skips the third and fourth of each aligned four keeps exactly the best of those that rank
+    below 2 in their four. So the compliant selection is the plain one on these scores.
     """
     others = split_chunks(chunks)
     demoted = ()
@@ -233,7 +233,7 @@ def scoring_case(
     types: dict[str, str],
     constants: dict[str, Any],
 ) -> CompileCase:
-    """A compile case of a kernel that begins with ``load_and_score``, on a contiguous weight."""
+    """A compile case of a kernel that begins with ``load_and_score``, for a contiguous weight."""
     pointers = ("column_scale_ptr", "row_term_ptr", "column_term_ptr", "matrix_ptr")
     used = {0: (), 1: pointers[:1], 2: pointers[:3], 3: pointers[3:], 4: pointers[3:]}[kind]
     return CompileCase(

@@ -1,4 +1,4 @@
-"""A weight with everything of rank n and above set to zero."""
+"""A weight in which every value of rank n and above is zero."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def nm_keep_kernel(
 def nm_keep(weight: torch.Tensor, rank: torch.Tensor, n: int, out: torch.Tensor) -> None:
     """Fill ``out [R, K]`` with ``weight`` where ``rank < n`` and zero elsewhere; any strides."""
     if out.stride(1) != 1 and out.stride(0) == 1:
-        # GPT-2's transposed weights: walk them the way they lie in memory
+        # GPT-2's transposed weights: process them in the order of memory
         weight, rank, out = weight.t(), rank.t(), out.t()
     rows, columns = weight.shape
     with device_of(weight):

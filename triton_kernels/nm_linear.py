@@ -16,9 +16,9 @@ from .groups import device_of, grid, join_columns, locate, unit_columns
 from .nm_select import WORD_DTYPES
 from .targets import CompileCase
 
-# A program of the skinny kernel serves so many tokens: their accumulators must fit the registers.
+# The tokens of a program of the skinny kernel: their accumulators must fit the registers.
 TOKENS_PER_PROGRAM = 8
-# Above this many tokens the weights are unpacked once and the tensor cores do the rest.
+# Above this many tokens the weights are unpacked once, and the tensor cores compute the product.
 MAX_SKINNY_TOKENS = 16
 BLOCK_ROWS = 4
 BLOCK_GROUPS = 128
@@ -43,10 +43,10 @@ def skinny_kernel(
 ):
     """The work is per kept weight: find its column in the bitmask, gather that activation, multiply.
 
-    Threads lie along the groups of a row, so values and bitmask stream in order; the activations are
-    few and stay in L1. Sums are kept per thread and reduced once at the end, in a fixed order.
-    ``max_contiguous`` keeps Triton from loading several words or values a thread, which it would have to
-    hand around through shared memory to the threads that use them.
+    Threads lie along the groups of a row, so values and bitmask stream in order; the activations are few and stay in
+    L1. Sums are kept per thread and reduced once at the end, in a fixed order. With ``max_contiguous`` Triton does not
+    load several words or values a thread, which it would have to pass through shared memory to the threads that use
+    them.
     """
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
@@ -67,7 +67,7 @@ def skinny_kernel(
         for k in range(N):
             lowest = word & -word
             word = word ^ lowest
-            # the exponent of a power of 2 is its bit's number: cheaper than counting bits (sign: bit 31)
+            # the exponent of a power of 2 is its bit's number, which is cheaper than counting bits (sign: bit 31)
             place = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
             value = tl.load(values_ptr + slot + k, mask=live, other=0.0).to(tl.float32)
             column = (group * GROUP + place)[None, :, :]
@@ -88,7 +88,7 @@ def unpack_kernel(values_ptr, bitmask_ptr, dense_ptr, rows, columns, n, GROUP: t
     word = tl.load(bitmask_ptr + unit, mask=live, other=0).to(tl.int32)
     slot = row.to(tl.int64) * (columns // GROUP * n) + first_column // GROUP * n
     start = row.to(tl.int64) * columns + first_column
-    # as many columns at a time as one 16-byte store takes
+    # as many columns at a time as one 16-byte store holds
     PART: tl.constexpr = 128 // dense_ptr.dtype.element_ty.primitive_bitwidth
     for i in tl.static_range(UNIT // PART):
         weights = ()

@@ -66,7 +66,7 @@ def nm_select_kernel(
     if COMPLIANT:
         scores = demote_beyond_two_of_four(scores)
     others = split_chunks(scores)
-    # every group before this unit keeps n, so slots need no scan over other units
+    # every group before this unit keeps n weights, so slots need no scan over other units
     slot = row.to(tl.int64) * (columns // GROUP * n) + first_column // GROUP * n
     word = tl.zeros([UNITS], tl.int32)
     for i in tl.static_range(UNIT // CHUNK):

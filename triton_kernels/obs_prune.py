@@ -71,7 +71,7 @@ def obs_prune(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """weight ``[R, K]``, hinv_chol float32 ``[K, K]`` upper -> updated float32 ``[R, K]``, kept bool ``[R, K]``."""
     rows, columns = weight.shape
-    # Where the blocks end changes the rounding only, and more columns than this spill.
+    # The ends of the blocks change only the rounding, and with more columns than this registers spill.
     block_size = min(block_size, 128)
     updated = weight.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     factor = hinv_chol.contiguous()

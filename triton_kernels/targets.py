@@ -1,10 +1,10 @@
 """Compiles every kernel for real GPUs, on any machine: ``python -m msp.triton_kernels.targets``.
 
-An op's file says how its kernels are launched by a function ``compile_cases()`` that yields ``CompileCase``
-objects: the types and alignment of the arguments as its launch function passes them, for the settings
-that differ most, the commonest first. Every architecture gets a kernel's first case and Hopper gets all,
-unless ``--full`` asks for everything. ``--cubins FOLDER`` keeps what was compiled. Nothing is run, no driver needed.
-``--amd`` compiles for AMD's gfx942 instead, of each kernel the first case without tensor descriptors.
+In an op's file, ``compile_cases()`` yields ``CompileCase`` objects: the types and alignment of the arguments as its
+launch function passes them, for the settings that differ most, the most frequent first. Every architecture gets a
+kernel's first case and Hopper gets all, unless ``--full`` asks for everything. ``--cubins FOLDER`` keeps the compiled
+kernels. Nothing is run, and no driver is needed. ``--amd`` compiles for AMD's gfx942 instead: for each kernel the first
+case without tensor descriptors.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class CompileCase:
     """One kernel with one set of argument types and constants.
 
     Attributes:
-        name: what tells this case from the kernel's others, like ``bf16-2:8``.
+        name: distinguishes this case from the kernel's others, like ``bf16-2:8``.
         kernel: a ``triton.jit`` function.
-        types: argument -> type for those that are passed at run time: ``*bf16``, ``*fp32``, ``i32``, ...
+        types: argument -> type for the arguments that are passed at run time: ``*bf16``, ``*fp32``, ``i32``, ...
         constants: argument -> value for ``tl.constexpr`` arguments, strides of 1, and pointers that are None.
         aligned: integer arguments that are multiples of 16 in real models; pointers always are.
         options: ``num_warps``, ``num_stages``, as at launch.
@@ -57,9 +57,9 @@ class CompileCase:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a case became. ``local_bytes`` is stack and local memory a thread: 0 unless registers spill.
+    """The result of a compiled case. ``local_bytes`` is stack and local memory a thread: 0 unless registers spill.
 
-    ``cubin`` is the file that holds it, where a folder for it was given.
+    ``cubin`` is the file that holds it, if a folder for it was given.
     """
 
     op: str
@@ -86,7 +86,7 @@ def all_cases() -> Iterator[tuple[str, CompileCase]]:
 
 
 def source_of(op: str, case: CompileCase) -> ASTSource:
-    """What Triton compiles of a case."""
+    """Triton's source object for a case."""
     names = case.kernel.arg_names
     missing = set(names) ^ (set(case.types) | set(case.constants))
     if missing:
@@ -98,7 +98,7 @@ def source_of(op: str, case: CompileCase) -> ASTSource:
 
 
 def compile_case(op: str, case: CompileCase, architecture: int, folder: Path | None = None) -> Compiled:
-    """Compile one case to a cubin, kept in ``folder``, for one architecture; what the compiler raises goes through."""
+    """Compile one case to a cubin, kept in ``folder``, for one architecture; errors of the compiler pass through."""
     compiled = triton.compile(source_of(op, case), target=GPUTarget("cuda", architecture, 32), options=case.options)
     cubin = compiled.asm["cubin"]
     registers, local = resource_usage(cubin)
@@ -121,7 +121,7 @@ def compile_case(op: str, case: CompileCase, architecture: int, folder: Path | N
 
 
 def resource_usage(cubin: bytes) -> tuple[int | None, int | None]:
-    """Registers and bytes of stack and local memory a thread, or Nones where Triton brings no cuobjdump."""
+    """Registers and bytes of stack and local memory a thread, or Nones if Triton has no cuobjdump."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.is_file():
         return None, None
@@ -135,7 +135,7 @@ def resource_usage(cubin: bytes) -> tuple[int | None, int | None]:
 
 
 def plan(full: bool = False) -> Iterator[tuple[str, CompileCase, int]]:
-    """What to compile: op, case and architecture."""
+    """The op, case and architecture of everything to compile."""
     covered = set()
     for op, case in all_cases():
         for architecture in case.architectures:
@@ -146,7 +146,7 @@ def plan(full: bool = False) -> Iterator[tuple[str, CompileCase, int]]:
 
 
 def amd_cases() -> Iterator[dict[str, Any]]:
-    """Each kernel's first case that such a GPU launches, compiled; those before it that it does not, with the reason.
+    """Each kernel's first case that such a GPU launches, compiled; the cases before it, with the reason against them.
 
     ``gradients.architecture`` takes a GPU that is not NVIDIA's for one with compute capability 8.0.
     """

@@ -1,1 +1,1 @@
-"""What ``make gpu-check`` runs; ``__main__`` says what that is."""
+"""The parts of ``make gpu-check``; ``__main__`` describes them."""

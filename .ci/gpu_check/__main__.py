@@ -1,9 +1,9 @@
-"""Everything about the kernels that only a GPU can tell, in one JSON file: ``make gpu-check``.
+"""All checks of the kernels that need a GPU, in one JSON file: ``make gpu-check``.
 
-Builds what is missing, then runs the tests of the ops on the device, the sanitizers and the benchmarks, each in a
-process of its own with a limit, so that one that hangs or breaks the device's context takes nothing else along. The
-file is written anew after each. Needs no network where the packages are present, and no git history: the commit is then
-taken from ``MSP_COMMIT``. Exits 1 where anything failed, was cut short or there is no GPU.
+Builds the missing parts, then runs the tests of the ops on the device, the sanitizers and the benchmarks. Each has a
+process of its own with a limit, so that a process that hangs or breaks the device's context does not end the others.
+The file is written anew after each. The check needs no network if the packages are present, and no git history: the
+commit is then taken from ``MSP_COMMIT``. Exits 1 if anything failed or was cut short, or if there is no GPU.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from gpu_check.process import ROOT, run
 from gpu_check.units import PART_NAMES, Result, Unit, every_unit
 
 FINE = ("passed", "missing", "to be looked at")
-# Of the time left, what is kept for the benchmarks, if they need so much; of the rest, what tests may use before the
+# The share of the remaining time for the benchmarks, if they need it; of the rest, the share for the tests before the
 # sanitizers.
 BENCH_SHARE = 0.72
 TEST_SHARE = 0.6
-# Tests and sanitizers may run beside one another, benchmarks never. What takes their time is Python and compilers.
+# Tests and sanitizers may run at the same time, benchmarks never. Python and compilers take most of their time.
 MANY = max(2, min(12, (os.cpu_count() or 1) * 3 // 4))
 TOGETHER = {"tests": MANY, "sanitizer": MANY, "bench": 1}
 LEAST_SECONDS = 8.0
@@ -48,7 +48,7 @@ class Report:
             self.content["failed"].append(name)
         self.write()
         lines = unit.get("why", "").splitlines()
-        # a traceback tells at its end
+        # the last line of a traceback is the message
         told = f" ({lines[-1 if 'Traceback' in lines[0] else 0][:120]})" if lines else ""
         print(f"{self.content['seconds']:6.1f} s  {unit['outcome']:8} {name}{told}", flush=True)
 
@@ -61,9 +61,9 @@ class Report:
 
 
 def limit_of(units: list[Unit], left: float, together: int) -> float:
-    """Seconds for the first of the units that are to come, some at a time: its share of what is left.
+    """Seconds for the first of the units to come, some of which run at a time: its share of the remaining time.
 
-    It may take what it needs at least, but then no more than half of that.
+    It may take its least time, but then no more than half of the remaining time.
     """
     unit = units[0]
     share = left * together * unit.weight / sum(other.weight for other in units)
@@ -71,7 +71,7 @@ def limit_of(units: list[Unit], left: float, together: int) -> float:
 
 
 def ends_of_parts(units: list[Unit], left: float) -> dict[str, float]:
-    """In how many seconds each part must be over; what one leaves, the next may use."""
+    """The end of each part in seconds; the next part may use the time that one leaves."""
     kept = min(sum(unit.weight for unit in units if unit.part == "bench"), BENCH_SHARE * left)
     sanitized = any(unit.part == "sanitizer" for unit in units)
     return {"tests": (left - kept) * (TEST_SHARE if sanitized else 1), "sanitizer": left - kept, "bench": left}
@@ -89,7 +89,7 @@ def run_part(report: Report, units: list[Unit], deadline: float) -> None:
         start = time.monotonic()
         try:
             result = unit.run(limit)
-        except Exception as error:  # a mistake of this script should not cost the other results
+        except Exception as error:  # a mistake of this script should not lose the other results
             result = {"outcome": "failed", "why": f"{type(error).__name__}: {error}"}
         return {**known, **result, "seconds": round(time.monotonic() - start, 1)}
 
@@ -107,7 +107,7 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> dict[str, Any]:
-    """Of this folder itself: a copy inside another repository is not that repository's commit."""
+    """The commit of this folder itself: a copy inside another repository does not have that repository's commit."""
     top = run(["git", "rev-parse", "--show-toplevel"], 30)
     if top.code != 0 or Path(top.out.strip()).resolve() != ROOT:
         return {"commit": os.environ.get("MSP_COMMIT") or "unknown", "changed": None}

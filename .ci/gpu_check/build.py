@@ -1,4 +1,4 @@
-"""Builds the compiled modules for this machine's GPU where they are missing or older than their sources."""
+"""Builds the compiled modules for this machine's GPU if they are missing or older than their sources."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IMPORTS = "import msp, msp._cpu, msp._cuda, msp.triton_kernels; print(msp.__file
 
 
 def up_to_date() -> bool:
-    """Whether what this Python imports is this folder's, and newer than all that it is made of."""
+    """Whether this Python imports the modules of this folder, newer than all their sources."""
     done = run([sys.executable, "-c", IMPORTS], 120)
     if done.code != 0:
         return False
@@ -30,7 +30,7 @@ def up_to_date() -> bool:
 
 
 def target(capability: str) -> str | None:
-    """The one target to build for, lest the build take the time of all; None leaves it to setup.py."""
+    """The one target to build for, so that the build does not take the time of all; None leaves it to setup.py."""
     major, minor = capability.split(".")
     if int(major) == 8:
         return major + minor

@@ -1,4 +1,4 @@
-"""Prints what a result depends on as JSON: device, driver, versions, which kernels are built."""
+"""Prints the conditions of a result as JSON: device, driver, versions, and the kernels that are built."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def device() -> dict[str, Any] | None:
 
 
 def kernels() -> dict[str, Any]:
-    """Targets of ``msp._cuda`` and backends by op; what is not built is said so."""
+    """Targets of ``msp._cuda`` and backends by op; a part that is not built is marked."""
     try:
         import msp.ops
         from msp.ops import _dispatch

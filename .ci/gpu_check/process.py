@@ -1,4 +1,4 @@
-"""Commands that may hang or die without taking anything else along."""
+"""Commands that may hang or die without affecting others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Done:
-    """``code`` is None where the time limit ended it; ``out`` is what it printed until then."""
+    """``code`` is None if the time limit ended it; ``out`` is its output until then."""
 
     code: int | None
     out: str
@@ -27,7 +27,7 @@ class Done:
 
 
 def run(command: list[str], limit: float, *, cwd: Path = ROOT, **environment: str) -> Done:
-    """Run it in a process group of its own, which is killed with all it started after ``limit`` seconds."""
+    """Run it in a process group of its own, which is killed with all its processes after ``limit`` seconds."""
     start = time.monotonic()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         try:

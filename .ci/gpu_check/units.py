@@ -1,4 +1,4 @@
-"""The units of the check: each a command of its own with a limit, and how its outcome is read."""
+"""The units of the check: each a command of its own with a limit, and the reader of its outcome."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from gpu_check.process import ROOT, Done, run
 
 Result = dict[str, Any]
 HERE = Path(__file__).resolve().parent
-# what an op's kernels are called where that is not the op's name
+# the names of an op's kernels, if they differ from the op's name
 KERNELS = {"nm_linear": ("spmm", "gemv", "skinny")}
 TOOLS = ("memcheck", "racecheck")
-# Seconds for the rows of a benchmark's figures, by estimate. Those of one long row come first: what they leave over,
-# the others can use.
+# Estimated seconds for the rows of a benchmark's figures. Benchmarks of one long row come first: the others can use the
+# time that they leave.
 BENCH_SECONDS = {
     "decode": 140.0,  # two models are made and compiled before anything is measured
     "fisher_trace": 65.0,
@@ -37,19 +37,19 @@ BENCH_SECONDS = {
 LEAST = {"decode": 130.0, "fisher_trace": 50.0}
 PART_NAMES = ("tests", "sanitizer", "bench")
 SANITIZER_FOUND = 99
-# by asynchronous copies and wgmma: racecheck does not see all that synchronises those, so what it finds may be none
+# with asynchronous copies and wgmma, whose synchronisation racecheck does not always recognise: findings may be false
 ASYNCHRONOUS = ("nm_spmm", "nm_linear_tiles", "fisher_diag_", "fisher_trace")
-# tests that need no GPU, nor find anything else where there is one
+# tests that need no GPU and gain nothing from one
 ON_CPU = ("_cpu", "_cpu_calls", "_emulated")
 
 
 @dataclass(frozen=True)
 class Unit:
-    """``run`` gets its limit in seconds and gives at least an ``outcome``.
+    """``run`` gets its limit in seconds and returns at least an ``outcome``.
 
-    Outcomes are passed, failed, timeout, cut short (by itself, with what it had), missing (a tool or a test) and to be
-    looked at. ``weight`` is its share of the time among the units of its part; with less than ``least`` seconds it is
-    not begun.
+    Outcomes are passed, failed, timeout, cut short (by itself, with its results so far), missing (a tool or a test) and
+    to be looked at. ``weight`` is its share of the time among the units of its part; with less than ``least`` seconds
+    it does not begin.
     """
 
     part: str
@@ -60,7 +60,7 @@ class Unit:
     least: float = 0.0
 
     def asked_for(self, words: Iterable[str]) -> bool:
-        """Whether ``ONLY`` wants it: its part and its op, where parts or ops are named."""
+        """Whether ``ONLY`` selects it: its part and its op, if parts or ops are named."""
         parts = [word for word in words if word in PART_NAMES]
         ops = [word for word in words if word not in PART_NAMES]
         aliases = [self.name, *(alias for op, known in KERNELS.items() if op in self.name for alias in known)]
@@ -70,7 +70,7 @@ class Unit:
 
 
 def every_op() -> list[str]:
-    """The names under which ``msp/ops`` registers its ops, read from the source: importing it may be what fails."""
+    """The names under which ``msp/ops`` registers its ops, read from the source, because importing it may fail."""
     texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "msp" / "ops").glob("[a-z]*.py"))]
     return [name for text in texts for name in re.findall(r'^op = Op\("(\w+)"', text, re.MULTILINE)]
 
@@ -80,7 +80,7 @@ def every_unit(dry: bool) -> list[Unit]:
 
 
 def test_units(dry: bool) -> list[Unit]:
-    """The device tests by op, then a file of ``tests/ops`` each, and what is marked ``gpu`` anywhere else."""
+    """The device tests by op, then each file of ``tests/ops``, and all other tests marked ``gpu``."""
     folder = ROOT / "tests" / "ops"
     device = str(folder / "test_device.py")
     units = [Unit("tests", f"device {op}", 120, pytest([device, "-k", device_tests(op)]), 3.0) for op in every_op()]
@@ -96,7 +96,7 @@ def test_units(dry: bool) -> list[Unit]:
 
 
 def device_tests(op: str) -> str:
-    """``-k`` for the tests of this op, and of none whose name begins with it."""
+    """``-k`` for the tests of this op, and not of an op whose name begins with it."""
     return f"[{op}- or [{op}]"
 
 
@@ -118,7 +118,7 @@ def pytest(arguments: list[str]) -> Callable[[float], Result]:
 
 
 def read_report(path: Path) -> Result:
-    """A JUnit report: how many tests ended how, the names of the passed ones, and why of the others."""
+    """A JUnit report: the number of tests by outcome, the names of the passed ones, and the reasons of the others."""
     passed, seeds, others = [], set(), {outcome: {} for outcome in ("failure", "error", "skipped")}
     for case in ElementTree.parse(path).iter("testcase"):
         name = str(case.get("name"))
@@ -135,7 +135,7 @@ def read_report(path: Path) -> Result:
 
 
 def read_printed(out: str) -> Result:
-    """The same of a run that ended before its report, from what ``pytest -v`` had printed until then."""
+    """The same for a run that ended before its report, from the output of ``pytest -v`` until then."""
     printed = re.findall(r"^\S+?::(.+) (PASSED|FAILED|ERROR|SKIPPED)\b", out, re.MULTILINE)
     passed = [name for name, outcome in printed if outcome == "PASSED"]
     others = {
@@ -149,7 +149,7 @@ def read_printed(out: str) -> Result:
 def sanitizer_units(dry: bool) -> list[Unit]:
     pairs = [(tool, op) for tool in TOOLS for op in every_op()]
     return [
-        # several run at once, and each looks for its process on ten ports from its own on
+        # several run at once, and each needs ten ports of its own to find its process
         Unit("sanitizer", f"{tool} {op}", 120, sanitizer(tool, op, dry, port=49152 + 16 * index))
         for index, (tool, op) in enumerate(pairs)
     ]
@@ -164,19 +164,19 @@ def find_sanitizer() -> str | None:
 def sanitizer(tool: str, op: str, dry: bool, port: int) -> Callable[[float], Result]:
     def run_sanitizer(limit: float) -> Result:
         found = find_sanitizer()
-        # it stops between calls, before it is stopped
+        # the script stops between calls, before it is killed
         script = [sys.executable, str(HERE / "sanitized.py"), op, f"{time.time() + 0.8 * limit:.0f}"]
         if dry:
             command = script
         elif found is None:
             return {"outcome": "missing", "why": "compute-sanitizer is not installed"}
         else:
-            # calls of the driver that fail, as torch's looks for what it does not have, are no errors of the kernels
+            # failing driver calls, such as torch's search for absent features, are no errors of the kernels
             options = ["--tool", tool, "--error-exitcode", str(SANITIZER_FOUND), "--report-api-errors", "no"]
             options += ["--port", str(port), "--target-processes", "application-only", "--launch-timeout", "60"]
             options += ["--racecheck-detect-level", "error"] if tool == "racecheck" else []
             command = [found, *options, *script]
-        # each tensor an allocation of its own, or a step past its end would be one into its neighbour
+        # each tensor in an allocation of its own, so that a step past its end is not one into its neighbour
         done = run(command, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         if "Device not supported" in done.out + done.errors:
             return {"outcome": "missing", "why": "compute-sanitizer says that it does not support this device"}
@@ -205,7 +205,7 @@ def bench_units(dry: bool) -> list[Unit]:
 
 def bench(op: str, dry: bool) -> Callable[[float], Result]:
     def run_bench(limit: float) -> Result:
-        # it stops between rows; what remains of the limit is for its last row
+        # the benchmark stops between rows; the rest of the limit is for its last row
         until = time.time() + max(0.75 * limit, limit - 10)
         times = ["--seconds", f"{limit:.0f}", "--until", f"{until:.0f}"]
         command = [sys.executable, "-m", "gpu", op, *times, *(["--dry"] if dry else [])]
@@ -216,7 +216,7 @@ def bench(op: str, dry: bool) -> Callable[[float], Result]:
 
 
 def read_bench(done: Done) -> Result:
-    """Rows and the rest of the JSON lines that came before it ended, however it ended."""
+    """The rows and the rest of the JSON lines that it printed before its end, for any kind of end."""
     records = []
     for line in done.out.splitlines():
         try:

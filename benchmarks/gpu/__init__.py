@@ -1,1 +1,1 @@
-"""Benchmarks of the GPU kernels: ``runner`` says how one is written and run."""
+"""Benchmarks of the GPU kernels: ``runner`` describes how one is written and run."""

@@ -1,8 +1,8 @@
-"""Greedy decoding with a packed model beside its dense one: Llama-2-7B's shape, random weights, mixed 75 %, batch 1.
+"""Greedy decoding with a packed model and its dense one: Llama-2-7B's shape, random weights, mixed 75 %, batch 1.
 
-Both go through ``model.generate`` with a static cache, ``torch.compile`` and CUDA graphs. Time to the first token is
-taken off, so what remains is decoding alone; memory is what the loaded model and its decoding keep allocated. The error
-is that of the logits of the same decoding, against the reference on the tokens it generated.
+Both go through ``model.generate`` with a static cache, ``torch.compile`` and CUDA graphs. The time to the first token
+is subtracted, so only the decoding is counted; memory is the allocation of the loaded model and its decoding. The error
+is that of the logits of the same decoding, against the reference on the generated tokens.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SMALL = {
     "vocab_size": 64,
 }
 PROMPT, NEW, RUNS = 32, 64, 5
-# Roundings to bf16 in all blocks, of products and of attention; a kernel that is wrong is off by as much as its result.
+# The roundings to bf16 in all blocks, of products and of attention; a wrong kernel is off by the size of its result.
 BOUND = 5e-2
 
 
@@ -101,14 +101,14 @@ def pack(model: Any) -> None:
 
 
 def decoded(context: Context, model: Any, prompt: torch.Tensor) -> tuple[float, int, Any]:
-    """Seconds a token, median of a few runs; bytes allocated meanwhile; what ``generate`` returns, with logits."""
+    """Seconds a token, median of a few runs; bytes allocated meanwhile; the result of ``generate`` with logits."""
     from transformers import StaticCache
     from transformers.generation.configuration_utils import CompileConfig
 
     torch.compiler.reset()
     options = copy.deepcopy(model.generation_config)
     options.do_sample, options.pad_token_id = False, 0
-    # One cache for all runs: CUDA graphs know its tensors by their address and would be recorded anew for another.
+    # One cache for all runs: CUDA graphs use the addresses of its tensors, and another cache needs new graphs.
     cache = StaticCache(config=model.config, max_cache_len=PROMPT + 1 + NEW)
     if not context.dry:
         options.compile_config = CompileConfig(mode="reduce-overhead", fullgraph=False, dynamic=False)

@@ -1,4 +1,4 @@
-"""``fisher_diag_`` beside cuBLAS, which writes each sequence's gradient, squares it and adds."""
+"""``fisher_diag_``, compared with cuBLAS, which writes each sequence's gradient, squares it and adds."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def inputs(context: Context, shape: tuple[int, int, int, int]) -> tuple[Tensor, 
 
 
 def gradients(x: Tensor, g: Tensor) -> Iterator[Tensor]:
-    """In float64, one after another."""
+    """The sum in float64, one sequence after another."""
     for inputs, outputs in zip(x, g, strict=True):
         yield outputs.double().t() @ inputs.double()
 
 
 def measured(context: Context, shape: tuple[int, int, int, int], checks: bool) -> Measured:
-    """``checks``: with the look for NaN, which waits for an answer, so that no CUDA graph can be made of it."""
+    """``checks``: with the search for NaN, which waits for a result, so that no CUDA graph is possible."""
     sequences, tokens, height, width = shape
     nbytes = 2 * sequences * tokens * (height + width)
     pairs = context.rotate(lambda: inputs(context, shape), nbytes)

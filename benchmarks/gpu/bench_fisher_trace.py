@@ -1,4 +1,4 @@
-"""``fisher_trace`` in both forms beside cuBLAS, and what it adds to the backward pass of a whole model."""
+"""``fisher_trace`` in both forms, compared with cuBLAS, and its cost in the backward pass of a whole model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def measured(context: Context, shape: tuple[int, int, int, int], gram: bool) -> 
     form: Literal["gram", "direct"] = "gram" if gram else "direct"
     with context.backend("triton"):
         return context.measure(
-            # without the look for NaN, which waits for an answer
+            # without the search for NaN, which waits for a result
             lambda turn: op(*pairs[turn], gram),
             {"cuBLAS + square + sum": per_sequence},
             error=abs(float(fisher_trace(*pairs[0], form=form)) / wanted - 1),
@@ -43,7 +43,7 @@ def measured(context: Context, shape: tuple[int, int, int, int], gram: bool) -> 
 
 
 def model_measured(context: Context, sizes: tuple[int, ...]) -> Measured:
-    """Random weights; the error is the largest of a linear's trace, against squares of the gradient autograd keeps."""
+    """Random weights; the error is the largest of a linear's trace, against squares of autograd's gradient."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     layers, width, inner, heads, vocabulary, count, tokens = sizes

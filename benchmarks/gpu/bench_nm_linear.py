@@ -1,4 +1,4 @@
-"""``nm_linear`` from tiles beside cuBLAS: linears of Llama-2-7B, Llama-3-8B, Qwen2.5-7B and 14B, 1 to 2048 tokens."""
+"""``nm_linear`` from tiles and cuBLAS: linears of Llama-2-7B, Llama-3-8B, Qwen2.5-7B and 14B, 1 to 2048 tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHAPES = {
     "Qwen2.5-7B": [(18944, 3584), (3584, 18944), (3584, 3584)],
     "Qwen2.5-14B": [(13824, 5120), (5120, 13824), (5120, 5120)],
 }
-# ([out, ...], in) of linears that have one input
+# ([out, ...], in) of linears that share an input
 TOGETHER = {
     "q/k/v of Llama-2-7B": ((4096, 4096, 4096), 4096),
     "gate/up of Llama-2-7B": ((11008, 11008), 4096),
@@ -56,9 +56,9 @@ def rows(context: Context) -> Iterator[Planned]:
 
 
 def cases(context: Context) -> Iterator[tuple[tuple[int, int], str, int, torch.dtype, bool]]:
-    """Shape, pattern, tokens, dtype, and whether with what ``msp.fast_prefill`` keeps.
+    """Shape, pattern, tokens, dtype, and whether the second form of ``msp.fast_prefill`` is kept.
 
-    Some on every shape, then the breadth, on the largest and the smallest.
+    Some cases on every shape first, then all others on the largest and the smallest shape.
     """
     every = [shape for model in SHAPES.values() for shape in model]
     shapes = sorted(context.sizes(every, small=[(32, 512)]), key=lambda shape: -shape[0] * shape[1])
@@ -77,7 +77,7 @@ def cases(context: Context) -> Iterator[tuple[tuple[int, int], str, int, torch.d
 
 
 def one_group(context: Context, outs: tuple[int, ...], columns: int) -> Measured:
-    """Weights of one input on one token, in one launch and in one each."""
+    """Weights with a common input on one token, in one launch and in one launch each."""
     pattern = NMPattern.parse("2:8")
     weights = [nm_select(context.randn(out, columns), pattern) for out in outs]
     tiles = [to_tiles(one.values, one.bitmask) for one in weights]
@@ -114,7 +114,7 @@ def one_group(context: Context, outs: tuple[int, ...], columns: int) -> Measured
 def one_linear(
     context: Context, packed: PackedWeight, dense_copies: Rotation[Tensor], tokens: int, kept: bool
 ) -> Measured:
-    """``kept``: with what ``msp.fast_prefill`` keeps."""
+    """``kept``: with the second form of ``msp.fast_prefill``."""
     (out, columns), pattern = packed.shape, packed.pattern
     x, bias = context.randn(tokens, columns, dtype=packed.dtype), context.randn(out, dtype=packed.dtype)
     tiles = to_tiles(packed.values, packed.bitmask)
@@ -145,7 +145,7 @@ def one_linear(
 
 
 def figures(pattern: NMPattern, tokens: int, weights: int, kept: bool) -> tuple[str, ...]:
-    """The figures that a row counts for."""
+    """The figures to which a row belongs."""
     large, text = weights >= LARGE, str(pattern)
     named = {
         "linear-2:8": tokens == 1 and text == "2:8" and large,

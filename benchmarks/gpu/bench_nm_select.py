@@ -1,4 +1,4 @@
-"""``nm_select``, ``nm_rank`` and ``nm_keep`` beside what a user would write in torch."""
+"""``nm_select``, ``nm_rank`` and ``nm_keep``, compared with the usual code in torch."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def topk(weight: Tensor, terms: Terms, pattern: NMPattern) -> tuple[Tensor, Tens
 
 
 def kept_less(weight: Tensor, terms: Terms, pattern: NMPattern, kept: Tensor) -> float:
-    """By how much the scores of what is kept fall short of the best there are, which ties do not change."""
+    """The distance of the scores of the kept weights from the best possible; ties do not change it."""
     scores = score(weight, terms).view(len(weight), -1, pattern.m)
-    # topk takes many times as long as sort where the slices are so small
+    # topk takes many times as long as sort for such small slices
     best = scores.sort(dim=-1, descending=True).values[..., : pattern.n].sum(dtype=torch.float64)
     return float((best - (scores * kept.view_as(scores)).sum(dtype=torch.float64)).abs() / best)
 
 
 def select(context: Context, weights: Rotation[Tensor], name: str, pattern: NMPattern) -> Measured:
-    # once for a shape: with millions of small slices torch's way takes as long as many rows
+    # once for a shape: with millions of small slices torch's version takes as long as many rows
     alike = (name, str(pattern), weights[0].dtype) == ("wanda", "2:8", torch.bfloat16)
     given = scorings(context, *weights[0].shape)[name]
     terms = Terms(**given)
@@ -59,7 +59,7 @@ def select(context: Context, weights: Rotation[Tensor], name: str, pattern: NMPa
     with context.backend("cuda"):
         packed = op(0)
         return context.measure(
-            # without the wait for what it says of NaN
+            # without the wait for its result about NaN
             op if context.dry else lambda turn: launch(weights[turn], terms, pattern.n, pattern.m, False),
             {"torch topk": (lambda turn: topk(weights[turn], terms, pattern)) if alike else TOPK_ELSEWHERE},
             error=kept_less(weights[0], terms, pattern, packed.kept()),

@@ -36,7 +36,7 @@ SHAPES = [
     (13824, 5120),
     (5120, 13824),
 ]
-# the tokens of the figures first, should time run out
+# the tokens of the figures first, in case time runs out
 TOKENS = [2048, 64, 512, 8192, 128, 1024]
 BOUND = 1e-2
 
@@ -126,7 +126,7 @@ def measured(context: Context, pattern: str, kept: bool, rows: int, columns: int
     extra: dict[str, float] = {}
     if kept:
         peers["cuSPARSELt"] = checked(cusparselt, inputs)
-    # the search takes its time, so only where a figure asks for it
+    # the search takes long, so only for rows of a figure
     if "spmm-dense" in figures(kept, tokens):
         peers["cuBLASLt best"] = searched = checked(cublaslt_best, inputs)
         if not isinstance(searched, Missing):
@@ -151,7 +151,7 @@ def figures(kept: bool, tokens: int) -> tuple[str, ...]:
 
 
 def rows(context: Context) -> Iterator[Planned]:
-    # what the sum is compared with must not itself be rounded to tf32
+    # the reference of the sum must not be rounded to tf32
     torch.backends.cuda.matmul.allow_tf32 = False
 
     def measure(*case: Any) -> Measured:

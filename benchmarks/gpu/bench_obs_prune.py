@@ -1,4 +1,4 @@
-"""``obs_prune`` beside SparseGPT's loop over columns, as it is published and run."""
+"""``obs_prune``, compared with SparseGPT's loop over columns, as it is published and run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from msp.ops.obs_prune import op
 
 
 def measured(context: Context, inputs: tuple[Tensor, Tensor], pattern: NMPattern, loop: bool) -> Measured:
-    """``loop``: beside the published one, which takes long."""
+    """``loop``: also time the published loop, which takes long."""
     (weight, factor), n, m = inputs, pattern.n, pattern.m
     size = len(weight)
-    # as many operations as the trailing updates have, in one go
+    # as many operations as the trailing updates have, in one product
     a, b = context.randn(size, size // 2, dtype=torch.float32), context.randn(size // 2, size, dtype=torch.float32)
     with context.backend("cuda"):
         updated, kept = op(weight, factor, n, m, BLOCK)
@@ -33,7 +33,7 @@ def measured(context: Context, inputs: tuple[Tensor, Tensor], pattern: NMPattern
             error=error_where_the_choice_agrees(updated, kept, weight, factor, n, m),
             bound=1e-5,
             flops=size**3,
-            # it looks at its inputs and outputs for NaN, and waits for the answer
+            # the op checks its inputs and outputs for NaN, and waits for the result
             graph=False,
         )
 

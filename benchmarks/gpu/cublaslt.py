@@ -1,14 +1,16 @@
-"""The dense product by the fastest of cuBLASLt's algorithms, which torch has no public way to ask for.
+"""The dense product by the fastest of cuBLASLt's algorithms, for which torch has no public interface.
 
-torch takes the algorithm that cuBLASLt's heuristics put first. ``best`` has them name up to ``MOST_ALGORITHMS``, runs
+torch takes the algorithm that cuBLASLt's heuristics put first. ``best`` requests up to ``MOST_ALGORITHMS`` of them,
+runs and times each, and keeps the fastest::
 and times each, and keeps the fastest::
 
     call = best([(x, weight), ...])
     y = call(turn)
     call.tried  # algorithms that ran
 
-A binding by ctypes of what that takes. Numbers and structures are those of ``cublasLt.h``, ``cublas_api.h`` and
-``library_types.h`` in CUDA 12 and 13; https://docs.nvidia.com/cuda/cublas/#using-the-cublaslt-api describes them.
+This is a binding by ctypes of the functions needed. Numbers and structures are those of ``cublasLt.h``,
+``cublas_api.h`` and ``library_types.h`` in CUDA 12 and 13; https://docs.nvidia.com/cuda/cublas/#using-the-cublaslt-api
+describes them.
 """
 
 from __future__ import annotations
@@ -51,10 +53,10 @@ ARGUMENTS = {
 }
 
 MOST_ALGORITHMS = 64
-# what NVIDIA advises for Hopper, and what torch gives cuBLAS there
+# NVIDIA's recommendation for Hopper, and torch's own setting for cuBLAS there
 WORKSPACE_BYTES = 32 << 20
-# Every algorithm is timed once, the fastest of them so many times more: at most 2 x 64 + 6 x 5 calls a shape. A mean
-# one of bench_nm_spmm (43 M weights) does 0.7 TFLOP for 8192 tokens, so 0.16 s at 700 TFLOP/s.
+# Every algorithm is timed once, the fastest ones this many times more: at most 2 x 64 + 6 x 5 calls a shape. An average
+# shape of bench_nm_spmm (43 M weights) takes 0.7 TFLOP for 8192 tokens, so 0.16 s at 700 TFLOP/s.
 FINALISTS, ROUNDS = 6, 5
 
 
@@ -78,10 +80,10 @@ class Candidate(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The libcublasLt that torch has loaded: no other may be given torch's handle.
+    """The libcublasLt that torch has loaded: no other library may use torch's handle.
 
     Raises:
-        OSError: it has loaded none.
+        OSError: torch has loaded none.
     """
     found = ctypes.CDLL(f"libcublasLt.so.{str(torch.version.cuda).split('.')[0]}", os.RTLD_NOLOAD | os.RTLD_NOW)
     for name, arguments in ARGUMENTS.items():
@@ -100,14 +102,14 @@ def ask(name: str, *arguments: Any) -> None:
 
 
 class Product:
-    """``y[T, R] = x[T, K] W[R, K]^T``, a call whose turn picks one of the pairs of ``x`` and ``W``, all of one shape.
+    """``y[T, R] = x[T, K] W[R, K]^T``: a call whose turn selects one of the pairs of ``x`` and ``W``, all of one shape.
 
-    cuBLASLt's matrices are column-major, so that it sees each of these transposed: ``Y[R, T] = A^T B`` with the weight
-    as ``A[K, R]`` and x as ``B[K, T]``. torch asks for the same.
+    cuBLASLt's matrices are column-major, so each of these is transposed for it: ``Y[R, T] = A^T B`` with the weight as
+    ``A[K, R]`` and x as ``B[K, T]``. torch does the same.
 
     Attributes:
-        algorithm: what a call uses.
-        tried: how many algorithms ran before it was chosen.
+        algorithm: the algorithm of a call.
+        tried: the number of algorithms that ran before the choice.
     """
 
     def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -143,7 +145,7 @@ class Product:
         ask(f"{kind}SetAttribute", descriptor, attribute, byref(value), sizeof(value))
 
     def algorithms(self) -> list[Algorithm]:
-        """Those that cuBLASLt's heuristics name, what they take for the fastest first.
+        """The algorithms that cuBLASLt's heuristics name, the one with the shortest estimate first.
 
         They assume matrices aligned to 256 bytes; torch's allocator aligns to 512.
         """
@@ -173,7 +175,7 @@ class Product:
         return y
 
     def runs(self, algorithm: Algorithm) -> bool:
-        """Whether it does; the first call also has the driver load the kernel."""
+        """Whether the algorithm runs; the first call also loads the kernel into the driver."""
         try:
             self.run(algorithm, 0)
         except RuntimeError:
@@ -188,12 +190,12 @@ class Product:
 def fastest_first(
     run: Callable[[Algorithm, int], object], algorithms: Sequence[Algorithm], rounds: int
 ) -> list[Algorithm]:
-    """By the median of some rounds, in each of which all take their turn with the same inputs."""
+    """The fastest by the median of some rounds, in each of which all take their turn with the same inputs."""
     event = functools.partial(torch.cuda.Event, enable_timing=True)
     events = [[(event(), event()) for _ in range(rounds)] for _ in algorithms]
     for turn in range(rounds):
         for algorithm, timed in zip(algorithms, events, strict=True):
-            # the GPU waits until the CPU has asked for all that is timed
+            # the GPU waits until the CPU has launched all timed calls
             torch.cuda._sleep(SLEEP_CYCLES)
             timed[turn][0].record()
             run(algorithm, turn)
@@ -206,7 +208,7 @@ def fastest_first(
 def best(pairs: Sequence[tuple[Tensor, Tensor]]) -> Product:
     """The product of some pairs of ``x [T, K]`` and ``weight [R, K]``, bf16 or fp16, summed in fp32.
 
-    ``pairs`` should be larger than the caches together. The call can be captured in a CUDA graph, uses the current
+    ``pairs`` together should be larger than the caches. The call can be captured in a CUDA graph, uses the current
     stream and allocates nothing but its result.
 
     Raises:

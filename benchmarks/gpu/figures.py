@@ -1,7 +1,7 @@
-"""The figures a GPU should reach, and how the rows that name one (``Planned.figures``) make its value.
+"""The wanted figures of a GPU, and their computation from the rows that name them (``Planned.figures``).
 
-Rows and roofs are as in the result of ``make gpu-check``: dicts. A value is the worst of its rows unless it says
-otherwise; there is none while a row lacks what it needs.
+Rows and roofs are dicts, as in the result of ``make gpu-check``. A value is the worst of its rows unless its entry is
+another; there is no value if a row lacks an entry that it needs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def share_of_dense(rows: Sequence[Entry], roofs: Entry) -> float:
 
 
 def largest(name: str) -> Value:
-    """The largest ``extra`` of that name."""
+    """The largest ``extra`` with that name."""
     return lambda rows, roofs: max(row["extra"][name] for row in rows)
 
 
@@ -111,7 +111,7 @@ FIGURES = {
         "cuBLASLt bf16, best algorithm",
         1.5,
         "x",
-        # torch's choice is one of cuBLASLt's too: a search that chose worse must not flatter
+        # torch's choice is one of cuBLASLt's too: a worse choice by the search must not improve the ratio
         ratio_to_fastest("cuBLASLt best", "cuBLASLt"),
     ),
     "spmm-dense-torch": Figure(

@@ -1,7 +1,7 @@
-"""One way to measure for every GPU benchmark: our call beside its peers, cold L2, the error in the same row.
+"""The one measuring method of every GPU benchmark: msp's call and its peers, cold L2, the error in the same row.
 
-A benchmark is a file ``benchmarks/gpu/bench_<op>.py`` with a function that says which rows there are to measure; what
-they need is made when their turn comes, since some will fail and for some there will be no time::
+A benchmark is a file ``benchmarks/gpu/bench_<op>.py`` with a function that yields the rows to measure. The inputs of a
+row are made at its turn, since some rows will fail and for some there will be no time::
 
     from gpu.runner import Context, Measured, Planned, relative_error
 
@@ -23,8 +23,8 @@ they need is made when their turn comes, since some will fail and for some there
             yield Planned("nm_example bf16", f"{size}x{size}", measure, ("example-bandwidth",))
 
 ``python -m gpu [op ...]`` in ``benchmarks/`` runs them, one JSON object a line; ``make gpu-check`` does so too. With
-``--dry`` small shapes run on the CPU through whatever backend serves there: it shows that a benchmark runs, not how
-fast anything is.
+``--dry`` small shapes run on the CPU through any backend that serves there: it shows that a benchmark runs, but no
+speed.
 """
 
 from __future__ import annotations
@@ -50,40 +50,41 @@ from torch import Tensor
 from gpu.timing import EventSampler, GraphSampler, HostSampler, Sampler
 
 HERE = Path(__file__).resolve().parent
-# Inputs rotate through so many times the L2 cache, and at least through two sets.
+# Inputs rotate through this many times the L2 cache, and at least through two sets.
 ROTATED_CACHES = 4
-# A row is sampled about so long in all, at least and at most so many times.
+# A row is sampled for about this long in all, and at least and at most this many times.
 ROW_SECONDS = 0.15
 FEWEST_SAMPLES, MOST_SAMPLES = 7, 101
-# Fewer will do where one of each takes so long.
+# Fewer samples are enough if one of each takes this long.
 SLOW_SECONDS, FEWEST_SLOW_SAMPLES = 0.3, 3
 
 T = TypeVar("T")
-# Takes the number of its turn, by which it picks its inputs.
+# Takes the number of its turn, which selects its inputs.
 Call = Callable[[int], object]
 
 
 @dataclass(frozen=True)
 class Missing:
-    """A peer that cannot be measured here, and why."""
+    """A peer that cannot be measured here, and the reason."""
 
     why: str
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found for one line of a table.
+    """The result for one line of a table.
 
     Attributes:
-        error, bound: of ours against a better computation; above the bound (or NaN) there is no speed.
+        error, bound: the error of msp's result against a better computation; above the bound (or NaN) there is no
+            speed.
         median_us: microseconds a call.
         gbps, tflops: 1e9 bytes that must move and 1e12 operations a second.
-        percent_of_roof: the time that measured copy bandwidth or dense bf16 rate would need, whichever is longer, in
-            percent of the median.
-        ratio: peer -> its median over ours; above 1 ours is faster.
+        percent_of_roof: the time at the measured copy bandwidth or dense bf16 rate, whichever is longer, in percent of
+            the median.
+        ratio: peer -> its median over msp's; above 1 msp is faster.
         missing: peer -> why it was not measured, and ``CUDA graph`` -> why there is none.
         method: ``graph`` (replays of a CUDA graph) or ``events`` (single calls after a flush of L2).
-        extra: anything else measured, by name.
+        extra: other measurements, by name.
     """
 
     error: float
@@ -109,7 +110,7 @@ class Measured:
         return self.error <= self.bound
 
     def to_json(self) -> dict[str, Any]:
-        """Without what is empty; an error that is no number as a string, which JSON can hold."""
+        """The row without empty entries; an error that is no number becomes a string, which JSON can hold."""
         kept = {key: value for key, value in asdict(self).items() if value not in (None, {})}
         return {**kept, "error": self.error if math.isfinite(self.error) else str(self.error)}
 
@@ -119,8 +120,8 @@ class Planned:
     """A row before it is measured.
 
     Attributes:
-        name, shape: what runs, like ``nm_select wanda 2:8 bf16``, and on what, like ``8192x8192``.
-        figures: the figures (``gpu.figures``) it counts for; rows that count for some are measured first.
+        name, shape: the kernel and its variant, like ``nm_select wanda 2:8 bf16``, and the shape, like ``8192x8192``.
+        figures: the figures (``gpu.figures``) to which it belongs; rows that belong to some are measured first.
     """
 
     name: str
@@ -129,7 +130,7 @@ class Planned:
     figures: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The row, measured now; one that fails says why in ``failed``."""
+        """The row, measured now; if it fails, ``failed`` has the reason."""
         try:
             found = self.measure().to_json()
         except Exception as problem:
@@ -143,7 +144,7 @@ def told(problem: Exception) -> str:
 
 
 class Rotation(Generic[T]):
-    """Inputs that together are larger than the caches; ``rotation[turn]`` comes round again."""
+    """Inputs that together are larger than the caches; ``rotation[turn]`` repeats them in turn."""
 
     def __init__(self, items: Sequence[T]) -> None:
         self.items = items
@@ -163,12 +164,12 @@ class Roofs:
     dense_tflops: float
 
     def floor_us(self, moved: int | None, flops: int | None) -> float:
-        """The time below which no call gets that moves so many bytes and does so many operations."""
+        """The least time of a call that moves this many bytes and does this many operations."""
         return max((moved or 0) / self.copy_gbps * 1e-3, (flops or 0) / self.dense_tflops * 1e-6)
 
 
 class Context:
-    """What a benchmark gets: the device, inputs, a way to measure, and how long it may take."""
+    """The arguments of a benchmark: the device, inputs, a way to measure, and the time it may take."""
 
     def __init__(self, *, dry: bool = False, seconds: float = math.inf, seed: int | None = None) -> None:
         self.dry = dry
@@ -178,11 +179,11 @@ class Context:
         self.seed = self.generator.seed() if seed is None else self.generator.manual_seed(seed).initial_seed()
 
     def sizes(self, full: Sequence[T], *, small: Sequence[T]) -> Sequence[T]:
-        """What to measure, or ``small`` in a dry run."""
+        """The sizes to measure, or ``small`` in a dry run."""
         return small if self.dry else full
 
     def backend(self, name: str) -> AbstractContextManager[None]:
-        """``msp.ops.force_backend``, except in a dry run, which takes what serves."""
+        """``msp.ops.force_backend``, except in a dry run, which uses any backend that serves."""
         from msp.ops import force_backend
 
         return contextlib.nullcontext() if self.dry else force_backend(name)
@@ -193,7 +194,7 @@ class Context:
         return numbers.masked_fill_(numbers == 0, 1e-3)
 
     def rotate(self, make: Callable[[], T], nbytes: int) -> Rotation[T]:
-        """As many results of ``make``, of which a call reads or writes ``nbytes``, as no cache can hold."""
+        """Enough results of ``make`` that no cache holds them all; a call reads or writes ``nbytes`` of each."""
         return Rotation([make() for _ in range(max(2, math.ceil(ROTATED_CACHES * self.l2_bytes / nbytes)))])
 
     @cached_property
@@ -202,7 +203,7 @@ class Context:
 
     @cached_property
     def roofs(self) -> Roofs:
-        """Measured when first asked for."""
+        """The roofs, measured on first use."""
         size, copied = (64, 1 << 12) if self.dry else (8192, 1 << 30)
         source = self.randn(copied // 2)
         target = torch.empty_like(source)
@@ -212,7 +213,7 @@ class Context:
         return Roofs(2 * source.nbytes / medians["copy"] * 1e-3, 2 * size**3 / medians["mm"] * 1e-6)
 
     def clocks_under_load(self) -> str | None:
-        """Of a GPU that is busy with dense products while it is asked."""
+        """The clocks of a GPU that is busy with dense products at the time."""
         if self.dry:
             return None
         a = self.randn(8192, 8192)
@@ -235,13 +236,13 @@ class Context:
         graph: bool = True,
         extra: dict[str, float] | None = None,
     ) -> Measured:
-        """Measure ``ours`` and the peers in turn; none of it where ``error`` is not within ``bound``.
+        """Measure ``ours`` and the peers in turn; nothing is timed if ``error`` is not within ``bound``.
 
         Args:
-            ours, peers: calls that take a turn's number. A peer that raises is recorded as missing, with what it said.
+            ours, peers: calls that take a turn's number. A peer that raises is recorded as missing, with its message.
             moved: bytes that must move; flops: operations (dense-equivalent ones for a sparse product).
-            turns: turns after which the inputs come round again, the longest ``len`` of what ``rotate`` gave.
-            graph: False where a call is known to synchronise, so that no CUDA graph can be made of it.
+            turns: turns after which the inputs repeat, the longest ``len`` of the results of ``rotate``.
+            graph: False if a call is known to synchronise, so that no CUDA graph is possible.
             extra: see ``Measured``.
         """
         if not error <= bound:
@@ -277,9 +278,9 @@ class Context:
         )
 
     def samplers(self, calls: dict[str, Call], turns: int, graph: bool) -> tuple[dict[str, Sampler], str, str]:
-        """One sampler a call, all of one kind, so that the comparison is fair: graphs where all can be captured.
+        """One sampler a call, all of one kind, so that the comparison is fair: graphs if all calls can be captured.
 
-        Then their method, and why there are no graphs where they were asked for.
+        Also returns their method, and the reason if graphs were requested and are not possible.
         """
         if self.dry:
             return self._one_by_one(calls), "host", ""
@@ -315,13 +316,13 @@ class Context:
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Frobenius norm of the difference over that of ``wanted``, in float64; infinite where anything is not finite."""
+    """Frobenius norm of the difference over that of ``wanted``, in float64; infinite if a value is not finite."""
     difference = float((found.double() - wanted.double()).norm() / wanted.double().norm())
     return difference if math.isfinite(difference) else math.inf
 
 
 def clocks() -> str | None:
-    """What the driver says of clocks, temperature and power, or None without nvidia-smi."""
+    """Clocks, temperature and power as the driver reports them, or None without nvidia-smi."""
     query = "clocks.sm,clocks.mem,clocks_event_reasons.active,temperature.gpu,power.draw"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
     try:
@@ -336,11 +337,11 @@ def registry() -> dict[str, Path]:
 
 
 def records(op: str, context: Context) -> Iterator[dict[str, Any]]:
-    """What ``bench_<op>`` finds, as it comes: what was planned, a record for each row, and how it ended.
+    """Yields the results of ``bench_<op>`` as they come: the plan, a record for each row, and the end.
 
-    The first has clocks (idle and under load), roofs, and figure -> how many rows it is to be made of. The rows that
-    figures are made of come first. None is begun when the context's time is up; one that fails takes no other along
-    unless it broke the device's context.
+    The plan has clocks (idle and under load), roofs, and the number of rows of each figure. The rows of figures come
+    first. No row begins after the context's time is up. A row that fails does not end the others, unless it broke the
+    device's context.
     """
     start: dict[str, Any] = {"op": op, "seed": context.seed, "clocks": None if context.dry else clocks()}
     try:

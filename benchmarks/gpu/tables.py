@@ -1,8 +1,8 @@
 """Fills the GPU figures of docs/results.md from the newest results of ``make gpu-check``.
 
-``python -m gpu.tables [gpu-check.json ...]`` in ``benchmarks/``: of each benchmark, the newest of these results (or of
-all that are committed) that has rows of it. What no row measured stays "not measured", and a figure of which rows are
-missing is none.
+``python -m gpu.tables [gpu-check.json ...]`` in ``benchmarks/`` takes for each benchmark the newest of these results
+(or of all committed ones) that has rows of it. A figure without a measured row stays "not measured", and a figure with
+missing rows has no value.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ NOT_MEASURED = "not measured"
 
 
 def newest_benchmarks(paths: Iterable[Path]) -> dict[str, Entry]:
-    """op -> what the newest result that has rows of it says of its benchmark, and in ``of`` of the run.
+    """op -> its benchmark in the newest result that has rows of it, with the run in ``of``.
 
-    A dry run says nothing.
+    A dry run does not count.
     """
     found: dict[str, Entry] = {}
     read = [{**json.loads(path.read_text(encoding="utf-8")), "file": path.name} for path in paths]
@@ -39,7 +39,7 @@ def committed() -> list[Path]:
 
 
 def measured(key: str, figure: Figure, benchmark: Entry | None) -> str:
-    """What a benchmark says of one figure, and whether that is enough; why it says nothing where it tried."""
+    """The cell of one figure, and whether it has all its rows; with the reason if a benchmark ran and has no value."""
     rows = [row for row in benchmark["rows"] if key in row.get("figures", [])] if benchmark else []
     if not benchmark or not rows:
         return NOT_MEASURED
@@ -60,7 +60,7 @@ def measured(key: str, figure: Figure, benchmark: Entry | None) -> str:
 
 
 def sources(benchmarks: dict[str, Entry]) -> str:
-    """Where each benchmark ran, a line for each result."""
+    """The device and run of each benchmark, a line for each result."""
     files: dict[str, list[str]] = {}
     for name, benchmark in sorted(benchmarks.items()):
         files.setdefault(benchmark["of"]["file"], []).append(name)
@@ -74,7 +74,7 @@ def sources(benchmarks: dict[str, Entry]) -> str:
 
 
 def table(benchmarks: dict[str, Entry]) -> str:
-    """Markdown; what reaches its figure is bold."""
+    """The table in Markdown; values that reach their figure are bold."""
     lines = ["| what | against | wanted | measured | by |", "|---|---|---|---|---|"]
     for key, figure in FIGURES.items():
         wanted = f"at {'most' if figure.at_most else 'least'} {figure.wanted:g} {figure.unit}"

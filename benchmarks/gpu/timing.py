@@ -1,4 +1,4 @@
-"""Ways to time a call that a CPU asks for and a GPU does. A sampler gives microseconds a call."""
+"""Ways to time a call that a CPU launches and a GPU executes. A sampler returns microseconds a call."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 Sampler = Callable[[], float]
 Call = Callable[[int], object]
 
-# A replayed graph should take about so long, so that an event's resolution (0.5 us) and a launch do not show.
+# A replayed graph should take about this long, so that an event's resolution (0.5 us) and a launch do not show.
 GRAPH_US = 2000.0
 MOST_CALLS = 400
-# The GPU sleeps so many of its cycles, some 0.3 ms, while the CPU asks for what is timed.
+# The GPU sleeps this many cycles, some 0.3 ms, while the CPU launches the timed calls.
 SLEEP_CYCLES = 500_000
 
 
@@ -31,10 +31,10 @@ class HostSampler:
 
 
 class EventSampler:
-    """CUDA events around one call, after as many bytes were read as no cache holds.
+    """CUDA events around one call, after a read of more bytes than any cache holds.
 
-    Read, not written: dirty lines would have to leave the cache at the call's expense. The GPU is kept waiting in
-    front of the first event until the CPU, which may take longer than the kernel, has asked for all.
+    They are read, not written: dirty lines would have to leave the cache during the call. The GPU waits before the
+    first event until the CPU, which may take longer than the kernel, has launched everything.
     """
 
     def __init__(self, call: Call, flushed_bytes: int) -> None:
@@ -65,14 +65,14 @@ class GraphSampler:
 
     def __init__(self, call: Call, turns: int) -> None:
         self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        # as torch asks for before a capture: warmed up on another stream than the default one
+        # torch's advice before a capture: a warm-up on another stream than the default one
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for turn in range(3):
                 call(turn)
         torch.cuda.synchronize()
-        # a replay and not the calls themselves says how long they take: the CPU may be slower at asking for them
+        # timed by a replay and not by the calls, because the CPU may launch them more slowly than the GPU runs them
         self._capture(call, turns)
         once = self() * self.calls
         self._capture(call, min(MOST_CALLS, turns * max(1, round(GRAPH_US / max(once, 1.0)))))

@@ -1,6 +1,5 @@
-// What the CPU kernels are measured against and no library offers: the read bandwidth of the machine, its
-// fp32 products, and a dense GEMV in the style of our own. Compiled for the machine it runs on when a
-// benchmark starts.
+// Peers of the CPU kernels that no library offers: the read bandwidth of the machine, its fp32 products, and
+// a dense GEMV in the same style. Compiled for the machine when a benchmark starts.
 #include <immintrin.h>
 
 #include <atomic>
@@ -32,7 +31,7 @@ extern "C" uint64_t read_words(const uint64_t* words, int64_t count, int threads
 }
 
 #if defined(__AVX512F__)
-// `count` fused multiply-adds in fp32, in registers: as many chains as hide their latency.
+// `count` fused multiply-adds in fp32, in registers: enough chains to hide their latency.
 extern "C" bool multiply_add(int64_t count, int threads) {
     const int64_t turns = count / (16 * 8);
     std::atomic<float> all{0};
@@ -43,7 +42,7 @@ extern "C" bool multiply_add(int64_t count, int threads) {
             s0 = _mm512_fmadd_ps(a, s0, b), s1 = _mm512_fmadd_ps(a, s1, b), s2 = _mm512_fmadd_ps(a, s2, b);
             s3 = _mm512_fmadd_ps(a, s3, b), s4 = _mm512_fmadd_ps(a, s4, b), s5 = _mm512_fmadd_ps(a, s5, b);
             s6 = _mm512_fmadd_ps(a, s6, b), s7 = _mm512_fmadd_ps(a, s7, b);
-            // else the compiler would see eight times the same
+            // otherwise the compiler would merge eight equal chains
             asm("" : "+v"(s0), "+v"(s1), "+v"(s2), "+v"(s3), "+v"(s4), "+v"(s5), "+v"(s6), "+v"(s7));
         }
         all = _mm512_reduce_add_ps(s0 + s1 + s2 + s3 + s4 + s5 + s6 + s7);

@@ -1,10 +1,9 @@
 // vpexpand and vpcompress for files compiled for AVX-512 with VBMI2.
 //
-// Zen 5 lets either wait for what its destination held before, even when nothing of it is kept: in a loop
-// that goes round five cycles at a time, four times as long as the instruction itself takes. So the
-// destination is written first, with zeros of which the compiler does not know that they are zeros; else it
-// would go back to the form that waits. Elsewhere that is one move, which the renaming of registers does for
-// nothing.
+// On Zen 5 either instruction waits for the old content of its destination, even if nothing of it is kept. In
+// a loop each iteration then takes five cycles, four times as long as the instruction itself. So the
+// destination is written first, with zeros that the compiler does not recognise as zeros; otherwise it would
+// generate the form that waits. Other processors execute one more move, which register renaming removes.
 #pragma once
 
 #include <immintrin.h>
@@ -19,7 +18,7 @@ MSP_HD __m512i opaque_zero() {
     return zero;
 }
 
-// 32 columns of 16 bits: the next value where a bit is set, zero elsewhere.
+// 32 columns of 16 bits: the next value for each set bit, zero elsewhere.
 MSP_HD __m512i expand_words(__mmask32 mask, __m512i values) {
     return _mm512_mask_expand_epi16(opaque_zero(), mask, values);
 }
@@ -29,7 +28,7 @@ MSP_HD __m512i expand_doubles(__mmask16 mask, __m512i values) {
     return _mm512_mask_expand_epi32(opaque_zero(), mask, values);
 }
 
-// The lanes whose bit is set, side by side from lane 0 on; zero behind them.
+// The lanes whose bit is set, side by side from lane 0 on; zero after them.
 MSP_HD __m512i compress_doubles(__mmask16 mask, __m512i lanes) {
     return _mm512_mask_compress_epi32(opaque_zero(), mask, lanes);
 }

@@ -15,7 +15,7 @@ namespace msp {
 namespace {
 
 #if defined(MSP_X86)
-// Whether the CPU has tiles for bf16 and the kernel lets this process use them: it makes room for them in the
+// Whether the CPU has tiles for bf16 and the kernel lets this process use them; it allocates space in the
 // threads' contexts only on demand.
 bool has_tiles() {
 #if defined(__linux__)

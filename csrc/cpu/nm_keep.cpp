@@ -14,7 +14,7 @@ void nm_keep(const NmKeep& op, Isa isa, int threads) {
 #else
     (void)isa;
 #endif
-    // a range is 64 KiB of ranks: a multiple of every vector, and its memory a fraction of a cache
+    // a range is 64 KiB of ranks: a multiple of every vector length, and a fraction of a cache
     parallel_for(op.count, 1 << 16, threads, [&](int64_t begin, int64_t end) { range(op, begin, end); });
 }
 

@@ -20,13 +20,13 @@ struct NmKeep {
 
 void nm_keep(const NmKeep& op, Isa isa, int threads);
 
-// The elements [begin, end) of it, on the calling thread.
+// Computes the elements [begin, end) on the calling thread.
 void nm_keep_range_scalar(const NmKeep& op, int64_t begin, int64_t end);
 void nm_keep_range_avx2(const NmKeep& op, int64_t begin, int64_t end);
 void nm_keep_range_avx512(const NmKeep& op, int64_t begin, int64_t end);
 
-// The loop itself. With a mask in place of a choice, the weight is read either way, so that compilers make
-// vectors of it for every instruction set.
+// The loop itself. A mask in place of a choice reads the weight in either case, so that compilers vectorise
+// it for every instruction set.
 template <class Bits>
 MSP_HD void keep_up_to(const NmKeep& op, int64_t begin, int64_t end, uint8_t last) {
     const Bits* __restrict weight = static_cast<const Bits*>(op.weight);

@@ -1,4 +1,4 @@
-// Compiled for AVX-512 (see CMakeLists.txt) and only called where the CPU has it.
+// Compiled for AVX-512 (see CMakeLists.txt) and only called if the CPU has it.
 #include "nm_keep.h"
 
 namespace msp {

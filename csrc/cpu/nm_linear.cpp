@@ -11,14 +11,14 @@ namespace {
 // One token leaves most of a tile empty.
 [[maybe_unused]] constexpr int64_t kTokensForTiles = 2;
 
-// From so many tokens on, those that are lanes of a vector beat columns that are.
+// From this number of tokens on, tokens in the lanes of a vector are faster than columns.
 [[maybe_unused]] constexpr int64_t kManyTokens = 41;
 
 const LinearPath& path(Isa isa, int64_t tokens, Dtype dtype) {
 #if defined(MSP_X86)
     if (dtype == Dtype::kBFloat16) {
         if (isa >= Isa::kAmx && tokens >= kTokensForTiles) return kLinearAmx;
-        // where there are tiles, the processor is one whose bf16 products are slower than shift and FMA
+        // a processor with tiles has bf16 products that are slower than shift and FMA
         if (isa == Isa::kAvx512Bf16) {
             return tokens < kManyTokens ? kLinearAvx512Bf16 : kLinearManyAvx512Bf16;
         }
@@ -31,7 +31,7 @@ const LinearPath& path(Isa isa, int64_t tokens, Dtype dtype) {
     return kLinearScalar;
 }
 
-// Memory of a thread that grows and stays, aligned to a cache line.
+// A thread's memory, aligned to a cache line; it grows and is not freed.
 class Scratch {
   public:
     Scratch() = default;
@@ -59,7 +59,7 @@ class Scratch {
     int64_t size_ = 0;
 };
 
-// Bytes of packed weight that one range of rows holds at least: some microseconds of reading.
+// The least bytes of packed weight in a range of rows: some microseconds of reading.
 constexpr int64_t kGrainBytes = 1 << 18;
 
 int64_t grain(const Packed& weight) {
@@ -81,7 +81,7 @@ void for_each_kept(const Packed& weight, int64_t row, const Visit& visit) {
     int64_t value = row * weight.row_values();
     const int64_t end = value + weight.row_values();
     for (int64_t column = 0; column < weight.columns; ++column) {
-        // a bitmask with too many bits must not lead past the row
+        // with too many bits in a bitmask, the loop must not read past the row
         if ((bits[column / 8] >> (column % 8) & 1) != 0 && value < end) visit(column, value++);
     }
 }
@@ -89,7 +89,7 @@ void for_each_kept(const Packed& weight, int64_t row, const Visit& visit) {
 void scalar_rows(const NmLinear& op, const void*, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
         for (int64_t token = 0; token < op.tokens; ++token) {
-            // as many sums as a vector path has: one alone would round more often than torch does
+            // as many sums as a vector path has: a single sum would round more often than torch does
             float sums[8] = {};
             for_each_kept(op.weight, row, [&](int64_t column, int64_t value) {
                 sums[value % 8] += load_float(op.weight.values, op.weight.dtype, value) *

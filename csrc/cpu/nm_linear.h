@@ -1,4 +1,4 @@
-// nm_linear on the CPU, and the unpacking that it falls back on when there are many tokens.
+// nm_linear on the CPU, and the unpacking that serves many tokens.
 #pragma once
 
 #include "../nm_score.h"
@@ -17,13 +17,13 @@ struct Packed {
     int n;
 
     int64_t row_values() const { return values_per_row(columns, group_size, n); }
-    // The columns are taken 32 at a time: four bytes of bitmask, and always as many values.
+    // The columns are taken 32 at a time: four bytes of bitmask, and always the same number of values.
     int64_t chunk_values() const { return 32 / group_size * n; }
     int64_t chunks() const { return (columns + 31) / 32; }
 };
 
 // y [tokens, rows] = x [tokens, columns] W^T + bias; x, bias (or null) and y in the dtype of the values.
-// Products are summed in fp32, in an order that depends on neither the threads nor the rows beside.
+// Products are summed in fp32, in an order that depends neither on the threads nor on neighbouring rows.
 struct NmLinear {
     Packed weight;
     const void* x;
@@ -34,21 +34,21 @@ struct NmLinear {
 
 void nm_linear(const NmLinear& op, Isa isa, int threads);
 
-// dense [rows, columns], in the dtype of the values, zero where no weight is kept.
+// dense [rows, columns], in the dtype of the values, zero for weights that are not kept.
 void nm_unpack(const Packed& weight, void* dense, Isa isa, int threads);
 
-// Tokens that most paths take through the whole weight together: so many stay in the second cache, and the
-// weight, a fraction of its dense size, is read again for the next.
+// Tokens that most paths take through the whole weight together: this many stay in the second cache. The
+// weight, a fraction of its dense size, is read again for the next ones.
 constexpr int64_t kTokensInCache = 64;
 
-// What an instruction set brings: how it wants the tokens, and the work on a range of rows.
+// The functions of an instruction set: the layout of the tokens, and the work on a range of rows.
 struct LinearPath {
-    // How many tokens are prepared together, and how many at most `rows` takes.
+    // The number of tokens that are prepared together, and the most that `rows` takes.
     int64_t batch;
     int64_t most_tokens;
-    // How many rows a range has; 0: as many as are worth a thread's while with one token.
+    // The rows of a range; 0: as many as make one token worth a thread's while.
     int64_t range_rows;
-    // Bytes of one prepared batch; 0 where `rows` reads the tokens of `op` as they are.
+    // Bytes of one prepared batch; 0 if `rows` reads the tokens of `op` as they are.
     int64_t (*batch_bytes)(const NmLinear& op);
     void (*prepare)(const NmLinear& op, int64_t first_token, void* prepared);
     void (*rows)(const NmLinear& op, const void* prepared, int64_t begin, int64_t end);
@@ -68,7 +68,7 @@ MSP_HD uint16_t round_to_bfloat16(float value) {
     return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-// Rounds to nearest even by adding a power of two whose last place is that of the half.
+// Rounds to nearest even by adding a power of two whose last place is the last place of the half.
 MSP_HD uint16_t round_to_half(float value) {
     const uint32_t bits = float_bits(value);
     const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);

@@ -5,12 +5,12 @@
 namespace msp {
 namespace {
 
-// A tile is 16 rows of 64 bytes. Of weights it holds 16 rows by the 32 columns of a chunk; of tokens 16 pairs
-// of columns by 16 tokens; of sums 16 rows by 16 tokens.
+// A tile is 16 rows of 64 bytes. A tile of weights holds 16 rows by the 32 columns of a chunk, a tile of
+// tokens 16 pairs of columns by 16 tokens, and a tile of sums 16 rows by 16 tokens.
 constexpr int kTile = 16;
 constexpr int kTileBytes = 1024;
-// Chunks expanded before any is multiplied: what was just stored must reach the cache before a tile can load
-// it.
+// Chunks that are expanded before any is multiplied: stored bytes must reach the cache before a tile can load
+// them.
 constexpr int kBatch = 8;
 
 struct alignas(64) TileConfig {
@@ -23,8 +23,8 @@ struct alignas(64) TileConfig {
 
 int64_t batch_bytes(const NmLinear& op) { return op.weight.chunks() * kTileBytes; }
 
-// Sixteen tokens as the second operand of a product wants them: of each chunk 16 pairs of columns, each pair
-// for 16 tokens. What is missing of tokens and columns is zero.
+// Sixteen tokens in the layout of a product's second operand: for each chunk 16 pairs of columns, each pair
+// for 16 tokens. Missing tokens and columns are zero.
 void prepare(const NmLinear& op, int64_t first, void* prepared) {
     const int64_t columns = op.weight.columns;
     const int64_t tokens = op.tokens - first < kTile ? op.tokens - first : kTile;
@@ -48,7 +48,7 @@ void prepare(const NmLinear& op, int64_t first, void* prepared) {
     }
 }
 
-// Sums of 16 rows with one batch of tokens, rounded and stored; `rows` and `tokens` of them exist.
+// Sums of 16 rows with one batch of tokens, rounded and stored; only `rows` and `tokens` of them exist.
 MSP_HD void store_tile(const NmLinear& op, const float* sums, int64_t row, int64_t rows, int64_t token) {
     const int64_t tokens = op.tokens - token < kTile ? op.tokens - token : kTile;
     const __mmask16 lanes = static_cast<__mmask16>(_bzhi_u32(0xffffu, static_cast<unsigned>(rows)));
@@ -81,8 +81,8 @@ MSP_HD void expand_tiles(const Packed& weight, int64_t row, int64_t rows, int64_
     const int64_t step = weight.chunk_values() * 2;
     const auto* values = static_cast<const uint8_t*>(weight.values) + row * value_bytes;
     const uint8_t* bits = weight.bitmask + row * mask_bytes;
-    // Rows walked side by side look to the hardware like no stream at all, but together 16 of them are one
-    // stretch of memory: as much of the next stretch is fetched as is used of this one.
+    // The hardware recognises no stream in rows that are walked side by side, but 16 rows together are one
+    // stretch of memory. So as many bytes of the next stretch are fetched as are used of this one.
     const uint8_t* next_values = values + kTile * value_bytes;
     const uint8_t* next_bits = bits + kTile * mask_bytes;
     for (int64_t r = 0; r < rows; ++r, values += value_bytes, bits += mask_bytes) {

@@ -1,5 +1,5 @@
-// Compiled for AVX2 with FMA and F16C (see CMakeLists.txt) and only called where the CPU has them. Everything
-// here has internal linkage or is inlined: no code of this file may serve another.
+// Compiled for AVX2 with FMA and F16C (see CMakeLists.txt) and only called if the CPU has them. Everything
+// here has internal linkage or is inlined: no other file may use the code of this one.
 #include <immintrin.h>
 
 #include <array>
@@ -13,7 +13,7 @@ namespace {
 struct Tables {
     // For 16-bit values: pshufb's byte indices; 0x80 gives zero.
     alignas(16) uint8_t words[256][16];
-    // For 32-bit values: lane indices, negative where the lane is to be zero.
+    // For 32-bit values: lane indices, negative for lanes that become zero.
     alignas(32) int32_t doubles[256][8];
 
     constexpr Tables() : words(), doubles() {
@@ -79,8 +79,8 @@ MSP_HD float horizontal_sum(__m256 sum) {
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 
-// Where the values of the four bytes of a chunk begin, counted from its start so that the four do not wait
-// for each other. Groups of 4 and 8 put equally many under every byte.
+// The first value of each of the four bytes of a chunk, counted from the chunk's start so that the four do
+// not wait for each other. Groups of 4 and 8 put the same number of values under every byte.
 MSP_HD void chunk_offsets(const Packed& weight, uint32_t mask, int bytes, int64_t (&offsets)[4]) {
     if (weight.group_size <= 8) {
         const int64_t step = 8 / weight.group_size * weight.n * bytes;
@@ -94,7 +94,7 @@ MSP_HD void chunk_offsets(const Packed& weight, uint32_t mask, int bytes, int64_
 }
 
 // Calls visit(column / 8, bytes of values, mask) for each eight columns of a row. A load takes eight values
-// wherever it starts: where that would reach past the array, the values are copied first.
+// at any address; if it would reach past the array, the values are copied first.
 template <class F, class Visit>
 MSP_HD void for_each_eight(const Packed& weight, int64_t row, const Visit& visit) {
     constexpr int64_t kLoad = 8 * F::kBytes;
@@ -134,7 +134,7 @@ MSP_HD void for_each_eight(const Packed& weight, int64_t row, const Visit& visit
 template <class F, int Tokens>
 MSP_HD void row_with_tokens(const NmLinear& op, const float* x, int64_t row, int64_t token) {
     const int64_t stride = op.weight.chunks() * 32;
-    // an FMA waits four cycles for the one before it on the same sum, so a lone token has more of them
+    // an FMA waits four cycles for the one before it on the same sum, so a lone token has several sums
     constexpr int kSums = Tokens == 1 ? 4 : 2;
     __m256 sums[Tokens][kSums];
     for (auto& of_token : sums) {

@@ -27,7 +27,7 @@ void rows(const NmLinear& op, const void* prepared, int64_t begin, int64_t end) 
 
 }  // namespace
 
-// as wide for every dtype
+// the same width for every dtype
 static_assert(Float32::kTokens == Float16::kTokens && Float32::kTokens == BFloat16::kTokens);
 const LinearPath kLinearAvx512{Float32::kTokens, kTokensInCache, 0,          batch_bytes<Float32>,
                                prepare,          rows,           unpack_rows};

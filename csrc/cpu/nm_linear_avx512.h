@@ -1,5 +1,5 @@
-// Expanding packed weights with AVX-512, for the files that multiply them. Everything has internal linkage or
-// is inlined: no code of a file for one instruction set may serve another.
+// Expands packed weights with AVX-512, for the files that multiply them. Everything has internal linkage or
+// is inlined: code of a file for one instruction set must not serve another file.
 #pragma once
 
 #include <type_traits>
@@ -10,12 +10,12 @@
 namespace msp {
 namespace {
 
-// A weight is read as it lies in memory, 32 columns of a row at a time: vpexpand spreads the values of a
-// chunk by its 32 bits of mask. Every chunk has equally many values, so the pointers advance by constants and
-// nothing waits for a popcount.
+// A weight is read in its order in memory, 32 columns of a row at a time: vpexpand spreads the values of a
+// chunk by its 32 bits of mask. Every chunk has the same number of values, so the pointers advance by
+// constants and nothing waits for a popcount.
 
-// Loads what an expand needs. Plain: a fixed number of bytes, perhaps more than there are values; Exact: no
-// byte more, for the end of the array. What is too much is not looked at.
+// Loads the values for an expand. Plain: a fixed number of bytes, perhaps more than there are values; the
+// excess is ignored. Exact: no byte more, for the end of the array.
 template <int Bytes>
 struct Plain {
     static MSP_HD __m512i load(const uint8_t* from, uint32_t) {
@@ -35,8 +35,8 @@ struct Exact {
 };
 
 // How a dtype is expanded and multiplied, and the largest tile of rows by tokens whose sums, weights and
-// tokens the registers hold. kAhead: how far ahead values are fetched, since the hardware stops at every 4
-// KiB and starts again too late.
+// tokens fit the registers. kAhead: the distance at which values are fetched, since the hardware prefetcher
+// stops at every 4 KiB and restarts too late.
 struct Float32 {
     using X = float;
     static constexpr int kBytes = 4;
@@ -67,7 +67,7 @@ struct Float32 {
 template <class Load>
 MSP_HD __m512i expand_chunk(uint32_t mask, const uint8_t* values) {
     if constexpr (std::is_same_v<Load, OneOfEight>) {
-        // a group fills a quarter of the vector, and its value may go anywhere in it
+        // a group fills a quarter of the vector, and its value may have any place in it
         const __m512i group = _mm512_setr_epi64(0, 0, 0x1000100010001, 0x1000100010001, 0x2000200020002,
                                                 0x2000200020002, 0x3000300030003, 0x3000300030003);
         return _mm512_maskz_permutexvar_epi16(mask, group, Load::load(values, 0));
@@ -96,7 +96,7 @@ struct Float16 {
     }
 };
 
-// Even and odd columns of bf16 are fp32 after a shift and a mask; the tokens lie in the same order.
+// A shift and a mask make fp32 of the even and odd columns of bf16; the tokens lie in the same order.
 struct BFloat16 {
     using X = float;
     static constexpr int kBytes = 2;
@@ -122,14 +122,14 @@ struct BFloat16 {
     }
 };
 
-// So much of the tokens stays in the first cache while row after row is multiplied with it.
+// The bytes of tokens that stay in the first cache while row after row is multiplied with them.
 constexpr int64_t kTokenBytes = 32 << 10;
 
-// Rows, in tiles, that are multiplied with one part of the tokens before the next part is theirs, and whose
+// Rows, in tiles, that are multiplied with one part of the tokens before the next part begins, and whose
 // outputs are stored together.
 constexpr int kRowsAbreast = 16;
 
-// The sums of the lanes of four vectors. All are added in the same order, whichever of the four they are.
+// The sums of the lanes of four vectors. All four are added in the same order.
 MSP_HD __m128 sums_of_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
@@ -175,10 +175,10 @@ MSP_HD void store_outputs(const NmLinear& op, int64_t token, int64_t row, int64_
                              half ? _mm512_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT) : round_to_bfloat16(sum));
 }
 
-// Tokens lie Width at a time, 32 columns of each after 32 of the one before: what a tile reads of them is one
-// stretch of memory, where at the strides of whole tokens it would share few sets of the cache.
+// Tokens lie Width at a time, 32 columns of one token after 32 of the one before, so a tile reads one stretch
+// of memory. At the strides of whole tokens it would use few sets of the cache.
 
-// The weight from one row on, in chunks.
+// The weight from a row on, in chunks.
 template <class F, class Load>
 struct RowsOf {
     int64_t mask_bytes, value_bytes, step;
@@ -198,20 +198,20 @@ struct RowsOf {
         return F::template expand<Load>(mask, values + row * value_bytes + chunk * step);
     }
 
-    // The last chunk of a row may be one that is not whole.
+    // The last chunk of a row may be incomplete.
     MSP_HD typename F::Chunk chunk(int64_t row, int64_t chunk) const {
         const uint32_t mask = chunk_mask(bits + row * mask_bytes, mask_bytes, chunk);
         return F::template expand<Load>(mask, values + row * value_bytes + chunk * step);
     }
 
-    // What lies F::kAhead behind `count` chunks of the first row.
+    // The position F::kAhead after `count` chunks of the first row.
     MSP_HD void fetch_ahead(int64_t chunk, int64_t count) const {
         const char* ahead = reinterpret_cast<const char*>(values + chunk * step) + F::kAhead;
         for (int64_t line = 0; line < count * step; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
         _mm_prefetch(reinterpret_cast<const char*>(bits + 4 * chunk) + F::kAhead / 4, _MM_HINT_T0);
     }
 
-    // A chunk of rows [begin, end): rows walked side by side are no stream to the hardware.
+    // A chunk of rows [begin, end): the hardware recognises no stream in rows that are walked side by side.
     MSP_HD void fetch_rows(int64_t begin, int64_t end, int64_t chunk) const {
         for (int64_t row = begin; row < end; ++row) {
             _mm_prefetch(reinterpret_cast<const char*>(values + row * value_bytes + chunk * step),
@@ -222,7 +222,7 @@ struct RowsOf {
     }
 };
 
-// Rows rows with Tokens tokens. With few of them, Unroll chunks at a time give each other time to finish.
+// Rows rows with Tokens tokens. If they are few, Unroll chunks at a time hide each other's latency.
 template <class F, class Load, int Rows, int Tokens, int Unroll, int Width>
 struct Tile {
     static constexpr int64_t kStep = Width * 32;
@@ -337,8 +337,8 @@ MSP_HD void with_all_tokens(const NmLinear& op, const typename F::X* x, int64_t 
     if (token < op.tokens) tiles<F, Load, Rows, 1, 2, F::kTokens>(op, x, begin, end, token);
 }
 
-// Calls run(from, to) on at most kRowsAbreast rows at a time, a multiple of Rows, and returns where what is
-// left begins.
+// Calls run(from, to) on at most kRowsAbreast rows at a time, a multiple of Rows, and returns the first of
+// the remaining rows.
 template <int Rows, class Run>
 MSP_HD int64_t abreast(int64_t begin, int64_t end, const Run& run) {
     constexpr int64_t kStep = kRowsAbreast / Rows * Rows;
@@ -371,7 +371,7 @@ template <int ValueBytes, class Run>
 MSP_HD void choose_loads(const Packed& weight, int64_t begin, int64_t end, const Run& run) {
     const int64_t exact = first_exact_row(weight);
     const int64_t plain_end = end < exact ? end : exact;
-    // an expand of 32-bit values takes 16 columns, which in groups of 32 may hold all that the chunk keeps
+    // an expand of 32-bit values takes 16 columns, which in groups of 32 may hold all values of the chunk
     int64_t most = weight.chunk_values() * ValueBytes;
     if (ValueBytes == 4 && weight.group_size < 32) most /= 2;
     if (begin < plain_end) {

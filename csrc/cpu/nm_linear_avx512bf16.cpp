@@ -1,5 +1,5 @@
-// nm_linear in bf16 with AVX-512's products of bf16 pairs: one instruction on what an expand gives, where
-// without them it takes a shift, a mask and two.
+// nm_linear in bf16 with AVX-512's products of bf16 pairs: one instruction for an expanded chunk, in place of
+// a shift, a mask and two FMAs.
 #include "nm_linear_avx512.h"
 
 namespace msp {

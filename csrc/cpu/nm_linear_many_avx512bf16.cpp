@@ -1,6 +1,6 @@
 // nm_linear in bf16 for many tokens, with AVX-512's products of bf16 pairs: a matrix product in which the
-// lanes of a vector are tokens. Weights are expanded into the first cache, and while some rows of them are
-// multiplied, the next.
+// lanes of a vector are tokens. Weights are expanded into the first cache: while some rows are multiplied,
+// the next ones are expanded.
 #include "nm_linear_avx512.h"
 #include "transpose_avx512.h"
 
@@ -10,11 +10,11 @@ namespace {
 constexpr int kLanes = 16;
 constexpr int kTileVectors = 4;
 constexpr int kTileTokens = kTileVectors * kLanes;
-// At most so many tokens, left over by whole vectors, are cheaper with columns in the lanes.
+// The most tokens, left over after whole vectors, for which columns in the lanes are cheaper.
 constexpr int kFewTokens = 4;
-// The weight is expanded once for so many, whose sums stay in the second cache.
+// The tokens for which the weight is expanded once; their sums stay in the second cache.
 constexpr int64_t kMostTokens = 512;
-// Rows that a thread takes together, and chunks of their columns that it has expanded.
+// Rows that a thread takes together, and chunks of their columns that it expands at a time.
 constexpr int kPanelRows = 48;
 constexpr int kBlockChunks = 8;
 constexpr int kChunkBytes = 64;
@@ -22,14 +22,14 @@ constexpr int kBlockBytes = kBlockChunks * kChunkBytes;
 
 struct alignas(64) Work {
     uint8_t weights[kPanelRows][kBlockBytes];
-    // of a row, with the tokens of a tile in turn; with few, 16 sums each
+    // for a row, with the tokens of a tile in turn; with few tokens, 16 sums each
     float sums[kMostTokens / kTileTokens + 1][kPanelRows][kTileTokens];
 };
 
 int64_t batch_bytes(const NmLinear& op) { return op.weight.chunks() * kLanes * kChunkBytes; }
 
-// How the tokens lie: in tiles of up to four vectors, pair of columns by pair of columns, and last a tile of
-// few, chunk by chunk.
+// The layout of the tokens: in tiles of up to four vectors, pair of columns by pair of columns, and last a
+// tile of few tokens, chunk by chunk.
 struct Tokens {
     int64_t count, vectors, tiles, bytes_of_vector;
 
@@ -39,7 +39,7 @@ struct Tokens {
           tiles((vectors + kTileVectors - 1) / kTileVectors + (count > vectors * kLanes)),
           bytes_of_vector(batch_bytes(op)) {}
 
-    // 0 for the tile of few.
+    // 0 for the tile of few tokens.
     MSP_HD int64_t vectors_of(int64_t tile) const {
         const int64_t left = vectors - tile * kTileVectors;
         return left < 0 ? 0 : left < kTileVectors ? left : kTileVectors;
@@ -53,7 +53,7 @@ struct Tokens {
     }
 };
 
-// Sixteen tokens or, behind the last whole vector, a few.
+// Sixteen tokens or, after the last whole vector, a few.
 void prepare(const NmLinear& op, int64_t first, void* prepared) {
     const Tokens all(op);
     const int64_t columns = op.weight.columns, vector = first / kLanes;
@@ -80,13 +80,13 @@ void prepare(const NmLinear& op, int64_t first, void* prepared) {
     }
 }
 
-// Rows of the packed weight, and where they go.
+// Rows of the packed weight, and the place of their expanded form.
 struct Expansion {
     int64_t rows, mask_bytes, value_bytes, step;
     const uint8_t* values;
     const uint8_t* bits;
     uint8_t* to;
-    // from what is read to what a block later will be
+    // the distance from the bytes that are read now to those of one block later
     int64_t values_ahead, bits_ahead;
 
     MSP_HD void expand(int64_t first, int64_t chunk) const {
@@ -102,7 +102,7 @@ struct Expansion {
 };
 
 // Adds chunks [begin, end) of Rows expanded rows to their sums with a tile of tokens: a pair of columns at a
-// time with a vector of them, or, of few tokens, a chunk with one.
+// time with a vector of tokens or, for few tokens, a chunk with one token.
 template <int Rows, int Vectors, bool Few>
 void multiply(const uint8_t* weights, const uint8_t* x, int64_t begin, int64_t end, float* sums,
               const Expansion& meanwhile) {
@@ -167,7 +167,8 @@ void store(const NmLinear& op, const Tokens& tokens, const Work& work, int64_t v
     }
 }
 
-// Rows [begin, begin + rows), at most kPanelRows. What lies behind fewer is multiplied too, but not stored.
+// Rows [begin, begin + rows), at most kPanelRows. If there are fewer, the rest of the panel is multiplied
+// too, but not stored.
 void panel(const NmLinear& op, const uint8_t* x, Work& work, int64_t begin, int64_t rows) {
     const Packed& weight = op.weight;
     const Tokens tokens(op);
@@ -179,7 +180,7 @@ void panel(const NmLinear& op, const uint8_t* x, Work& work, int64_t begin, int6
     std::memset(work.sums, 0, static_cast<size_t>(tokens.tiles) * sizeof work.sums[0]);
     for (int64_t block = 0; block < chunks; block += kBlockChunks) {
         const int64_t end = block + kBlockChunks < chunks ? block + kBlockChunks : chunks;
-        // behind the last block, the first one of the next panel
+        // after the last block, the first one of the next panel
         next.values_ahead =
             end < chunks ? kBlockChunks * next.step : kPanelRows * next.value_bytes - block * next.step;
         next.bits_ahead = end < chunks ? kBlockChunks * 4 : kPanelRows * next.mask_bytes - block * 4;
@@ -192,7 +193,7 @@ void panel(const NmLinear& op, const uint8_t* x, Work& work, int64_t begin, int6
         for (int64_t tile = 0; tile < tokens.tiles; ++tile) {
             const uint8_t* of_tile = x + tokens.offset(tile) + block * tokens.chunk_bytes(tile);
             auto all_rows = [&](auto kernel, int64_t step) {
-                // the first tile finds only its first rows expanded
+                // when the first tile begins, only its first rows are expanded
                 const int64_t expanded = tile == 0 ? step : 0;
                 expand_next(0, expanded);
                 for (int64_t chunk = block; chunk < end; ++chunk) next.expand(block, chunk);

@@ -1,5 +1,5 @@
-// Compiled for AVX2 with F16C (see CMakeLists.txt) and only called where the CPU has them. Everything here
-// has internal linkage or is inlined: no code of this file may serve another.
+// Compiled for AVX2 with F16C (see CMakeLists.txt) and only called if the CPU has them. Everything here has
+// internal linkage or is inlined: no other file may use the code of this one.
 #include "nm_rank.h"
 #include "nm_rank_scalar.h"
 #include "nm_score_avx2.h"
@@ -21,7 +21,7 @@ struct Avx2 {
         return wrong;
     }
 
-    // `op` is a copy of its own, which stores through a byte pointer cannot change.
+    // `op` is a copy of its own, so that stores through a byte pointer cannot change it.
     template <Dtype D, int M, ScoreKind Kind>
     static int64_t rank_row(const NmRank op, int64_t row) {
         constexpr int kVectors = unit_columns(M) / kLanes;

@@ -1,8 +1,8 @@
-// Compiled for AVX-512 with VBMI2 (see CMakeLists.txt) and only called where the CPU has it. Everything here
-// has internal linkage or is inlined: no code of this file may serve another.
+// Compiled for AVX-512 with VBMI2 (see CMakeLists.txt) and only called if the CPU has it. Everything here has
+// internal linkage or is inlined: no other file may use the code of this one.
 //
-// 16 groups are ranked at once, a column of theirs to a vector: then every pair of columns is compared once,
-// and who comes first settles a tie.
+// 16 groups are ranked at once, and a vector holds one column of all of them. Every pair of columns is
+// compared once, and the lower column wins a tie.
 #include "nm_rank.h"
 #include "nm_rank_scalar.h"
 #include "nm_score_avx512.h"
@@ -12,11 +12,11 @@
 namespace msp {
 namespace {
 
-// Not std::clamp, which could become a symbol that other files take.
+// Not std::clamp, which could become a symbol that the linker gives to other files.
 MSP_HD int64_t at_most(int64_t count, int64_t most) { return count < 0 ? 0 : count > most ? most : count; }
 
-// From 16 consecutive columns a vector to one column of 16 groups a vector, and from a dword of four ranks
-// for each group and four columns to bytes as they lie in memory.
+// Turns vectors of 16 consecutive columns into vectors of one column of 16 groups, and dwords of four ranks
+// for each group and four columns into bytes in their order in memory.
 template <int M>
 struct Columns;
 
@@ -83,15 +83,15 @@ struct Columns<32> {
     }
 };
 
-// Bits of magnitudes order as integers, whatever the processor does with subnormal floats.
+// Bits of magnitudes order as integers, for any treatment of subnormal floats by the processor.
 template <bool Magnitude>
 MSP_HD __mmask16 not_less(__m512i a, __m512i b) {
     if constexpr (Magnitude) return _mm512_cmpge_epi32_mask(a, b);
     return _mm512_cmp_ps_mask(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), _CMP_GE_OQ);
 }
 
-// For 16 groups, the ranks of four columns in the bytes of each dword. At first all that come later are
-// better; each comparison that says otherwise moves one place from the earlier to the later column.
+// For 16 groups, the ranks of four columns in the bytes of each dword. At first all later columns count as
+// better; each comparison with the opposite result moves one place from the earlier to the later column.
 template <bool Magnitude, int M>
 MSP_HD void rank_pairs(const __m512i (&keys)[M], __m512i (&ranks)[M / 4]) {
     const auto at = [](int column) { return 1 << 8 * column; };
@@ -127,7 +127,7 @@ MSP_HD void rank_pairs(const __m512i (&keys)[M], __m512i (&ranks)[M / 4]) {
     }
 }
 
-// Large groups out of line: their code is long and the same for every dtype and most scores.
+// Large groups are not inlined: their code is long and the same for every dtype and most scores.
 template <bool Magnitude, int M>
 __attribute__((noinline)) void rank_pairs_apart(const __m512i (&keys)[M], __m512i (&ranks)[M / 4]) {
     rank_pairs<Magnitude, M>(keys, ranks);
@@ -141,7 +141,7 @@ struct Avx512 {
         return wrong;
     }
 
-    // `op` is a copy of its own, which stores through a byte pointer cannot change.
+    // `op` is a copy of its own, so that stores through a byte pointer cannot change it.
     template <Dtype D, int M, ScoreKind Kind>
     static int64_t rank_row(const NmRank op, int64_t row) {
         constexpr int64_t kBlock = 16 * M;
@@ -155,8 +155,8 @@ struct Avx512 {
         return count_not_finite<D, M, Kind>(op, row);
     }
 
-    // 16 groups, or as many as the row still has. NaN in `taint` says that a score or weight is not finite:
-    // the products with zero are zero otherwise.
+    // 16 groups, or the rest of the row. NaN in `taint` marks a score or weight that is not finite: all other
+    // products with zero are zero.
     template <Dtype D, int M, ScoreKind Kind, bool Whole>
     static MSP_HD void rank_block(const NmRank& op, int64_t row, int64_t column, __m512& taint) {
         constexpr bool kMagnitude = Kind == ScoreKind::kMagnitude;

@@ -1,4 +1,4 @@
-// Single groups in plain C++: the scalar path, and what a vector path leaves at the end of a row.
+// Single groups in plain C++: the scalar path, and the columns that a vector path leaves at the end of a row.
 #pragma once
 
 #include "../nm_rank.h"
@@ -6,8 +6,8 @@
 
 namespace msp {
 
-// Each pair is compared once: `static`, as each instruction set needs one of its own; not inlined into every
-// combination of dtype and score, which the compiler would take minutes for.
+// Each pair is compared once. `static`, because each instruction set needs its own copy. Not inlined into
+// every combination of dtype and score, because the compiler would take minutes.
 template <int M>
 __attribute__((noinline)) static void rank_group(const int32_t (&keys)[M], uint8_t* rank) {
     uint8_t better[M] = {};
@@ -23,8 +23,8 @@ __attribute__((noinline)) static void rank_group(const int32_t (&keys)[M], uint8
     for (int c = 0; c < M; ++c) rank[c] = better[c];
 }
 
-// Ranks the groups of `row` in columns [begin, end), both multiples of M. Returns how many weights or scores
-// are not finite.
+// Ranks the groups of `row` in columns [begin, end), both multiples of M. Returns the number of weights or
+// scores that are not finite.
 template <Dtype D, int M, ScoreKind Kind>
 MSP_HD int64_t nm_rank_columns(const NmRank& op, int64_t row, int64_t begin, int64_t end) {
     int64_t not_finite = 0;

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kLanes = 8;
 
-// The hardware stops fetching at every page, which costs more than the arithmetic.
+// The hardware prefetcher stops at every page, and its restart costs more than the arithmetic.
 MSP_HD void fetch_ahead(const void* from) {
     _mm_prefetch(static_cast<const char*>(from) + 2048, _MM_HINT_T0);
 }
@@ -60,8 +60,8 @@ MSP_HD unsigned not_finite(__m256 v) {
     return bits_of(_mm256_cmpeq_epi32(exponent, infinity));
 }
 
-// How many keys of its group of M beat each key, ties to the lower column. A group, or two of 4, is in
-// `count` vectors. Every column is held against every other: with 8 lanes that costs no more than a sort.
+// The number of keys of its group of M that beat each key, ties to the lower column. A group, or two of 4, is
+// in `count` vectors. Every column is compared with every other: with 8 lanes that costs no more than a sort.
 template <int M, int count>
 MSP_HD void rank(const __m256i (&keys)[count], __m256i (&ranks)[count]) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -71,7 +71,7 @@ MSP_HD void rank(const __m256i (&keys)[count], __m256i (&ranks)[count]) {
         const __m256i source = _mm256_add_epi32(group, _mm256_set1_epi32(column % kLanes));
         const __m256i other = _mm256_permutevar8x32_epi32(keys[column / kLanes], source);
         for (int v = 0; v < count; ++v) {
-            // one less where the other is the lower column, so that "greater" is true of equals too
+            // one less if the other is the lower column, so that "greater" is also true for equal keys
             const __m256i bound =
                 v == column / kLanes
                     ? _mm256_add_epi32(keys[v], _mm256_cmpgt_epi32(lane, source))

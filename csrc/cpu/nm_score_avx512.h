@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kLanes = 16;
 
-// The hardware stops fetching at every page, which costs more than the arithmetic.
+// The hardware prefetcher stops at every page, and its restart costs more than the arithmetic.
 MSP_HD void fetch_ahead(const void* from) {
     _mm_prefetch(static_cast<const char*>(from) + 2048, _MM_HINT_T0);
 }
@@ -84,7 +84,8 @@ struct ScoredLanes {
         }
     }
 
-    // Lanes whose weight or score is not finite; but for a given score, a wrong weight makes a wrong score.
+    // Lanes whose weight or score is not finite; except for a given score, a wrong weight makes a wrong
+    // score.
     MSP_HD __mmask16 wrong() const {
         return Kind == ScoreKind::kGiven ? not_finite(score) | not_finite(weight) : not_finite(score);
     }

@@ -5,8 +5,8 @@
 
 namespace msp {
 
-// The keys of the group of `row` whose first column is `first`: they order as the scores do. Returns how many
-// weights or scores are not finite.
+// The keys of the group of `row` whose first column is `first`: they order as the scores do. Returns the
+// number of weights or scores that are not finite.
 template <Dtype D, int M, ScoreKind Kind>
 MSP_HD int64_t group_keys(const Scored& op, int64_t row, int64_t first, int32_t (&keys)[M]) {
     const int64_t offset = row * op.columns;

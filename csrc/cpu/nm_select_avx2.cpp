@@ -1,5 +1,5 @@
-// Compiled for AVX2 with F16C (see CMakeLists.txt) and only called where the CPU has them. Everything here
-// has internal linkage or is inlined: no code of this file may serve another.
+// Compiled for AVX2 with F16C (see CMakeLists.txt) and only called if the CPU has them. Everything here has
+// internal linkage or is inlined: no other file may use the code of this one.
 #include <immintrin.h>
 
 #include <cstring>
@@ -87,7 +87,7 @@ struct Avx2 {
                     const unsigned kept = bits_of(_mm256_cmpgt_epi32(n, ranks[v]));
                     const auto packed = compress(stored[v], kept);
                     const int count = __builtin_popcount(kept);
-                    // what a full store leaves behind the kept ones is overwritten by the next
+                    // the next store overwrites the part of a full store after the kept weights
                     if (values_end - value >= kLanes) {
                         store(value, packed);
                     } else {

@@ -1,5 +1,5 @@
-// Compiled for AVX-512 with VBMI2 (see CMakeLists.txt) and only called where the CPU has it. Everything here
-// has internal linkage or is inlined: no code of this file may serve another.
+// Compiled for AVX-512 with VBMI2 (see CMakeLists.txt) and only called if the CPU has it. Everything here has
+// internal linkage or is inlined: no other file may use the code of this one.
 #include <cstring>
 
 #include "expand_avx512.h"
@@ -48,13 +48,13 @@ MSP_HD __m512i sort_descending(__m512i keys) {
     return keys;
 }
 
-// The bits of `above` and the lowest of `equal` that make n.
+// The bits of `above`, and the lowest bits of `equal` that bring their number to n.
 MSP_HD uint32_t fill_up(uint32_t above, uint32_t equal, int n) {
     return above | _pdep_u32(_bzhi_u32(~0u, n - _mm_popcnt_u32(above)), equal);
 }
 
-// Bits of lanes whose key is not below the threshold, all but the n best of each group of M taken back. Ties
-// at the threshold are rare, so this stays out of the loops.
+// Bits of lanes whose key is not below the threshold, without all but the n best of each group of M. Ties at
+// the threshold are rare, so this function stays outside the loops.
 template <int M>
 __attribute__((noinline)) __mmask16 settle_ties(__m512i keys, __m512i threshold, uint32_t kept, int n) {
     const uint32_t above = _mm512_cmpgt_epi32_mask(keys, threshold);
@@ -66,8 +66,8 @@ __attribute__((noinline)) __mmask16 settle_ties(__m512i keys, __m512i threshold,
     return static_cast<__mmask16>(exact);
 }
 
-// For each group of M lanes its n largest keys, ties to the lower lane. `nth` holds in each lane the lane
-// where the sorted group has its n-th; Distinct: no group holds a key twice.
+// For each group of M lanes its n largest keys, ties to the lower lane. `nth` holds in each lane the lane of
+// the n-th key in the sorted group; Distinct: no group holds a key twice.
 template <int M, bool Distinct>
 MSP_HD __mmask16 select(__m512i keys, __m512i nth, int n) {
     const __m512i threshold = _mm512_permutexvar_epi32(nth, sort_descending<M>(keys));
@@ -76,7 +76,7 @@ MSP_HD __mmask16 select(__m512i keys, __m512i nth, int n) {
     return settle_ties<M>(keys, threshold, kept, n);
 }
 
-// The same for one group of 32 lanes, of which `keys0` holds the first half. `nth` is n - 1 mod 16.
+// The same for one group of 32 lanes, whose first half is `keys0`. `nth` is n - 1 mod 16.
 template <bool Distinct>
 MSP_HD uint32_t select32(__m512i keys0, __m512i keys1, __m512i nth, int n) {
     const __m512i reverse = _mm512_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -97,8 +97,8 @@ MSP_HD uint32_t select32(__m512i keys0, __m512i keys1, __m512i nth, int n) {
     return fill_up(above, kept & ~above, n);
 }
 
-// Where kept weights go. Compressing in a register and storing under a mask: compressing into memory is slow
-// on AMD.
+// The place of the kept weights. They are compressed in a register and stored under a mask, because
+// compressing into memory is slow on AMD.
 MSP_HD void store_kept(uint32_t* to, __m512i v, __mmask16 kept, __mmask16 places) {
     _mm512_mask_storeu_epi32(to, places, compress_doubles(kept, v));
 }
@@ -129,7 +129,7 @@ struct Avx512 {
                     _mm512_ternarylogic_epi32(bits, sign, _mm512_set1_epi32(INT32_MAX), 0x78);  // a ^ (b & c)
             }
             if constexpr (distinct(D, Kind)) {
-                // columns in descending order, in bits that a 16-bit float widened to 32 leaves zero
+                // columns in descending order, in bits that are zero in a 16-bit float widened to 32
                 const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
                 const __m512i above = _mm512_set1_epi32(M == 32 && column % 32 == 0 ? 31 : 15);
                 keys = _mm512_add_epi32(keys, _mm512_sub_epi32(above, lane));
@@ -142,8 +142,8 @@ struct Avx512 {
         }
     };
 
-    // Whether keys carry the column as well, so that no two of a group are equal. What `compliant` rules out
-    // is equal, but never near the n-th.
+    // Whether keys also carry the column, so that no two keys of a group are equal. The keys that `compliant`
+    // excludes are equal, but never near the n-th.
     static constexpr bool distinct(Dtype dtype, ScoreKind kind) {
         return kind == ScoreKind::kMagnitude && dtype != Dtype::kFloat32;
     }
@@ -166,8 +166,8 @@ struct Avx512 {
         return wrong;
     }
 
-    // `op` is a copy of its own, since stores through a byte pointer could change one that is shared: the
-    // compiler would read it again for every vector.
+    // `op` is a copy of its own: stores through a byte pointer could change a shared one, so the compiler
+    // would read it again for every vector.
     template <Dtype D, int M, ScoreKind Kind>
     static int64_t row_of_vectors(const NmSelect op, int64_t row, float row_term,
                                   typename Stored<D>::Bits* value, uint8_t* byte) {

@@ -1,4 +1,4 @@
-// Single groups in plain C++: the scalar path, and what a vector path leaves at the end of a row.
+// Single groups in plain C++: the scalar path, and the columns that a vector path leaves at the end of a row.
 #pragma once
 
 #include "nm_score_scalar.h"
@@ -6,16 +6,17 @@
 
 namespace msp {
 
-// Which of a group are kept. `static`, as each instruction set needs one of its own; not inlined into every
-// combination of dtype and score, which the compiler would take minutes for.
+// The kept weights of a group. `static`, because each instruction set needs its own copy. Not inlined into
+// every combination of dtype and score, because the compiler would take minutes.
 template <int M>
 __attribute__((noinline)) static uint32_t kept_of_group(int32_t (&keys)[M], int n, bool compliant) {
     if (compliant) rule_out_beyond_two_of_four<M>(keys);
     return select_group<M>(keys, n);
 }
 
-// Selects the groups of `row` in columns [begin, end), both multiples of M and `begin` of 8 as well. `value`
-// is where the first kept weight goes; it moves on. Returns how many weights or scores are not finite.
+// Selects the groups of `row` in columns [begin, end), both multiples of M and `begin` also of 8. `value` is
+// the place of the first kept weight and moves on. Returns the number of weights or scores that are not
+// finite.
 template <Dtype D, int M, ScoreKind Kind>
 MSP_HD int64_t nm_select_columns(const NmSelect& op, int64_t row, int64_t begin, int64_t end,
                                  typename Stored<D>::Bits*& value) {

@@ -12,7 +12,7 @@
 namespace msp {
 namespace {
 
-// Four lanes in what every compiler target has: SSE2 or NEON, or plain registers.
+// Four lanes with the instructions of every compiler target: SSE2 or NEON, or plain registers.
 struct Portable {
     using Float = float __attribute__((vector_size(16)));
     using Int = int32_t __attribute__((vector_size(16)));
@@ -101,7 +101,7 @@ void obs_prune(const ObsPrune& op, Isa isa, int threads) {
         const int64_t panels = (behind + panel_columns - 1) / panel_columns;
         offsets.push_back(offsets.back() + kObsBlock * (kObsBlock + panels * panel_columns));
     }
-    // not a vector, which would write zeros first; aligned, so that no vector straddles two cache lines
+    // not a std::vector, which would write zeros first; aligned, so that no vector straddles two cache lines
     constexpr std::align_val_t kCacheLine{64};
     const auto free_entries = [=](float* entries) { operator delete[](entries, kCacheLine); };
     const std::unique_ptr<float[], decltype(free_entries)> entries(new (kCacheLine) float[offsets.back()],
@@ -113,7 +113,7 @@ void obs_prune(const ObsPrune& op, Isa isa, int threads) {
         }
     });
 
-    // Tiles alike, and as many for every thread, but none of less than a vector.
+    // Tiles of equal size, as many for every thread, and none of less than a vector.
     const int64_t share = (op.rows + std::max(threads, 1) - 1) / std::max(threads, 1);
     const int64_t tiles = (share + kObsTileRows - 1) / kObsTileRows;
     const int64_t rows = (share + 16 * tiles - 1) / (16 * tiles) * 16;

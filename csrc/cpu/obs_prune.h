@@ -9,8 +9,8 @@ namespace msp {
 
 struct ObsPrune {
     const float* weight;  // [rows, columns]
-    const float* factor;  // [columns, columns] upper, H^-1 = U^T U; what lies below the diagonal is not read
-    float* updated;       // [rows, columns]: zero where pruned
+    const float* factor;  // [columns, columns] upper, H^-1 = U^T U; entries below the diagonal are not read
+    float* updated;       // [rows, columns]: zero if pruned
     uint8_t* kept;        // [rows, columns]: 1 or 0
     int64_t rows;
     int64_t columns;
@@ -19,30 +19,30 @@ struct ObsPrune {
 };
 
 // On vector paths every product is fused into its sum, and a weight takes the errors of the columns before it
-// in their order: the result does not depend on threads, tiles or blocks, nor on which vector path it is.
+// in their order: the result depends neither on threads, tiles or blocks, nor on the vector path.
 void obs_prune(const ObsPrune& op, Isa isa, int threads);
 
-constexpr int kObsBlock = 128;  // columns swept between two updates of those behind
+constexpr int kObsBlock = 128;  // columns swept between two updates of the later ones
 
-// So many rows at most a thread takes at a time, since the factor is read again for the next: both a whole
-// number of AVX-512's 16 lanes and of the update's 6 rows.
+// The most rows that a thread takes at a time, since the factor is read again for the next rows: a multiple
+// of AVX-512's 16 lanes and of the update's 6 rows.
 constexpr int64_t kObsTileRows = 288;
 
-// The factor in the order in which every tile reads it: for each block of kObsBlock rows its corner
-// [kObsBlock, kObsBlock], zero below the diagonal, then panels [rows of the block, panel_columns] of what is
-// to the right, zero past the last column. Rows of the factor itself, a power of two apart, would share a few
-// sets of the caches.
+// The factor in the order in which every tile reads it. For each block of kObsBlock rows these are its corner
+// [kObsBlock, kObsBlock], zero below the diagonal, then panels [rows of the block, panel_columns] of the
+// columns to the right, zero past the last column. Rows of the factor itself, a power of two apart, would
+// share a few sets of the caches.
 struct ObsFactor {
     const float* entries;
     const int64_t* offsets;  // of each block
 };
 
-// The rows [begin, end), at most kObsTileRows of them, on the calling thread.
+// Computes the rows [begin, end), at most kObsTileRows of them, on the calling thread.
 void obs_prune_tile_scalar(const ObsPrune& op, const ObsFactor& factor, int64_t begin, int64_t end);
 void obs_prune_tile_avx2(const ObsPrune& op, const ObsFactor& factor, int64_t begin, int64_t end);
 void obs_prune_tile_avx512(const ObsPrune& op, const ObsFactor& factor, int64_t begin, int64_t end);
 
-// panel_columns of each: what the registers of its update cover.
+// panel_columns of each path: the columns that the registers of its update cover.
 constexpr int kObsPanelScalar = 8;
 constexpr int kObsPanelAvx2 = 16;
 constexpr int kObsPanelAvx512 = 64;

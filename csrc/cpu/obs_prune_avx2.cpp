@@ -1,4 +1,4 @@
-// Compiled for AVX2 with FMA (see CMakeLists.txt) and only called where the CPU has them.
+// Compiled for AVX2 with FMA (see CMakeLists.txt) and only called if the CPU has them.
 #include <immintrin.h>
 
 #include "obs_prune_tile.h"

@@ -1,9 +1,8 @@
-// One tile of rows through the whole column sweep, for any vector V; included by one file per instruction
-// set.
+// The whole column sweep of one tile of rows, for any vector V; included by one file per instruction set.
 //
-// In a block of columns the vector's lanes are rows, so that selection and sweep are the same few
-// instructions for every row. In the update of the columns behind, lanes are columns: the weight stays as
-// torch has it.
+// In a block of columns the vector's lanes are rows, so that selection and sweep take the same few
+// instructions for every row. In the update of the later columns, lanes are columns: the weight keeps torch's
+// layout.
 #pragma once
 
 #include <cstring>
@@ -18,7 +17,7 @@ template <class V>
 class ObsTile {
   public:
     static void run(const ObsPrune& op, const ObsFactor& packed, int64_t begin, int64_t end) {
-        // here and not all at once: the tile is then close by, and threads share the page faults
+        // here and not all at once: the tile is then in the cache, and threads share the page faults
         std::memcpy(op.updated + begin * op.columns, op.weight + begin * op.columns,
                     static_cast<size_t>((end - begin) * op.columns) * sizeof(float));
         ObsTile tile(op, begin, end);
@@ -39,8 +38,8 @@ class ObsTile {
     static constexpr int kPanel = V::kPanelVectors * kLanes;  // columns that an update's registers cover,
     static constexpr int kPanelRows = 6;                      // and rows
     static constexpr int kCacheLine = 16;                     // floats
-    // What a pruned weight is in a swept block until it is written out as zero. No arithmetic on x86 or Arm
-    // makes this NaN from finite inputs.
+    // The mark of a pruned weight in a swept block until it is written out as zero. No arithmetic on x86 or
+    // Arm makes this NaN from finite inputs.
     static constexpr uint32_t kPruned = 0xffffffffu;
 
     ObsTile(const ObsPrune& op, int64_t begin, int64_t end)
@@ -48,7 +47,7 @@ class ObsTile {
         std::memset(errors_, 0, sizeof errors_);
     }
 
-    // Not std::min: as a symbol, one instruction set's could serve another.
+    // Not std::min: its symbol from one instruction set could serve another.
     static MSP_HD int at_most(int limit, int64_t value) {
         return value < limit ? static_cast<int>(value) : limit;
     }
@@ -75,7 +74,7 @@ class ObsTile {
         }
     }
 
-    // Into swept_, a column's rows together; rows past the tile's end are zero.
+    // Fills swept_, a column's rows together; rows past the tile's end are zero.
     void load_rows(int first, int64_t start, int width) {
         const int live = at_most(kLanes, rows_ - first);
         int i = 0;
@@ -132,7 +131,7 @@ class ObsTile {
             Int ranks[M];
             rank<M>(group, factor, ranks);
             sweep_group<M>(group, factor, ranks, errors + first * kObsTileRows);
-            // the errors of as many columns at a time as registers hold
+            // the errors of as many columns at a time as the registers hold
             constexpr int kAtOnce = M < 8 ? M : 8;
             for (int i = 0; i < M; i += kAtOnce) {
                 Float error[kAtOnce];
@@ -151,8 +150,9 @@ class ObsTile {
         }
     }
 
-    // How many of its group of M beat each column; of equals, the lower one does. Scores as integers, which
-    // order as non-negative floats do and put NaN on top: it must be kept to be seen.
+    // The number of columns in its group of M that beat each column; of equal columns, the lower one wins.
+    // Scores are compared as integers, which order as non-negative floats do and put NaN on top: NaN must be
+    // kept, so that it is found.
     template <int M>
     static MSP_HD void rank(const float* group, const float* factor, Int (&ranks)[M]) {
         Int scores[M];
@@ -191,7 +191,7 @@ class ObsTile {
         }
     }
 
-    // weight[:, behind] -= errors @ factor[block, behind], one panel of columns after another.
+    // weight[:, later] -= errors @ factor[block, later], one panel of columns after another.
     void update(int64_t start, int width, const float* panels) {
         for (int64_t first = start + width; first < op_.columns; first += kPanel) {
             for (int row = 0; row < rows_; row += kPanelRows) update_rows(row, first, panels, width);
@@ -225,7 +225,7 @@ class ObsTile {
         const float* error = errors_ + row;
         int k = 0;
         for (int r = 0; r < kPanelRows; ++r) {
-            // the next rows' weights, a little at a time so that the products need not wait
+            // the next rows' weights, a few at a time so that the products need not wait
             const int ahead = row + kPanelRows + r;
             if (ahead < rows_ && live == kPanel) prefetch<1>(weight(ahead, first), kPanel);
             if (row + r < rows_) prefetch<0>(panel + width * kPanel + (row + r) * share, share);

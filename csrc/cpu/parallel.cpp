@@ -16,9 +16,9 @@
 namespace msp {
 namespace {
 
-// How long a thread looks out for work, or for the end of it, before it sleeps. To wake one takes up to a
-// tenth of a millisecond, as long as a small product itself, and while a model decodes the next one is never
-// far.
+// How long a thread waits actively for work, or for the end of it, before it sleeps. To wake a thread takes
+// up to a tenth of a millisecond, as long as a small product, and while a model decodes the next product
+// follows soon.
 constexpr std::chrono::microseconds kLookOut{100};
 
 template <class Ready>
@@ -48,7 +48,8 @@ struct Job {
     std::condition_variable all_done;
     std::atomic<int64_t> done{0};
 
-    // `body` is alive while a range is out, since its owner waits for every range; it is not touched after.
+    // `body` is alive while a range is unfinished, since its owner waits for every range; it is not used
+    // afterwards.
     void take_part() {
         int64_t finished = 0;
         for (int64_t range; (range = next.fetch_add(1, std::memory_order_relaxed)) < ranges; ++finished) {
@@ -56,7 +57,7 @@ struct Job {
         }
         if (finished == 0) return;
         if (done.fetch_add(finished, std::memory_order_acq_rel) + finished < ranges) return;
-        // under the lock, or the owner could check, and then sleep through this
+        // under the lock, or the owner could check first and then sleep through this
         std::lock_guard<std::mutex> lock(mutex);
         all_done.notify_all();
     }
@@ -71,8 +72,8 @@ struct Job {
 
 class Pool {
   public:
-    // Asks `helpers` threads to join the job. Who comes late finds no range left and goes back to sleep, so a
-    // short loop never waits for a thread to wake up.
+    // Asks `helpers` threads to join the job. A thread that comes late finds no range and goes back to sleep,
+    // so a short loop never waits for a thread to wake up.
     void offer(const std::shared_ptr<Job>& job, int helpers) {
         {
             std::lock_guard<std::mutex> lock(mutex_);
@@ -141,8 +142,8 @@ Pool& pool() {
     return *current;
 }
 
-// The OpenMP runtime that torch has loaded, if it has: its threads are at hand between torch's own loops,
-// while two pools on the same cores would each wait for the other's threads to stop looking out for work.
+// The OpenMP runtime of torch, if torch is loaded: its threads are active between torch's own loops. With two
+// pools on the same cores, each would wait until the other's threads sleep.
 using OpenMpParallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
 // It does not survive a fork, so a child uses the pool above.

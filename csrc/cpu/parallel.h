@@ -1,5 +1,6 @@
-// Loops shared out to the threads of torch's own OpenMP runtime, which is found at run time: one of ours
-// would bring a second pool that fights the first for the cores. Where there is none, to a pool of our own.
+// Loops that run on the threads of torch's own OpenMP runtime, which is found at run time. A runtime of msp's
+// own would bring a second pool that competes with the first for the cores. Without torch's runtime, loops
+// run on msp's own pool.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Sharing out the rows of an op that scores weights and counts those that are not finite.
+// Shares out the rows of an op that scores weights and counts those that are not finite.
 #pragma once
 
 #include <atomic>
@@ -8,11 +8,11 @@
 
 namespace msp {
 
-// Weights that one range of rows holds at least: small enough to share the work evenly, large enough that
-// handing it out costs nothing beside it.
+// The least weights in a range of rows: small enough to share the work evenly, and large enough that the cost
+// of sharing is negligible.
 constexpr int64_t kGrainWeights = 1 << 16;
 
-// The sum of what `rows` returns for ranges that cover the rows of `op`.
+// The sum of the results of `rows` for ranges that cover the rows of `op`.
 template <class Op>
 int64_t over_scored_rows(const Op& op, int64_t (*rows)(const Op& op, int64_t begin, int64_t end),
                          int threads) {

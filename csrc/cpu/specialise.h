@@ -1,11 +1,11 @@
-// From what an op asks for at run time to the code compiled for it.
+// Selects the code that is compiled for the parameters of an op.
 #pragma once
 
 #include "../nm_score.h"
 
 namespace msp {
 
-// Calls F::run<Dtype, group size, ScoreKind> for what `op` asks.
+// Calls F::run<Dtype, group size, ScoreKind> for the parameters of `op`.
 template <class F, Dtype D, int M, class Op>
 int64_t specialise_kind(const Op& op, int64_t begin, int64_t end) {
     switch (op.kind) {

@@ -1,4 +1,4 @@
-// What every launch does first.
+// The first steps of every launch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,9 +8,9 @@
 
 namespace msp {
 
-// Lets a kernel that has no static shared memory have `bytes` of dynamic. Up to all of the device's and not
-// only those: where two threads launch the same kernel, the smaller launch must not lower the limit of the
-// other.
+// Lets a kernel without static shared memory use `bytes` of dynamic memory. The limit is raised to the whole
+// memory of the device: if two threads launch the same kernel, the smaller launch must not lower the limit of
+// the other.
 template <class Kernel>
 cudaError_t allow_shared(Kernel* kernel, int64_t bytes) {
     if (bytes <= 48 << 10) return cudaSuccess;
@@ -24,8 +24,8 @@ cudaError_t allow_shared(Kernel* kernel, int64_t bytes) {
                : error;
 }
 
-// Calls launch() with the device current that holds `memory`, and makes the caller's current again. Returns
-// what went wrong, or an empty string.
+// Calls launch() with the device current that holds `memory`, and then makes the caller's device current
+// again. Returns an error message, or an empty string.
 template <class Launch>
 std::string on_device_of(const void* memory, const char* name, const Launch& launch) {
     cudaPointerAttributes attributes{};

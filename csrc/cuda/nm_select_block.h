@@ -1,5 +1,5 @@
-// What a thread block of the CUDA nm_select does, phase by phase. __host__ __device__, so that the tests run
-// the very same index arithmetic on the CPU, thread after thread.
+// The work of a thread block of the CUDA nm_select, phase by phase. __host__ __device__, so that the tests
+// run the same index arithmetic on the CPU, thread after thread.
 #pragma once
 
 #include "../nm_select.h"
@@ -13,7 +13,7 @@ struct alignas(16) Bytes16 {
 };
 
 // A thread owns one unit (one group, or two of 4). The block's units, and so its groups, their values and
-// their mask bytes, are consecutive in memory: kept values are gathered in shared memory and leave in
+// their mask bytes, are consecutive in memory: kept values are gathered in shared memory and written with
 // 16-byte stores.
 template <Dtype D, int M, ScoreKind Kind>
 struct SelectBlock {
@@ -22,7 +22,7 @@ struct SelectBlock {
     static constexpr int kGroups = kUnit / M;
     static constexpr int kPerLoad = 16 / static_cast<int>(sizeof(Bits));
 
-    // Where a unit lies.
+    // The place of a unit.
     struct Place {
         int64_t row;
         int64_t column;
@@ -43,13 +43,13 @@ struct SelectBlock {
         return {row, column, first_group_of_unit(row, unit_in_row, op.columns, M), cut ? 1 : kGroups};
     }
 
-    // Its first group, without a division where all rows are whole units. `unit` may be the one past the
+    // The unit's first group, without a division if all rows are whole units. `unit` may be the one past the
     // last.
     static MSP_HD int64_t first_group(const NmSelect& op, int64_t unit) {
         return op.columns % kUnit == 0 ? unit * kGroups : place(op, unit).group;
     }
 
-    // Whether all that a unit reads begins at multiples of 16 bytes.
+    // Whether all reads of a unit begin at multiples of 16 bytes.
     static MSP_HD bool loads_vectors(const NmSelect& op) {
         const uintptr_t addresses =
             address(op.weight) | address(op.column_scale) | address(op.column_term) | address(op.matrix);
@@ -84,7 +84,7 @@ struct SelectBlock {
         }
     }
 
-    // Four consecutive fp32 terms from a column that is a multiple of 4; ones where there are none.
+    // Four consecutive fp32 terms from a column that is a multiple of 4; ones if there are none.
     template <bool Vectors>
     static MSP_HD void load_terms(const float* from, int64_t index, float (&terms)[4]) {
         MSP_UNROLL
@@ -101,7 +101,7 @@ struct SelectBlock {
     }
 
     // The key of each weight of one group, whose first column is `column`. `largest` becomes the bits of the
-    // largest magnitude met: of the scores, which are not finite where a weight is not, unless they are
+    // largest magnitude met: of the scores, which are not finite if a weight is not, unless they are
     // given.
     template <bool Vectors>
     static MSP_HD void rank_keys(const NmSelect& op, int64_t row, int64_t column, const Bits* weight,
@@ -137,7 +137,7 @@ struct SelectBlock {
     }
 
     // First phase: thread `thread` selects its unit, writes its mask bytes and puts its kept values into
-    // `shared`, where the block's groups lie one after the other. Sets `*wrong` if it meets NaN or infinity.
+    // `shared`, which has the groups of the block in order. Sets `*wrong` if it meets NaN or infinity.
     static MSP_HD void select(const NmSelect& op, int64_t block, int thread, Bits* shared, int32_t* wrong) {
         const int64_t first_unit = block * kSelectThreads;
         const int64_t unit = first_unit + thread;
@@ -180,7 +180,8 @@ struct SelectBlock {
         if constexpr (kUnit == 32) reinterpret_cast<uint32_t*>(op.bitmask)[unit] = mask;
     }
 
-    // Second phase, after all threads have done the first: the block's values go out, `shared` in order.
+    // Second phase, after all threads have finished the first: the block's values are written, `shared` in
+    // order.
     static MSP_HD void write(const NmSelect& op, int64_t block, int thread, const Bits* shared) {
         const int64_t first_unit = block * kSelectThreads;
         const int64_t end_unit =
@@ -188,7 +189,7 @@ struct SelectBlock {
         const int64_t first = first_group(op, first_unit);
         const int count = static_cast<int>(first_group(op, end_unit) - first) * op.n;
         Bits* to = static_cast<Bits*>(op.values) + first * op.n;
-        // 16-byte stores where the block's first value is aligned, which all but odd row lengths give
+        // 16-byte stores if the block's first value is aligned, which is so for all but odd row lengths
         int done = 0;
         if (stores_vectors(op) && first * op.n % kPerLoad == 0) {
             const int whole = count / kPerLoad;

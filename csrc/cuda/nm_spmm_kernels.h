@@ -1,4 +1,4 @@
-// The kernels behind nm_spmm_cuda.
+// The kernels of nm_spmm_cuda.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,7 +21,7 @@ cudaError_t nm_spmm_sm80(const SpmmTask& task, cudaStream_t stream);
 // wgmma.sp, for sm_90a alone.
 std::string nm_spmm_sm90(const SpmmTask& task, cudaStream_t stream);
 
-// y from the workspace where the plan splits K.
+// Computes y from the workspace if the plan splits K.
 cudaError_t nm_spmm_sum(const SpmmTask& task, cudaStream_t stream);
 
 }  // namespace msp

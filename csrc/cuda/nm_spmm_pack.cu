@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kPackThreads = 256;
 
-// An aligned group of 4 of one row: which are kept, and where the first of them lies in `values`.
+// An aligned group of 4 of one row: the kept weights, and the place of the first of them in `values`.
 struct Four {
     uint32_t kept;
     int64_t first;

@@ -1,4 +1,4 @@
-// How a product is cut into tiles: a table of token tiles, and the splits of K where there are too few tiles.
+// How a product is cut into tiles: a table of token tiles, and the splits of K if there are too few tiles.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ struct SpmmPlan {
     bool wgmma;        // the sm_90a kernel
     int tokens;        // of a tile; its rows are kSpmmTileRows
     int cluster;       // blocks that share the tokens they read (sm_90a)
-    int splits;        // of K, summed by a second kernel where there are several
+    int splits;        // of K, summed by a second kernel if there are several
     int split_blocks;  // of 64 columns in a split
     int row_tiles, token_tiles;
     int multiprocessors;
@@ -40,7 +40,7 @@ int spmm_token_tile(const SpmmTokenClass (&classes)[Classes], int64_t tokens) {
     return classes[Classes - 1].tile;
 }
 
-// A device is full with one tile a multiprocessor; until then K is split, down to 1024 columns.
+// A device is full with one tile a multiprocessor; with fewer tiles K is split, down to 1024 columns.
 inline SpmmPlan spmm_plan(int64_t tokens, int64_t rows, int64_t columns, bool wgmma, int multiprocessors) {
     SpmmPlan plan{};
     plan.wgmma = wgmma;
@@ -64,7 +64,7 @@ inline SpmmPlan spmm_plan(int64_t tokens, int64_t rows, int64_t columns, bool wg
     return plan;
 }
 
-// fp32 sums of every split, where there are several.
+// fp32 sums of every split, if there are several.
 inline int64_t spmm_workspace_bytes(const SpmmPlan& plan) {
     if (plan.splits == 1) return 0;
     return int64_t{plan.splits} * plan.tiles() * plan.tokens * kSpmmTileRows *

@@ -5,9 +5,9 @@ namespace msp {
 namespace {
 
 // A pipeline of `Stages` blocks of 64 columns in shared memory, filled with cp.async. The weight's fragments
-// lie there as in memory: a lane loads its own 16 bytes. x lies as [token][64 columns], 128 bytes a token,
-// the 16-byte chunk c of token i at place c ^ (i % 8), so that neither the copies nor ldmatrix meet bank
-// conflicts.
+// keep their order in memory: a lane loads its own 16 bytes. x lies as [token][64 columns], 128 bytes a
+// token, with the 16-byte chunk c of token i at place c ^ (i % 8), so that neither the copies nor ldmatrix
+// have bank conflicts.
 template <class Shape, int Stages>
 struct SpmmPipeline {
     static constexpr int kTileSlabs = kSpmmTileRows / kSpmmSlabRows;
@@ -23,7 +23,7 @@ struct SpmmPipeline {
     // Starts the copies of column block `block` to the stage at shared address `stage`.
     static __device__ __forceinline__ void load(const NmSpmm& op, const SpmmTile& tile, int64_t block,
                                                 int thread, uint32_t stage) {
-        // numbers of copies that the compiler knows, so that none of their loops is left
+        // numbers of copies that the compiler knows, so that it unrolls all their loops
         constexpr int kChunks = static_cast<int>(sizeof(SpmmBlock)) / 16, kCopies = kTileSlabs * kChunks;
         constexpr int kTokensAtOnce = Shape::kThreads / 8;
         const int64_t per_slab = spmm_blocks_per_slab(op.columns);
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
     typename Shape::Sums sums = {};
     int reads = 0, writes = Stages - 1;
     for (int64_t block = begin; block < end; ++block) {
-        // the block has come, for all threads, and all are done with the stage that is filled next
+        // the block is there for all threads, and all have finished with the stage that is filled next
         ptx::cp_async_wait<Stages - 2>();
         __syncthreads();
         if (block + Stages - 1 < end) {

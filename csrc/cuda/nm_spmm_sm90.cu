@@ -10,9 +10,9 @@ namespace {
 // One block a multiprocessor, three warpgroups. The first copies x to shared memory (TMA, in the 128-byte
 // swizzle that wgmma reads); the other two multiply 64 rows each with all tokens of the tile. Their weights
 // and metadata come from global memory straight into registers, four blocks ahead: wgmma reads x at the full
-// width of shared memory, where the weight would only be in the way. Blocks of a cluster work on neighbouring
-// row tiles and the same tokens; each copies its part of them to all. A block takes tile after tile, so that
-// copies for the next one fly during the epilogue.
+// bandwidth of shared memory, so the weight must not take any of it. Blocks of a cluster work on neighbouring
+// row tiles and the same tokens; each block copies its part of them to all. A block takes tile after tile, so
+// that copies for the next tile run during the epilogue.
 constexpr int kStages = 4;
 constexpr int kConsumers = 256;
 constexpr int kSm90Threads = 128 + kConsumers;
@@ -30,11 +30,11 @@ struct Sm90Layout {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 constexpr int kConsumerBarrier = 1;
-// Blocks of the weight that a lane has registers for: while one half is multiplied the other is on its way.
+// Blocks of the weight that a lane has registers for: one half is loaded while the other is multiplied.
 constexpr int kRing = 2 * kStages;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
-// The tiles of a block: those of its cluster's index, then so many clusters further, ...
+// The tiles of a block: the first by its cluster's index, the others at a distance of the number of clusters.
 struct Sm90Walk {
     int index, step, end;
 
@@ -154,8 +154,8 @@ __device__ __forceinline__ void consume(const SpmmTask& task, uint32_t shared, i
                 // the products of the block before are done: its stage and its registers are free
                 ptx::wgmma_wait<1>();
                 if (block > range.begin) release((stage + kStages - 1) % kStages);
-                // Half a ring at once: what waits for one of these loads waits for all that are on their way,
-                // so a load in every stage would be waited for in the next one.
+                // Half a ring at once: a wait for one of these loads waits for all loads in flight, so a load
+                // in every stage would be waited for in the next stage.
                 if (stage == 0 && block + kStages < range.end) {
                     load_half((i + kStages) % kRing, weight + block + kStages);
                 }
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
         }
         ptx::mbarrier_init_fence();
     }
-    // no block copies into another that is not there yet
+    // no block copies into another block before that block exists
     ptx::cluster_sync();
     if (threadIdx.x < 128) {
         ptx::give_registers<kProducerRegisters>();
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
         ptx::take_registers<kConsumerRegisters>();
         consume<D, Tokens>(task, shared, rank);
     }
-    // nor signals one that has gone
+    // and none signals a block that has ended
     __syncwarp();
     ptx::cluster_sync();
 #else
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
-// Asked for at run time, since the module must load on machines without a driver; null where it has none.
+// Looked up at run time, since the module must load on machines without a driver; null if there is none.
 Encode tensor_map_encoder() {
     void* encode = nullptr;
     cudaDriverEntryPointQueryResult found{};
@@ -233,11 +233,11 @@ Encode tensor_map_encoder() {
                                                                         : nullptr;
 }
 
-// Boxes of 64 columns x part of a tile's tokens; what lies outside of x arrives as zeros.
+// Boxes of 64 columns x part of a tile's tokens; elements outside of x are read as zeros.
 std::string make_tensor_map(const SpmmTask& task, CUtensorMap* map) {
     static const Encode encode = tensor_map_encoder();
     if (encode == nullptr) return "the driver has no cuTensorMapEncodeTiled";
-    // a driver call wants a context, which a thread has from its first work on the device, or from this
+    // a driver call needs a context, which a thread has from its first work on the device, or from this call
     int device = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaSetDevice(device);

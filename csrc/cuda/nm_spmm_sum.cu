@@ -4,7 +4,7 @@
 namespace msp {
 namespace {
 
-// y from the sums of the splits, always added in the same order.
+// Computes y from the sums of the splits, always added in the same order.
 template <Dtype D, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads) nm_spmm_sum_kernel(const __grid_constant__ SpmmTask task) {
     using Epilogue = SpmmEpilogue<Shape>;

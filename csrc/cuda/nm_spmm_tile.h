@@ -1,5 +1,5 @@
-// What the kernels of nm_spmm share: which tile comes when, who holds which sums of it, and how they get to
-// y.
+// The common parts of the kernels of nm_spmm: the order of the tiles, the thread that holds each sum, and the
+// way of the sums to y.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,9 +13,9 @@
 
 namespace msp {
 
-// A tile of kSpmmTileRows x kTokens in the hands of kThreads threads: warp w has the rows of its Slabs slabs
-// and the tokens of its Octets groups of 8, as accumulators of m16n8 products: sums[slab][octet][i] is row
-// lane / 4 (+ 8 for i >= 2), token lane % 4 * 2 + i % 2.
+// A tile of kSpmmTileRows x kTokens, computed by kThreads threads: warp w has the rows of its Slabs slabs and
+// the tokens of its Octets groups of 8, as accumulators of m16n8 products: sums[slab][octet][i] is row lane /
+// 4 (+ 8 for i >= 2), token lane % 4 * 2 + i % 2.
 template <int RowWarps, int TokenWarps, int Slabs, int Octets>
 struct SpmmShape {
     static constexpr int kThreads = RowWarps * TokenWarps * 32;
@@ -30,8 +30,8 @@ struct SpmmShape {
     using Sums = float[Slabs][Octets][4];
 };
 
-// By the tokens of a tile: warps that each multiply a square, so that they read least from shared memory, and
-// for wgmma the two warpgroups of 64 rows.
+// By the tokens of a tile: warps that each multiply a square, which takes the fewest reads of shared memory,
+// and for wgmma the two warpgroups of 64 rows.
 using SpmmShape16 = SpmmShape<4, 1, 2, 2>;
 using SpmmShape64 = SpmmShape<2, 2, 4, 4>;
 using SpmmShape128 = SpmmShape<2, 2, 4, 8>;
@@ -49,8 +49,8 @@ struct SpmmTile {
 };
 
 // Tiles in the order of time. All token tiles of a row tile follow each other, so that a weight comes from
-// memory once, in bands of so many that what they read of x stays in the L2 cache from one row tile to the
-// next. Blocks of a cluster have consecutive row tiles.
+// memory once. They go in bands, whose part of x stays in the L2 cache from one row tile to the next. Blocks
+// of a cluster have consecutive row tiles.
 constexpr unsigned kSpmmBandTokens = 2048;
 
 __device__ __forceinline__ SpmmTile spmm_tile(const SpmmPlan& plan, int index, int rank) {
@@ -76,7 +76,7 @@ struct SpmmEpilogue {
     static constexpr int kStride = (kSpmmTileRows + 8) * 2;
     static constexpr int kSharedBytes = Shape::kTokens * kStride;
 
-    // Sums of one split, as they lie in the threads: coalesced, and read back by the same thread of
+    // Sums of one split, in the order of the threads: coalesced, and read back by the same thread of
     // nm_spmm_sum.
     static __device__ __forceinline__ float4* partial(const SpmmTask& task, const SpmmTile& tile,
                                                       int thread) {
@@ -122,13 +122,13 @@ struct SpmmEpilogue {
         return Stored<D>::to_float(__ldg(static_cast<const uint16_t*>(op.bias) + row));
     }
 
-    // Adds the bias, rounds, and turns the tile round in shared memory: [token][row].
+    // Adds the bias, rounds, and transposes the tile in shared memory: [token][row].
     template <Dtype D, bool Stmatrix>
     static __device__ __forceinline__ void stage(const SpmmTask& task, const SpmmTile& tile, int thread,
                                                  const typename Shape::Sums& sums, uint32_t shared) {
         const int lane = thread % 32, warp = thread / 32;
-        // where lane i of stmatrix has token i % 8 of octet i / 16 and rows 8 (i / 8 % 2); for single words
-        // the lane has a token and two rows
+        // lane i of stmatrix has token i % 8 of octet i / 16 and rows 8 (i / 8 % 2); for single words the
+        // lane has a token and two rows
         const int token = Stmatrix ? lane % 8 + lane / 16 * 8 : lane / 4;
         const int row = Stmatrix ? lane / 8 % 2 * 8 : lane % 4 * 2;
         const uint32_t place =
@@ -159,7 +159,7 @@ struct SpmmEpilogue {
         }
     }
 
-    // Shared memory to y, 16 bytes a thread where y's rows allow it.
+    // Shared memory to y, 16 bytes a thread if y's rows allow it.
     static __device__ __forceinline__ void write(const SpmmTask& task, const SpmmTile& tile, int thread,
                                                  uint32_t shared) {
         constexpr int kChunks = kSpmmTileRows / 8;

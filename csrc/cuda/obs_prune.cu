@@ -24,7 +24,7 @@ template <int M>
 cudaError_t launch(const ObsBlock& op, cudaStream_t stream) {
     const int64_t blocks = (op.rows + kObsRows - 1) / kObsRows;
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    // more than 48 KB must be asked for
+    // more than 48 KB must be requested
     const cudaError_t error =
         cudaFuncSetAttribute(obs_prune_kernel<M>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(sizeof(ObsShared)));

@@ -1,6 +1,6 @@
 // obs_prune on a CUDA device, one block of columns at a time: SparseGPT's column sweep (arXiv 2301.00774,
-// algorithm 1) with N:M selection. What a block does to the columns behind it is one GEMM, left to the
-// caller.
+// algorithm 1) with N:M selection. The update of the columns after a block is one GEMM, which the caller
+// runs.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +24,8 @@ struct ObsBlock {
     int n;           // kept of each group
 };
 
-// In order on `stream` of the device that holds the weight; returns without waiting. Returns what went wrong,
-// or an empty string.
+// Runs in order on `stream` of the device that holds the weight; returns without waiting. Returns an error
+// message, or an empty string.
 std::string obs_prune_block_cuda(const ObsBlock& op, void* stream);
 
 }  // namespace msp

@@ -1,5 +1,5 @@
-// What a thread block of the CUDA obs_prune does. __host__ __device__, so that the tests run the very same
-// steps on the CPU, thread after thread.
+// The work of a thread block of the CUDA obs_prune. __host__ __device__, so that the tests run the same steps
+// on the CPU, thread after thread.
 #pragma once
 
 #include <cmath>
@@ -11,7 +11,7 @@
 namespace msp {
 
 constexpr int kObsThreads = 256;
-// A thread block's: one for each lane of a warp.
+// The rows of a thread block: one for each lane of a warp.
 constexpr int kObsRows = 32;
 
 struct alignas(16) Quad {
@@ -26,11 +26,11 @@ MSP_HD float minus_product(float c, float a, float b) {
 #endif
 }
 
-// The factor's corner holds of each row the quads from the diagonal's on, row after row: half the memory of
-// the square, so twice as many thread blocks on a multiprocessor.
+// The factor's corner holds for each row the quads from the diagonal's on, row after row: half the memory of
+// the square, so a multiprocessor holds twice as many thread blocks.
 constexpr int kObsCornerQuads = 4 * (kObsBlockColumns / 4) * (kObsBlockColumns / 4 + 1) / 2;
 
-// Where row i's quad of columns 4 q ... 4 q + 3 lies; q is at least i / 4.
+// The place of row i's quad of columns 4 q ... 4 q + 3; q is at least i / 4.
 MSP_HD constexpr int corner_quad(int i, int q) {
     const int above = i / 4;
     const int per_row = kObsBlockColumns / 4;
@@ -38,7 +38,7 @@ MSP_HD constexpr int corner_quad(int i, int q) {
 }
 
 // In the columns' order, each with its rows side by side, so that a warp reads a column without conflicts.
-// Two floats of padding let 8 rows x 4 quads, which come from memory together, fall into 32 different banks.
+// Two floats of padding put 8 rows x 4 quads, which come from memory together, into 32 different banks.
 constexpr int kObsColumnStride = kObsRows + 2;
 
 struct ObsShared {
@@ -49,9 +49,9 @@ struct ObsShared {
     uint32_t kept[kObsBlockColumns / 32 * kObsRows];  // a bit for each column
 };
 
-// One thread block sweeps kObsRows rows. Group after group of M columns, one warp chooses and sweeps inside
-// the group, a row a lane, all in registers; then all warps take the group's errors to the columns behind it,
-// which they share out by quads.
+// One thread block sweeps kObsRows rows. For each group of M columns, one warp selects and sweeps inside the
+// group, a row a lane, all in registers. Then all warps apply the group's errors to the later columns, which
+// they share out by quads.
 template <int M>
 struct ObsSweep {
     const ObsBlock& op;
@@ -123,8 +123,8 @@ struct ObsSweep {
         for (int i = 0; i < M; ++i) {
             w[i] = at(row, first + i);
             reciprocal[i] = shared.reciprocal[first + i];
-            // |w| / U_ii ranks as w^2 / U_ii^2 does, and does not underflow. Its bits order as it does, and
-            // put NaN on top: it must be kept to be seen.
+            // |w| / U_ii ranks as w^2 / U_ii^2 does, and does not underflow. Its bits order as it does, with
+            // NaN on top: NaN must be kept, so that it is found.
             scores[i] = static_cast<int32_t>(float_bits(w[i] * reciprocal[i]) & 0x7fffffffu);
         }
         const uint32_t kept = select_group<M>(scores, op.n);

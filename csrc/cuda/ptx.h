@@ -23,7 +23,7 @@ __device__ __forceinline__ T* dynamic_shared() {
     return reinterpret_cast<T*>(msp_dynamic_shared);
 }
 
-// Shared addresses are 32-bit integers from here on.
+// From here on shared addresses are 32-bit integers.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -47,7 +47,7 @@ __device__ __forceinline__ void store_shared4(uint32_t address, uint32_t v) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
 
-// Global data that this block reads once: it would only push others out of the L1 cache. Not volatile, so
+// Global data that this block reads once: it would only evict other data from the L1 cache. Not volatile, so
 // that the compiler may move it up.
 __device__ __forceinline__ uint4 load_once16(const void* from) {
     uint4 v;
@@ -68,7 +68,7 @@ __device__ __forceinline__ void store16(void* to, uint4 v) {
                  : "memory");
 }
 
-// 9.7.9.25.3 cp.async: 16 bytes to shared memory past the registers and L1; only `bytes` (0 ... 16) of them
+// 9.7.9.25.3 cp.async: 16 bytes to shared memory, past the registers and L1; only `bytes` (0 ... 16) of them
 // are read, the rest is zero.
 __device__ __forceinline__ void cp_async16(uint32_t to, const void* from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
@@ -76,7 +76,7 @@ __device__ __forceinline__ void cp_async16(uint32_t to, const void* from, int by
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until at most `Pending` of this thread's committed groups are unfinished.
+// Waits until at most `Pending` of this thread's committed groups are unfinished.
 template <int Pending>
 __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
@@ -183,14 +183,14 @@ __device__ __forceinline__ void mbarrier_init_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Arrive, and let the phase wait for so many bytes of bulk copies.
+// Arrives, and makes the phase wait for a number of bytes of bulk copies.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                  : "memory");
 }
 
-// Arrive at the barrier that lies at the same place in another block of the cluster. Ordered within the block
-// only, which is enough where copies and wgmma are all that touch the memory it guards; more would flush
+// Arrives at the barrier at the same place in another block of the cluster. Ordered within the block only,
+// which is enough because only copies and wgmma touch the memory that it guards; a wider order would flush
 // caches.
 __device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
     asm volatile(
@@ -203,7 +203,7 @@ __device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, uint32_t ra
         : "memory");
 }
 
-// Until the phase of this parity is over.
+// Waits until the phase of this parity is over.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
     uint32_t done = 0;
     while (done == 0) {
@@ -223,8 +223,8 @@ __device__ __forceinline__ void prefetch_tensor_map(const void* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// 9.7.9.27.1.2 cp.async.bulk.tensor: the box at (column, row), to the same place in every block of the
-// cluster that `blocks` has a bit for; its bytes count at the barrier at the same place there.
+// 9.7.9.27.1.2 cp.async.bulk.tensor: copies the box at (column, row) to the same place in every block of the
+// cluster that has a bit in `blocks`; its bytes count at the barrier at the same place there.
 __device__ __forceinline__ void tma_load_2d(uint32_t to, const void* map, uint32_t barrier, int column,
                                             int row, uint16_t blocks) {
     asm volatile(

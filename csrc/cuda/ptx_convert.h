@@ -31,8 +31,8 @@ MSP_HD float widen_high(uint32_t bits) {
     }
 }
 
-// 9.7.9.7 prmt: byte i of the result is the one of low (0-3) or high (4-7) that nibble i of `selector` names,
-// whose highest bit must be 0. CUDA's own __byte_perm spends an instruction on clearing that bit.
+// 9.7.9.7 prmt: byte i of the result is the byte of low (0-3) or high (4-7) that nibble i of `selector`
+// names, whose highest bit must be 0. CUDA's own __byte_perm spends an instruction on clearing that bit.
 MSP_HD uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
 #if defined(__CUDA_ARCH__)
     uint32_t result;

@@ -1,4 +1,4 @@
-// The wgmma instructions of sm_90a; part of ptx.h. Their operands are so many that macros spell them out.
+// The wgmma instructions of sm_90a; part of ptx.h. They have so many operands that macros write them.
 #pragma once
 
 #include <cstdint>
@@ -15,14 +15,14 @@ __device__ __forceinline__ void wgmma_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Until at most `Pending` committed groups are unfinished.
+// Waits until at most `Pending` committed groups are unfinished.
 template <int Pending>
 __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
 
-// After the wait for the products that add to `d`: the compiler, which sees no connection, may not read it
-// before.
+// Called after the wait for the products that add to `d`: it keeps the compiler, which sees no connection,
+// from reading `d` before.
 template <int Count>
 __device__ __forceinline__ void wgmma_done(float (&d)[Count]) {
 #pragma unroll

@@ -2,8 +2,8 @@
 
 namespace msp {
 
-// Whether the kernels can run here: there is a device, all are of compute capability 8.0 or newer, and the
-// driver is new enough for the CUDA runtime in this module, which may be newer than torch's.
+// Whether the kernels can run here: there is a device, all devices are of compute capability 8.0 or newer,
+// and the driver is new enough for the CUDA runtime in this module, which may be newer than torch's.
 bool cuda_usable();
 
 }  // namespace msp

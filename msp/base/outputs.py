@@ -1,8 +1,8 @@
-"""Where results go: checked before any work, locked meanwhile, written as a whole, and replaced only if msp wrote it.
+"""Checks the places of results before any work, locks them, writes results as a whole, replaces only msp's files.
 
 Every folder that msp writes holds a mark, ``.msp-output.json``: ``{"format": 1, "msp": version, "files": {path:
-digests}}``. The digests, SHA-256, are of files that people edit; None stands for those of a model. A packed model
-without a mark, such as one from a hub, is known by the manifest in its ``config.json``.
+digests}}``. The digests are SHA-256 of files that people edit, and None for the files of a model. A packed model
+without a mark, such as one from a hub, is recognised by the manifest in its ``config.json``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from msp.errors import MspError
 QUANT_METHOD = "msp"
 MARK = ".msp-output.json"
 FORMAT = 1
-# Drawn into the folder of a model when it stands already, so no mark names them.
+# Drawn into the folder of a model that is already complete, so no mark names them.
 PICTURES = {"pictures/allocation.png", "pictures/sensitivity.png", "pictures/search.png"}
 # The files of a packed model that has no mark; patterns have no folders in them.
 OF_MODELS = (
@@ -66,15 +66,15 @@ WAY_OUT = "choose another place, or remove it yourself"
 def check_output(
     out: str | Path, force: bool = False, *, model: Any = None, work_dir: str | Path | None = None
 ) -> Path:
-    """Where a model will be written, links resolved; to be asked before any long work.
+    """The directory for a model, links resolved; call it before any long work.
 
     Args:
-        model: that is read meanwhile: a folder, or anything else, which is passed over.
-        work_dir: of the run.
+        model: the model that the run reads: a folder, or anything else, which is ignored.
+        work_dir: the work folder of the run.
 
     Raises:
         MspError: ``out`` exists and ``force`` is off; it may not be replaced, see ``check_replaceable``; it is in
-            ``work_dir`` or around it; or nothing can be created beside it.
+            ``work_dir`` or contains it; or nothing can be created next to it.
     """
     target = Path(os.path.realpath(out))
     if work_dir is not None:
@@ -90,12 +90,12 @@ def check_output(
 
 
 def check_replaceable(out: str | Path, *, model: Any = None) -> None:
-    """See that everything in the folder ``out`` was written by msp and that nobody needs it now.
+    """Check that msp wrote everything in the folder ``out`` and that nothing else uses it now.
 
     Raises:
         MspError: it is no folder, or one that msp did not write, or holds a file that msp did not write; it is a link
             that leads out of its folder, or a mounted disk; or it has the current directory, a home or ``model`` in it,
-            or is in ``model``. The message names what is in the way, and the way out.
+            or is in ``model``. The message names the obstacle and a remedy.
     """
     path, target = Path(out), Path(os.path.realpath(out))
     if not target.is_dir():
@@ -117,14 +117,14 @@ def check_replaceable(out: str | Path, *, model: Any = None) -> None:
         raise MspError(f"{out} exists and is not a model that msp wrote, so it is not replaced; {WAY_OUT}")
     for drawn in {target / Path(name).parent for name in PICTURES}:
         if drawn.is_dir() and not drawn.is_symlink():
-            clean_folder(drawn)  # of a run that was killed while it drew
+            clean_folder(drawn)  # from a run that was killed while it drew
     strange = foreign(target)
     if strange is not None:
         raise MspError(f"{out} is not replaced, since msp did not write {strange} in it: move that away, or {WAY_OUT}")
 
 
 def _clear(out: str | Path, target: Path) -> None:
-    """Remove what a killed search has left in its folder; ``MspError`` if one that is alive writes there."""
+    """Remove the files that a killed search left in its folder; ``MspError`` if a live run writes there."""
     lock = inside(target)
     if not lock.exists():
         return
@@ -138,7 +138,7 @@ def _clear(out: str | Path, target: Path) -> None:
 
 
 def foreign(folder: Path) -> str | None:
-    """A path in ``folder`` that msp did not write, or that was changed since; None if there is none."""
+    """A path in ``folder`` that msp did not write, or that was changed afterwards; None if there is none."""
     mark = read_mark(folder)
     for file in sorted(_entries(folder)):
         name = file.relative_to(folder).as_posix()
@@ -156,7 +156,7 @@ def foreign(folder: Path) -> str | None:
 
 
 def write_mark(folder: Path, files: Mapping[str, list[str] | None] | None = None) -> None:
-    """Write down what msp has written to ``folder``: ``files``, or all that is in it."""
+    """Write the mark of ``folder``: it names ``files``, or all files there."""
     if files is None:
         names = sorted(file.relative_to(folder).as_posix() for file in _entries(folder) if file.is_file())
         files = {name: None for name in names if name != MARK}
@@ -165,7 +165,7 @@ def write_mark(folder: Path, files: Mapping[str, list[str] | None] | None = None
 
 
 def read_mark(folder: Path) -> dict[str, list[str] | None] | None:
-    """What msp has written to ``folder``; None where it says nothing of it."""
+    """The entries of the mark of ``folder``; None if it has no mark that can be read."""
     try:
         content = json.loads((folder / MARK).read_text(encoding="utf-8"))
         files = content["files"] if content["format"] == FORMAT else None
@@ -184,10 +184,10 @@ def _are_digests(value: object) -> bool:
 def reserved(
     out: str | Path, force: bool = False, *, model: Any = None, work_dir: str | Path | None = None
 ) -> Iterator[Path]:
-    """``check_output``, with ``out`` locked for the length of the context; what killed runs have left goes first.
+    """``check_output``, with ``out`` locked for the length of the context; first removes the files of killed runs.
 
     Raises:
-        MspError: see ``check_output``; or another run writes to ``out``, and which.
+        MspError: see ``check_output``; or another run, which the message names, writes to ``out``.
     """
     target = Path(os.path.realpath(out))
     check_writable(target.parent, out)
@@ -207,10 +207,10 @@ def _clean(out: str | Path, target: Path) -> None:
 
 @contextmanager
 def new_folder(out: str | Path, force: bool = False, *, model: Any = None) -> Iterator[tuple[Path, Path]]:
-    """A hidden directory beside ``out``, and ``out`` itself, links resolved, whose place it takes in the end.
+    """A hidden directory that replaces ``out`` at the end of the context, and ``out`` itself, links resolved.
 
     Raises:
-        MspError: see ``reserved``; or what is done in the context cannot be written. ``out`` is as before then.
+        MspError: see ``reserved``; or a file of the context cannot be written. ``out`` is then as before.
     """
     with reserved(out, force, model=model) as target:
         try:
@@ -220,7 +220,7 @@ def new_folder(out: str | Path, force: bool = False, *, model: Any = None) -> It
                 open_to_readers(new)
                 write_mark(new)
                 if os.path.lexists(target):
-                    check_output(out, force, model=model)  # somebody may have put something there meanwhile
+                    check_output(out, force, model=model)  # another program may have written there in the meantime
                 put_in_place(new, target)
         except (OSError, SafetensorError) as error:
             raise MspError(f"{out} cannot be written: {error}") from error
@@ -228,12 +228,12 @@ def new_folder(out: str | Path, force: bool = False, *, model: Any = None) -> It
 
 @contextmanager
 def working_folder(folder: str | Path | None) -> Iterator[None]:
-    """A folder to write into, made if need be, and locked for the length of the context; None is passed over.
+    """A folder to write into, created if it is absent, and locked for the length of the context; None does nothing.
 
     It is removed afterwards if it is empty.
 
     Raises:
-        MspError: it is no folder or cannot be written to; or another run uses it, and which.
+        MspError: it is no folder or cannot be written to; or another run, which the message names, uses it.
     """
     if folder is None:
         yield
@@ -247,7 +247,7 @@ def working_folder(folder: str | Path | None) -> Iterator[None]:
 
 
 def check_writable(folder: Path, name: str | Path) -> None:
-    """See that files can be created in ``folder``, or in the nearest one above it that is there.
+    """Check that files can be created in ``folder``, or in its nearest parent that exists.
 
     Raises:
         MspError: they cannot; the message begins with ``name``.
@@ -257,14 +257,15 @@ def check_writable(folder: Path, name: str | Path) -> None:
     if not folder.is_dir():
         raise MspError(f"{name} cannot be written: {folder} is a file, and a folder is needed there")
     try:
-        # Permission bits do not tell: a read-only mount, a full disk or an ACL may still refuse. The file has no name.
+        # Permission bits are not enough: a read-only mount, a full disk or an ACL may still refuse. The file has no
+        # name.
         tempfile.TemporaryFile(prefix=".msp-", dir=folder).close()
     except OSError as error:
         raise MspError(f"{name} cannot be written: {folder}: {error.strerror or error}") from error
 
 
 def check_file(path: str | Path) -> None:
-    """See that a file can be written to ``path``; to be asked before any long work.
+    """Check that a file can be written to ``path``; call it before any long work.
 
     Raises:
         MspError: a folder is in the way, or nothing can be created there.
@@ -276,7 +277,7 @@ def check_file(path: str | Path) -> None:
 
 
 def check_temporary() -> None:
-    """See that temporary files can be created; ``MspError`` says how to choose another place for them."""
+    """Check that temporary files can be created; the ``MspError`` explains how to choose another place for them."""
     try:
         with tempfile.TemporaryFile(prefix="msp-") as file:
             file.write(b"\0")
@@ -285,10 +286,10 @@ def check_temporary() -> None:
 
 
 def check_room(out: str | Path, size: int, what: str) -> None:
-    """See that ``size`` bytes fit on the disk of ``out``.
+    """Check that ``size`` bytes fit on the disk of ``out``.
 
     Raises:
-        MspError: they do not; the message says ``what`` takes them.
+        MspError: they do not fit; the message names ``what``, which takes them.
     """
     folder = Path(os.path.realpath(out)).parent
     while not folder.exists():
@@ -299,10 +300,10 @@ def check_room(out: str | Path, size: int, what: str) -> None:
 
 
 def check_results(folder: str | Path, names: Iterable[str]) -> None:
-    """See that files ``names`` can be written to ``folder``, and that none is there but what msp wrote.
+    """Check that files ``names`` can be written to ``folder``, and that msp wrote all of them that exist.
 
     Raises:
-        MspError: one that msp did not write or that was edited since, or a place where nothing can be created.
+        MspError: msp did not write one, or it was edited afterwards; or nothing can be created in the place.
     """
     place = Path(os.path.realpath(folder))
     check_writable(place, folder)
@@ -317,7 +318,7 @@ def check_results(folder: str | Path, names: Iterable[str]) -> None:
 
 
 def write_results(folder: Path, contents: Mapping[str, str | bytes]) -> list[Path]:
-    """Write files to ``folder``, each in one step, and its mark.
+    """Write files to ``folder``, each in one step, and the mark of the folder.
 
     Raises:
         MspError: see ``check_results``; or they cannot be written.
@@ -349,7 +350,7 @@ def _unchanged(file: Path, digests: list[str] | None) -> bool:
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """All below ``folder``, without following links."""
+    """All paths below ``folder``, without following links."""
     for entry in folder.iterdir():
         yield entry
         if entry.is_dir() and not entry.is_symlink():
@@ -365,7 +366,7 @@ def _is_packed(folder: Path) -> bool:
 
 
 def _in_use(model: Any) -> Iterator[tuple[Path, str]]:
-    """Folders, links resolved, that may not go, and what they are."""
+    """Folders, links resolved, that may not be replaced, each with its description."""
     with suppress(OSError):  # the current directory may be gone
         yield Path(os.path.realpath(os.getcwd())), "the current directory"
     homes = {os.path.expanduser("~"), *(entry.pw_dir for entry in pwd.getpwall())}
@@ -382,7 +383,7 @@ def _in_use(model: Any) -> Iterator[tuple[Path, str]]:
 
 
 def _folder_of(model: Any) -> Path | None:
-    """The folder that ``model`` names or was loaded from, links resolved, if it is one."""
+    """The folder that ``model`` names or was loaded from, links resolved; None if there is none."""
     named = (
         model if isinstance(model, (str, os.PathLike)) else getattr(getattr(model, "config", None), "_name_or_path", "")
     )

@@ -1,8 +1,8 @@
-"""The one reader of JSON and YAML. Whatever a file holds, it is read as it says or refused with its name.
+"""The one reader of JSON and YAML. It reads every file exactly, or refuses it with its name.
 
-Refused are files that are too large, nested too deep, no strict JSON or YAML (a key twice, NaN, a number that no double
-or 64-bit integer holds, half a surrogate pair), and YAML whose aliases make it endless or huge. ``text``, ``whole`` and
-the others take a value out of what was read, or name the entry that is not of its type.
+It refuses files that are too large, nested too deep, or no strict JSON or YAML (a key twice, NaN, a number that no
+double or 64-bit integer holds, half a surrogate pair), and YAML whose aliases make it endless or huge. ``text``,
+``whole`` and the others take a value out of the content, or name the entry that is not of their type.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from msp.errors import MspError
 
 # A search of thousands of units and candidates writes a tenth of this.
 MOST_BYTES = {"JSON": 1 << 30, "YAML": 1 << 25}
-# Of a file read at a time.
+# The bytes that are read from a file at a time.
 PIECE_BYTES = 1 << 20
 DEEPEST = 64
-# Entries of a YAML file, those under an alias counted wherever it stands.
+# The most entries of a YAML file; those under an alias count at each of its places.
 MOST_NODES = 1 << 22
 LARGEST = (1 << 63) - 1
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
@@ -32,7 +32,7 @@ _shorten.maxstring = _shorten.maxother = 80
 
 
 class _Wrong(ValueError):
-    """What a file holds is not what it may hold."""
+    """The content of a file is not allowed."""
 
 
 def shown(value: object) -> str:
@@ -44,7 +44,7 @@ def shown(value: object) -> str:
 
 
 def read_json(path: str | Path, *, foreign: bool = False) -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
     Args:
         foreign: a file that other programs write too, such as a model's ``config.json``: infinite and huge numbers
@@ -64,7 +64,7 @@ def read_object(path: str | Path, *, foreign: bool = False) -> dict[str, Any]:
     """``read_json`` of a file that holds an object.
 
     Raises:
-        MspError: as ``read_json``; or it holds something else.
+        MspError: as ``read_json``; or it holds no object.
     """
     content = read_json(path, foreign=foreign)
     if not isinstance(content, dict):
@@ -88,7 +88,7 @@ def parse_json(data: bytes, *, foreign: bool = False) -> Any:
 
 
 def read_yaml(path: str | Path, *, plain: bool = False) -> Any:
-    """What a YAML file holds; with ``plain`` every scalar is the text that stands there.
+    """The content of a YAML file; with ``plain`` every scalar stays the text in the file.
 
     Raises:
         MspError: the file cannot be read, or is refused; see the module.
@@ -126,7 +126,7 @@ def parse_yaml(text: str, *, plain: bool = False) -> Any:
             loader.dispose()
     except _Wrong:
         raise
-    except Exception as error:  # of yaml, and of what it makes of odd scalars: dates, numbers, merges
+    except Exception as error:  # from yaml, and from its conversion of odd scalars: dates, numbers, merges
         raise _Wrong(" ".join(str(error).split()) or type(error).__name__) from error
     if not plain:
         _check_numbers(content)
@@ -162,7 +162,7 @@ def real(value: object, name: str, least: float = -math.inf) -> float:
 
 
 def array(value: object, name: str, length: int | None = None) -> list[Any]:
-    """``value``, a list, of ``length`` entries where that is given; ``MspError`` with ``name`` otherwise."""
+    """``value``, a list, of ``length`` entries if that is given; ``MspError`` with ``name`` otherwise."""
     if not isinstance(value, (list, tuple)) or (length is not None and len(value) != length):
         raise MspError(f"{name}: {shown(value)} is not a list{'' if length is None else f' of {length}'}")
     return list(value)
@@ -179,7 +179,7 @@ def table(value: object, name: str, keys: Iterable[str] = ()) -> Mapping[str, An
 
 
 def plain(value: object, name: str, depth: int = DEEPEST) -> Any:
-    """``value``, made of what JSON has, in finite depth; ``MspError`` with ``name`` otherwise."""
+    """``value``, made of the types of JSON, in finite depth; ``MspError`` with ``name`` otherwise."""
     if depth == 0:
         raise MspError(f"{name}: nested deeper than {DEEPEST}")
     if isinstance(value, Mapping):
@@ -223,7 +223,7 @@ def _bytes(path: str | Path, kind: str) -> bytes:
     most, data = MOST_BYTES[kind], bytearray()
     try:
         with Path(path).open("rb") as stream:
-            # not in one read, for which Python takes as much memory as it might need
+            # not in one read, because Python then allocates for the largest size
             while len(data) <= most and (piece := stream.read(PIECE_BYTES)):
                 data += piece
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have
@@ -234,7 +234,7 @@ def _bytes(path: str | Path, kind: str) -> bytes:
 
 
 def _depth(data: bytes) -> int:
-    """How deep brackets are nested outside of strings, before a parser that recurses sees them."""
+    """The depth of nested brackets outside of strings; computed before a recursive parser reads them."""
     import numpy as np
 
     brackets = np.frombuffer(_STRING.sub(b"", data).translate(None, _NO_BRACKETS), np.uint8)

@@ -20,7 +20,7 @@ LFS_HEADER = b"version https://git-lfs.github.com/spec/"
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Where a tensor lies, its shape and its dtype as safetensors spells it."""
+    """The file of a tensor, its shape and its dtype as safetensors spells it."""
 
     file: Path
     shape: tuple[int, ...]
@@ -75,15 +75,15 @@ def split_guards(
 ) -> tuple[dict[str, TensorHeader], dict[str, TensorHeader]]:
     """The tensors of a packed model, and its guards: the empty ``<linear>.weight`` of each packed linear.
 
-    A loader that does not know the format would leave packed linears at random values; the guard makes it fail on a
-    shape that does not fit. Checkpoints without guards are as valid.
+    A loader that does not support the format would leave packed linears at random values. The guard makes it fail on a
+    shape that does not fit. Checkpoints without guards are valid too.
     """
     guards = {name: header for name, header in headers.items() if name.endswith(".weight") and header.shape == (0,)}
     return {name: header for name, header in headers.items() if name not in guards}, guards
 
 
 def lfs_pointer(file: Path) -> str:
-    """Says that ``file`` is what a clone without git-lfs leaves in the place of a large file; empty if it is not."""
+    """The reason if ``file`` is the pointer that a clone without git-lfs leaves instead of a large file; else empty."""
     try:
         with file.open("rb") as stream:
             is_pointer = stream.read(len(LFS_HEADER)) == LFS_HEADER
@@ -93,7 +93,7 @@ def lfs_pointer(file: Path) -> str:
 
 
 def header_bytes(file: Path) -> int:
-    """A safetensors file is the header's length in 8 bytes, the header, then the tensors without a gap."""
+    """The bytes before the first tensor: the length of the header in 8 bytes, and the header."""
     with file.open("rb") as stream:
         return 8 + int.from_bytes(stream.read(8), "little")
 

@@ -1,11 +1,11 @@
-"""The command ``msp``: one verb per thing a user wants, each a thin skin over the function of that name."""
+"""The command ``msp``: one verb per task, each a thin layer over the function of that name."""
 
 from __future__ import annotations
 
 import msp
 from msp.base.namesake import namesake
 
-if not hasattr(msp, "__version__"):  # another project's __init__.py lies where ours should
+if not hasattr(msp, "__version__"):  # another project's __init__.py is in the place of msp's
     raise SystemExit(f"msp: {namesake()}")
 
 from msp.cli import exporting as exporting

@@ -1,6 +1,6 @@
 """``python -m msp.cli.demo``: trains a small model on this machine, prunes it two ways, compares, and generates.
 
-Nothing is downloaded: the text is the source of the Python standard library, the model a byte-level Llama.
+Nothing is downloaded: the text is the source of the Python standard library, and the model is a byte-level Llama.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ SKIPPED_FOLDERS = {
 # One file in this many is held out of training, for calibration and test.
 HELD_OUT_EVERY = 8
 PROMPT = "def read_lines(path):"
-# Of the two pruned models, in the output.
+# The folders of the two pruned models in the output.
 FOLDERS = ("uniform", "msp")
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Everything that the trained model depends on; a change trains anew."""
+    """Everything that the trained model depends on; after a change the model is trained anew."""
 
     hidden: int = 96
     feed_forward: int = 320
@@ -72,7 +72,7 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents by use: training, and two sets the model never sees in training."""
+    """Documents by use: training, and two sets that the training never reads."""
 
     train: tuple[str, ...]
     calibration: tuple[str, ...]
@@ -114,7 +114,7 @@ def byte_tokenizer(context: int) -> PreTrainedTokenizerFast:
     """One token per byte, numbered as the byte, then the special tokens; a text starts with BOS."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    # The letters that byte-level tokenizers stand bytes for, as GPT-2 chose them.
+    # The letters of byte-level tokenizers for bytes, as GPT-2 chose them.
     letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
     tokenizer = Tokenizer(models.BPE({letters[byte]: byte for byte in range(256)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -134,7 +134,7 @@ def byte_tokenizer(context: int) -> PreTrainedTokenizerFast:
 class Muon:
     """Momentum whose matrix updates are orthogonalised by Newton-Schulz iteration (Jordan et al., 2024).
 
-    On so few tokens it learns far more than AdamW. Matrices of one shape go through the iteration together.
+    On so few tokens it learns far more than AdamW. Matrices of one shape share one iteration.
     """
 
     def __init__(self, matrices: Sequence[Tensor], momentum: float = 0.95, decay: float = 0.1) -> None:
@@ -146,7 +146,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """Update every matrix from its ``.grad``, and clear that."""
+        """Update every matrix from its ``.grad``, and clear the gradient."""
         for shape, weights in self._by_shape.items():
             updates = _orthogonal(torch.stack([self._direction(weight) for weight in weights]))
             scale = rate * max(1.0, shape[0] / shape[1]) ** 0.5
@@ -172,7 +172,7 @@ def _orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def train(settings: DemoSettings, corpus: Corpus, folder: Path, progress: Progress | None = None) -> Path:
-    """A trained model in ``folder``, taken from there where the same settings and text made one before."""
+    """A trained model in ``folder``, read from there if an earlier run with the same settings and text stored it."""
     recipe = json.dumps({**asdict(settings), "corpus": corpus.digest, "format": 1}, sort_keys=True)
     target = folder / f"model-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     if target.is_dir():
@@ -206,7 +206,7 @@ def train(settings: DemoSettings, corpus: Corpus, folder: Path, progress: Progre
 
 
 def _training(model: LlamaForCausalLM, tokens: Tensor, settings: DemoSettings) -> Iterator[tuple[int, float]]:
-    """Train in place for a fixed number of steps; yields ``(steps done, mean loss of late)``."""
+    """Train in place for a fixed number of steps; yields ``(steps done, recent mean loss)``."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     muon = Muon(matrices)
@@ -232,7 +232,7 @@ def _training(model: LlamaForCausalLM, tokens: Tensor, settings: DemoSettings) -
 
 @dataclass(frozen=True)
 class Effort:
-    """How much the pruning part spends."""
+    """The effort of the pruning part."""
 
     calibration_tokens: int = 32_768
     fitness_tokens: int = 16_384
@@ -263,7 +263,7 @@ def run(
     progress: Progress,
     corpus: Corpus | None = None,
 ) -> tuple[list[Row], str]:
-    """Train or fetch the model, prune it twice into ``output``, load both back; the table and a sample."""
+    """Train or read the model, prune it twice into ``output``, load both back; returns the table and a sample."""
     from msp import prune
     from msp.show.pictures import prune_pictures
 
@@ -341,7 +341,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the demo; 0 when done, 1 when it failed or was interrupted, 128 and its number after a signal."""
+    """Run the demo; returns 0 if it is done, 1 if it failed or was interrupted, 128 and its number after a signal."""
     parser = argparse.ArgumentParser(prog="python -m msp.cli.demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="where the pruned models go")
     parser.add_argument("--cache", type=Path, default=Path(".cache/demo"), help="where the trained model is kept")

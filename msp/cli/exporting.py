@@ -44,7 +44,7 @@ def export(
     """Write a packed model in a form that other programs load.
 
     The dense form computes the same as the packed one and takes the bytes of the dense model. It needs no msp:
-    converters, servers and trainers take it for any other model.
+    converters, servers and trainers read it like any other model.
 
     Example: msp export ./my-model-75 --dense -o ./my-model-75-dense
     """

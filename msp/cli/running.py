@@ -1,4 +1,4 @@
-"""How a verb runs: progress, errors, exit codes, and what goes to which stream."""
+"""Runs a verb: progress, errors, exit codes, and the streams of its output."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from msp.base.progress import Progress
 
 FAILED, WRONG_USAGE = 1, 2
-# How torch and the system say that there is no more memory.
+# Messages of torch and the system if there is no more memory.
 NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory")
 MORE_MEMORY = "msp prune --dry-run says how much a run takes; --stream takes one block at a time"
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that asks the process to end: cleaned up after like Ctrl-C."""
+    """A signal that asks the process to end; the clean-up is that of Ctrl-C."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def stopped_by_signals() -> Iterator[None]:
 
 
 class Running:
-    """One verb at work: where it reports progress, and what it will show in the end."""
+    """A running verb: the target of its progress, and its result."""
 
     def __init__(self, progress: Progress, console: Console, as_json: bool) -> None:
         self.progress = progress
@@ -66,11 +66,11 @@ class Running:
         self._shown: tuple[Any, RenderableType] | None = None
 
     def result(self, data: Any, report: RenderableType) -> None:
-        """What the verb found: ``data`` for ``--json``, ``report`` for a reader."""
+        """Set the result: ``data`` for ``--json``, ``report`` for a reader."""
         self._shown = (data, report)
 
     def say(self, message: str) -> None:
-        """A line beside the result, on standard error."""
+        """Print a line on standard error, in addition to the result."""
         self.console.print(Text(message))
 
     def print_result(self) -> None:
@@ -89,7 +89,7 @@ class Running:
 def running(as_json: bool, debug: bool, *, on_interrupt: str = "interrupted") -> Iterator[Running]:
     """Runs a verb: progress to standard error, errors to one line and an exit code, 128 + its number for a signal.
 
-    Whatever a library prints goes to standard error, so that standard output holds the result alone.
+    All output of libraries goes to standard error, so that standard output holds the result alone.
     """
     from msp.show.report import RichProgress
 
@@ -126,7 +126,7 @@ def running(as_json: bool, debug: bool, *, on_interrupt: str = "interrupted") ->
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether Python, torch on a CPU or a GPU, or the system had no more memory to give."""
+    """Whether Python, torch on a CPU or a GPU, or the system ran out of memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, (RuntimeError, OSError)) and any(sign in str(error) for sign in NO_MEMORY)
@@ -153,7 +153,7 @@ def _quiet(console: Console, debug: bool) -> Iterator[None]:
 
 
 def calm_libraries() -> None:
-    """Keep transformers' notices and its loading bar out of ours; downloads still show their bars."""
+    """Suppress transformers' notices and its loading bar; downloads still show their bars."""
     import huggingface_hub.utils
     import transformers
 

@@ -25,8 +25,8 @@ def search(
             "--output",
             "-o",
             metavar="OUT",
-            help="Directory to write allocation.json and recipe.yaml to. Those that are there are replaced if msp "
-            "wrote them and nobody changed them. With several budgets, each has a folder in it, beside pareto.json and "
+            help="Directory to write allocation.json and recipe.yaml to. Existing files are replaced if msp wrote them "
+            "and nobody changed them. With several budgets, each has a folder in it, next to pareto.json and "
             "pareto.png.",
             rich_help_panel=RUN,
         ),
@@ -37,9 +37,10 @@ def search(
 ) -> None:
     """Find out how many weights each layer keeps, and prune nothing yet.
 
-    Writes the pattern of every layer (N:M keeps N of every M consecutive weights) as JSON and as a recipe in YAML, to
-    be read, changed and given to msp prune --allocation. Test tokens are set aside as there: with the same options,
-    both together give the model that msp prune alone gives. Several budgets at once share all but the searches.
+    Writes the pattern of every layer (N:M keeps N of every M consecutive weights) as JSON and as a recipe in YAML. You
+    can read and change both, and give them to msp prune --allocation. Test tokens are set aside as in msp prune: with
+    the same options, both commands together give the model that msp prune alone gives. Several budgets at once share
+    all work but the searches.
 
     Example: msp search ./my-model -o ./found --budget-bytes 300MB --calibration notes.txt
     """
@@ -66,7 +67,7 @@ def search(
 
 
 def _several(options: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
-    """The option that names budgets, and where it names more than one, the argument of ``pareto`` for them."""
+    """The option that names budgets and, if it names several, the argument of ``pareto`` for them."""
     lists = {"sparsity": "sparsities", "budget_bytes": "budgets_bytes", "budget_decode": "budgets_decode"}
     asked = [name for name in lists if name in options]
     if len(asked) > 1:
@@ -85,7 +86,7 @@ def measure(
             "--output",
             "-o",
             metavar="FILE",
-            help="JSON file to write the times to. A file that is there is replaced if it is such a table.",
+            help="JSON file to write the times to. An existing file is replaced if it is such a table.",
             rich_help_panel=RUN,
         ),
     ],
@@ -95,8 +96,8 @@ def measure(
 ) -> None:
     """Measure how long the layers of a model take to decode a token, for --budget-decode.
 
-    Every shape of its prunable layers is timed dense and with every pattern N:M (N of every M kept), on this device
-    and with as many threads as torch uses, in the dtype the model is stored in. Weights are not read, only the shapes.
+    Times every shape of the prunable layers, dense and with every pattern N:M (N of every M kept), on this device, with
+    torch's number of threads and in the dtype in which the model is stored. It reads the shapes, but no weights.
 
     Example: msp measure ./my-model -o decode-table.json --patterns 0:8,1:8,2:8,4:8
     """

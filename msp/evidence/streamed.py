@@ -1,4 +1,4 @@
-"""Predictions and Fisher traces of a model of which one block at a time is there."""
+"""Predictions and Fisher traces of a model that has one block at a time in memory."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def streamed_fisher_traces(
     device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """What ``fisher_traces`` says of all linears of the blocks, with one block loaded at a time.
+    """``fisher_traces`` of all linears of the blocks, with one block loaded at a time.
 
-    A forward keeps the hidden states in front of every block; the backward goes from the last block to the first
-    and runs each forward again. As many sequences go together as ``hidden_bytes`` hold; each such group loads
-    every block twice. Arguments and errors are those of ``fisher_traces``.
+    A forward keeps the hidden states before every block. The backward goes from the last block to the first and runs
+    each forward again. A group has as many sequences as ``hidden_bytes`` can hold; each group loads every block twice.
+    Arguments and errors are those of ``fisher_traces``.
     """
     check_windows(windows)
     sequences, tokens = windows.shape
@@ -82,7 +82,7 @@ def streamed_fisher_traces(
 
 
 def _forward(gates: GatedModel, batch: Mapping[int, Tensor], hidden: HiddenStates) -> Iterator[None]:
-    """Fill ``hidden`` at ``(depth, sequence)``, depth 0 in front of the first block; a block per item drawn."""
+    """Fill ``hidden`` at ``(depth, sequence)``, depth 0 before the first block; loads a block per item drawn."""
     with torch.no_grad():
         for index, window in batch.items():
             hidden.put((0, index), gates.embedded(window))
@@ -94,7 +94,7 @@ def _forward(gates: GatedModel, batch: Mapping[int, Tensor], hidden: HiddenState
 
 
 def _backward(gates: GatedModel, batch: Mapping[int, Tensor], hidden: HiddenStates, consume: Consume) -> Iterator[None]:
-    """Put gradients in the place of the states, from the last to the first; a block per item drawn."""
+    """Replace the states by gradients, from the last to the first; loads a block per item drawn."""
     depth = len(gates.structure.blocks)
     for index, window in batch.items():
         with torch.enable_grad():
@@ -117,7 +117,7 @@ def _source_in(tap: Tap) -> Callable[[Tensor], Tensor]:
 
 
 def _next_of(gradients: Iterator[Tensor | None]) -> Callable[[Tensor], Tensor]:
-    """The gradient of one tensor after the other: 0 where the loss does not depend on it, and of integers."""
+    """The gradient of each tensor: 0 if the loss does not depend on it or if it holds integers."""
 
     def take(tensor: Tensor) -> Tensor:
         gradient = next(gradients) if tensor.is_floating_point() else None

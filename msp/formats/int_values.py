@@ -23,7 +23,7 @@ GROUPS = (32, 64, 128)
 class IntValues(Values):
     """Symmetric integers of ``bits``, and one fp16 scale for the kept weights of every ``group`` dense columns.
 
-    A weight is its code times its scale. Only 8 bits are built; the others have sizes.
+    A weight is its code times its scale. Only 8 bits can be computed; the other widths only have sizes.
     """
 
     names: ClassVar[tuple[str, ...]] = ("codes", "scales")
@@ -80,7 +80,7 @@ class IntValues(Values):
         return (grouped * parts["scales"].float()[..., None]).flatten(1)
 
     def _grouped(self, values: Tensor, columns: int) -> Tensor:
-        """``[R, groups, kept in a group]``: every group keeps as many, since it is whole groups of the support."""
+        """``[R, groups, kept in a group]``: all groups keep as many, since they are whole groups of the support."""
         groups = columns // self.group
         return values.reshape(len(values), groups, values.shape[1] // max(groups, 1))
 

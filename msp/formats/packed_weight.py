@@ -1,4 +1,4 @@
-"""The packed form of an N:M sparse weight: the kept values, and one bit a weight saying which they are."""
+"""The packed form of an N:M sparse weight: the kept values, and one bit a weight that marks them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def unpack_bits(bitmask: Tensor, columns: int) -> Tensor:
 
 
 def unpack(values: Tensor, bitmask: Tensor, columns: int) -> Tensor:
-    """Dense ``[R, columns]``: the values in order where a bit is set, zero elsewhere."""
+    """Dense ``[R, columns]``: the values in order at the set bits, zero elsewhere."""
     dense = values.new_zeros(values.shape[0], columns)
     return dense.masked_scatter(unpack_bits(bitmask, columns), values)
 
@@ -61,10 +61,10 @@ def check_matrix(name: str, weight: Tensor, group_size: int) -> None:
 
 
 def check_stored(parts: Mapping[str, Tensor], storage: Storage, shape: tuple[int, int], name: str = "") -> None:
-    """Raise ``MspError`` unless ``parts`` are those of a weight of ``shape`` in ``storage``; reads no bit of them.
+    """Raise ``MspError`` unless ``parts`` form a weight of ``shape`` in ``storage``; reads no bit of them.
 
     Args:
-        name: of the weight, which starts the message.
+        name: the name of the weight, which starts the message.
     """
     prefix = f"{name}." if name else ""
     rows, columns = shape
@@ -94,8 +94,8 @@ class PackedWeight:
 
     Attributes:
         values: ``[R, K/M*N]``, the kept weights of each row in column order (fp32, fp16 or bf16).
-        bitmask: uint8 ``[R, ceil(K/8)]``, bit ``c % 8`` of byte ``c // 8`` set where column c is kept:
-            exactly N bits a group, also where a kept weight is 0; bits past K are 0.
+        bitmask: uint8 ``[R, ceil(K/8)]``, bit ``c % 8`` of byte ``c // 8`` set if column c is kept: exactly N bits a
+            group, also if a kept weight is 0; bits past K are 0.
         pattern: N:M.
         shape: ``(R, K)``, K a multiple of M.
     """
@@ -107,11 +107,11 @@ class PackedWeight:
 
     @classmethod
     def from_mask(cls, weight: Tensor, mask: Tensor, pattern: NMPattern) -> PackedWeight:
-        """Pack ``weight [R, K]`` where bool ``mask [R, K]`` is set: exactly N of every M.
+        """Pack the weights of ``weight [R, K]`` at the set places of bool ``mask [R, K]``: exactly N of every M.
 
         Raises:
-            TypeError: a dtype that values or masks cannot have.
-            ValueError: a shape that does not fit, or a group with another number of kept weights.
+            TypeError: values or masks cannot have this dtype.
+            ValueError: a shape does not fit, or a group has another number of kept weights.
         """
         check_matrix("weight", weight, pattern.m)
         if mask.dtype != torch.bool:
@@ -132,7 +132,7 @@ class PackedWeight:
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """The tensors by the names that ``Storage.packed_parts`` gives them."""
+        """The tensors by their names in ``Storage.packed_parts``."""
         return {"values": self.values, BITMASK: self.bitmask}
 
     @property
@@ -145,7 +145,7 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of values and bitmask together, in memory as on disk."""
+        """Bytes of values and bitmask together, the same in memory and on disk."""
         return self.values.nbytes + self.bitmask.nbytes
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PackedWeight:
@@ -156,15 +156,15 @@ class PackedWeight:
         return PackedWeight(values, self.bitmask.to(values.device), self.pattern, self.shape)
 
     def unpack(self) -> Tensor:
-        """The dense ``[R, K]`` weight, zeros where nothing is kept."""
+        """The dense ``[R, K]`` weight, with zeros for the weights that are not kept."""
         return unpack(self.values, self.bitmask, self.shape[1])
 
     def kept(self) -> Tensor:
-        """Bool ``[R, K]``: which weights are kept."""
+        """Bool ``[R, K]``: true for the kept weights."""
         return unpack_bits(self.bitmask, self.shape[1])
 
     def check_once(self) -> None:
-        """``check``, without counting the bits of a bitmask that was counted and is the same still.
+        """``check``, but a bitmask that was counted and has not changed is not counted again.
 
         Raises:
             MspError: as ``check``.
@@ -173,7 +173,7 @@ class PackedWeight:
         check_positions(self.bitmask, self.pattern.n, self.pattern.m, self.shape[1])
 
     def check(self, name: str = "") -> None:
-        """Raise ``MspError`` unless the parts fit together; kernels do not count a bitmask again that stays as it is.
+        """Raise ``MspError`` unless the parts fit together; kernels then do not count an unchanged bitmask again.
 
         Args:
             name: the tensor's name, which starts the message.
@@ -182,16 +182,16 @@ class PackedWeight:
         count_positions(self.bitmask, self.pattern.n, self.pattern.m, self.shape[1], name)
 
     def check_parts(self, name: str = "") -> None:
-        """What ``check`` does without a look at a bit of the bitmask, so on tensors without data too."""
+        """``check`` without reading the bitmask, so it also serves tensors without data."""
         check_stored(self.parts, self.storage, self.shape, name)
 
 
 @dataclass(frozen=True, eq=False)
 class CodedWeight:
-    """A ``[R, K]`` weight whose kept values are not written as floats; no kernel takes it, the reference unpacks it.
+    """A ``[R, K]`` weight whose kept values are not floats; no kernel takes it, the reference unpacks it.
 
     Attributes:
-        parts: the tensors that ``storage`` asks for, by name.
+        parts: the tensors of ``storage``, by name.
         storage: N:M with other values, like ``2:8+int8/64``.
         shape: ``(R, K)``.
     """
@@ -211,7 +211,7 @@ class CodedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parts, in memory as on disk."""
+        """Bytes of all parts, the same in memory and on disk."""
         return sum(part.nbytes for part in self.parts.values())
 
     def to(self, device: torch.device | str) -> CodedWeight:
@@ -219,13 +219,13 @@ class CodedWeight:
         return CodedWeight({name: part.to(device) for name, part in self.parts.items()}, self.storage, self.shape)
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense ``[R, K]`` weight, zeros where nothing is kept."""
+        """The dense ``[R, K]`` weight, with zeros for the weights that are not kept."""
         assert self.storage.values is not None
         values = self.storage.values.decode(self.parts, self.shape[1]).to(dtype)
         return unpack(values, self.parts[BITMASK], self.shape[1]) if BITMASK in self.parts else values
 
     def kept(self) -> Tensor:
-        """Bool ``[R, K]``: which weights are kept."""
+        """Bool ``[R, K]``: true for the kept weights."""
         if BITMASK in self.parts:
             return unpack_bits(self.parts[BITMASK], self.shape[1])
         return torch.ones(self.shape, dtype=torch.bool, device=self.device)
@@ -242,7 +242,7 @@ class CodedWeight:
 
 
 def from_parts(parts: Mapping[str, Tensor], storage: Storage, shape: tuple[int, int]) -> PackedWeight | CodedWeight:
-    """The weight of ``shape`` that ``parts`` are; ``check`` says whether they fit."""
+    """The weight of ``shape`` that has ``parts``; call ``check`` to test whether they fit."""
     if storage.is_coded:
         return CodedWeight(dict(parts), storage, shape)
     assert storage.support is not None
@@ -250,11 +250,11 @@ def from_parts(parts: Mapping[str, Tensor], storage: Storage, shape: tuple[int, 
 
 
 def quantise_values(packed: PackedWeight, values: str) -> CodedWeight:
-    """The same weights, the kept ones written as ``values`` says, such as ``int8/64``.
+    """The same weights, with the kept ones written as ``values``, such as ``int8/64``.
 
     Raises:
-        UsageError: no such way to write values.
-        MspError: a shape, a pattern or values that cannot be written so.
+        UsageError: there is no such way to write values.
+        MspError: a shape, a pattern or values that cannot be written in this way.
     """
     way = Storage.parse(values)
     if way.support is not None or way.values is None or not way.is_coded:

@@ -1,10 +1,10 @@
-"""Proof that a bitmask keeps exactly N of every M, once for each bitmask and not once for each call.
+"""Checks once for each bitmask, not for each call, that it keeps exactly N of every M.
 
-A kernel walks along the values by the bits of the bitmask, so bits too many make it read past the end of them. Counting
-the bits takes longer than many a product. A bitmask that was counted is therefore remembered by its memory, and by the
-version that torch raises with every write. Whatever comes in anew (loaded, assigned, copied, moved, written to, its
-``.data`` exchanged) has another mark, and is counted before a kernel sees it. torch does not see writes that go through
-``.data``, through numpy, or into tensors of its inference mode; nor does this.
+A kernel walks along the values by the bits of the bitmask, so with too many bits it would read past their end. To count
+the bits takes longer than many a product. A counted bitmask is therefore remembered by its memory, and by the version
+that torch raises with every write. A bitmask that is new or changed (loaded, assigned, copied, moved, written to, its
+``.data`` exchanged) has another mark, and is counted before a kernel reads it. torch does not notice writes that go
+through ``.data``, through numpy, or into tensors of its inference mode; nor does this module.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _known: dict[tuple[int, str], tuple[weakref.ref[Tensor], tuple[Any, ...]]] = {}
 def count_bits(bitmask: Tensor, group_size: int) -> Tensor:
     """Bits set in each group, uint8 ``[R, groups]``; for groups of 4 every half byte counts as one.
 
-    Sums neighbouring bits, then pairs, then half bytes, so nothing larger than the bitmask is made.
+    Sums neighbouring bits, then pairs, then half bytes, so that no temporary is larger than the bitmask.
     """
     counts = bitmask - ((bitmask >> 1) & 0x55)
     counts = (counts & 0x33) + ((counts >> 2) & 0x33)
@@ -62,30 +62,30 @@ def check_parts(values: Tensor, bitmask: Tensor, n: int, m: int, columns: int) -
 
 
 def check_positions(bitmask: Tensor, n: int, m: int, columns: int, name: str = "") -> None:
-    """Check that ``bitmask`` keeps ``n`` of every ``m`` and has no bit past ``columns``, unless it was found to.
+    """Check that ``bitmask`` keeps ``n`` of every ``m`` and has no bit past ``columns``, unless it is known to.
 
     Args:
-        bitmask: uint8 ``[R, ceil(columns / 8)]``, in rows or in tiles: both have the same groups in other places.
-        name: of the linear, which starts the message.
+        bitmask: uint8 ``[R, ceil(columns / 8)]``, in rows or in tiles: both have the same groups at different places.
+        name: the name of the linear, which starts the message.
 
     Raises:
-        MspError: says how many groups are wrong, and which is the first.
+        MspError: gives the number of wrong groups, and the first of them.
     """
     _once("positions", bitmask, (n, m, columns), lambda: count_positions(bitmask, n, m, columns, name))
 
 
 def check_compliant(bitmask: Tensor, n: int, m: int) -> None:
-    """Check that no aligned group of 4 keeps more than 2, unless it was found to.
+    """Check that no aligned group of 4 keeps more than 2, unless it is known to.
 
     Raises:
-        MspError: some does.
+        MspError: a group keeps more.
     """
     if n > 2:
         _once("compliant", bitmask, (m,), lambda: _count_compliant(bitmask))
 
 
 def count_positions(bitmask: Tensor, n: int, m: int, columns: int, name: str = "") -> None:
-    """``check_positions``, counting in any case, and remembering.
+    """``check_positions`` that always counts, and remembers the result.
 
     Raises:
         MspError: as ``check_positions``.
@@ -122,7 +122,7 @@ def _once(kind: str, bitmask: Tensor, of: tuple[int, ...], count: Callable[[], N
     address = bitmask.data_ptr()
     found = _known.get((address, kind))
     if found is not None and found[1] == _mark(bitmask, of):
-        # another tensor may have come to the address when the one that was counted had gone
+        # another tensor may be at this address after the counted one was freed
         counted = found[0]()
         if counted is bitmask:
             return
@@ -135,7 +135,7 @@ def _once(kind: str, bitmask: Tensor, of: tuple[int, ...], count: Callable[[], N
 
 
 def _remember(kind: str, bitmask: Tensor, of: tuple[int, ...]) -> None:
-    """Take note of what was counted; it is forgotten when the tensor goes."""
+    """Record a counted bitmask; the record goes when the tensor is freed."""
     key = bitmask.data_ptr(), kind
     if bitmask.is_meta or not key[0]:
         return

@@ -2,7 +2,7 @@
 
 ``2:8`` keeps 2 of every 8 weights in the model's own dtype, ``dense`` all of them, ``removed`` stores nothing at all.
 ``2:8+int8/64`` and ``int8/64`` write the kept weights in another way, see ``register_values``. ``Storage.parts`` is the
-one table of the tensors that a linear has on disk: whoever wants to know names, shapes, dtypes or bytes asks it.
+one table of the tensors that a linear has on disk: all code that needs their names, shapes, dtypes or bytes reads it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 VALUE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# The part that says which weights are kept, a bit each.
+# The name of the part that marks the kept weights, a bit each.
 BITMASK = "bitmask"
 
 
 class Part(NamedTuple):
-    """A tensor of a stored linear; ``dtype`` is None where it is the model's own."""
+    """A tensor of a stored linear; ``dtype`` is None if it is the model's own."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -44,12 +44,12 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Values(ABC):
-    """How kept weights are written.
+    """A way of writing kept weights.
 
-    A way of its own derives from this class, and is found by its word after ``register_values``.
+    A new way derives from this class, and is found by its word after ``register_values``.
     """
 
-    # The names of the tensors of ``parts``, whatever their sizes.
+    # The names of the tensors of ``parts`` for every size.
     names: ClassVar[tuple[str, ...]]
 
     @classmethod
@@ -62,11 +62,11 @@ class Values(ABC):
 
     @property
     def is_built(self) -> bool:
-        """Whether ``encode`` and ``decode`` are there; without them only the sizes are known."""
+        """Whether ``encode`` and ``decode`` are implemented; without them only the sizes are defined."""
         return True
 
     def check(self, support: NMPattern | None, columns: int | None = None) -> None:
-        """Raise ``MspError`` if weights of ``support`` cannot be written so, in a row of ``columns``."""
+        """Raise ``MspError`` if weights of ``support`` cannot be written in this way, in a row of ``columns``."""
         return None  # by default all can
 
     @abstractmethod
@@ -77,7 +77,7 @@ class Values(ABC):
         """The tensors of ``parts`` from the kept weights ``[R, kept]`` in column order.
 
         Raises:
-            MspError: weights that cannot be written so.
+            MspError: the weights cannot be written in this way.
         """
         raise MspError(f"weights cannot be written as {self} yet")
 
@@ -85,7 +85,7 @@ class Values(ABC):
         """The kept weights ``[R, kept]`` in float32, from the tensors of ``parts``.
 
         Raises:
-            MspError: weights that were written so cannot be read.
+            MspError: the tensors cannot be read.
         """
         raise MspError(f"weights written as {self} cannot be read yet")
 
@@ -109,13 +109,13 @@ _ways: list[type[Values]] = []
 
 
 def register_values(way: type[V]) -> type[V]:
-    """Let ``Storage.parse`` find ``way`` by its words."""
+    """Register ``way``, so that ``Storage.parse`` finds it by its words."""
     _ways.append(way)
     return way
 
 
 def part_names() -> frozenset[str]:
-    """What tensors of packed linears may be called."""
+    """The names that tensors of packed linears may have."""
     return frozenset({BITMASK, *FloatValues.names, *(name for way in _ways for name in way.names)})
 
 
@@ -124,8 +124,8 @@ class Storage:
     """How a linear ``[R, K]`` is stored.
 
     Attributes:
-        support: which weights exist, N of every M; None for all of them, whatever K is.
-        values: how each is written; None if the linear is removed.
+        support: the weights that exist, N of every M; None for all of them, for any K.
+        values: the way of writing each weight; None if the linear is removed.
     """
 
     support: NMPattern | None = None
@@ -142,7 +142,7 @@ class Storage:
         """Read what ``str`` writes: ``2:8``, ``int8/64``, ``2:8+int8/64``, ``dense`` or ``removed``.
 
         Raises:
-            UsageError: it is none of these.
+            UsageError: the text is none of these.
         """
         word = text.strip()
         if word in _WORDS:
@@ -165,31 +165,31 @@ class Storage:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether every weight exists, so that nothing need say which do."""
+        """Whether every weight exists, so that no part has to mark the kept ones."""
         return self.values is not None and (self.support is None or self.support.is_dense)
 
     @property
     def is_coded(self) -> bool:
-        """Whether values are written in another way than in the model's dtype."""
+        """Whether values are written in another way than the model's dtype."""
         return self.values is not None and self.values != FLOAT
 
     @property
     def is_dense(self) -> bool:
-        """Whether the linear is stored as it was: the plain weight. So is ``8:8``, whose support says no more."""
+        """Whether the linear is stored as the plain weight. This is also true for ``8:8``, which keeps all weights."""
         return self.keeps_all and not self.is_coded
 
     @property
     def label(self) -> str:
-        """``str``, but ``dense`` for all that is dense: the key of tables in which such storages are one."""
+        """``str``, but ``dense`` for every dense storage: the key of tables that do not distinguish them."""
         return "dense" if self.is_dense else str(self)
 
     @property
     def order(self) -> tuple[int, int, str]:
-        """Where it stands in a list of storages: by M, then by N."""
+        """The sort key in a list of storages: by M, then by N."""
         return (self.support.m, self.support.n, str(self.values)) if self.support else (0, 0, str(self))
 
     def check(self, columns: int) -> None:
-        """Raise ``MspError`` unless a linear of ``columns`` input features can be stored so."""
+        """Raise ``MspError`` unless a linear of ``columns`` input features can be stored in this way."""
         if self.support is not None and columns % self.support.m:
             raise MspError(f"{columns} columns are not a multiple of the group size {self.support.m}")
         if self.values is not None:
@@ -199,7 +199,7 @@ class Storage:
         """The number of weights that exist.
 
         Raises:
-            MspError: columns that do not fit.
+            MspError: ``columns`` does not fit.
         """
         self.check(columns)
         if self.values is None:
@@ -210,7 +210,7 @@ class Storage:
         """Name, shape and dtype of each tensor that stores a ``[rows, columns]`` linear.
 
         Raises:
-            MspError: columns that do not fit.
+            MspError: ``columns`` does not fit.
         """
         if self.is_dense:
             self.check(columns)
@@ -218,10 +218,10 @@ class Storage:
         return self.packed_parts(rows, columns)
 
     def packed_parts(self, rows: int, columns: int) -> dict[str, Part]:
-        """``parts`` as ops take them: an op for any N:M reads a bitmask beside float values of M:M as well.
+        """``parts`` as ops take them: an op for any N:M reads a bitmask for float values of M:M too.
 
         Raises:
-            MspError: columns that do not fit.
+            MspError: ``columns`` does not fit.
         """
         if self.values is None:
             return {}
@@ -235,17 +235,17 @@ class Storage:
         return sum(part.nbytes(dtype) for part in self.parts(rows, columns).values())
 
     def bits_per_weight(self, rows: int, columns: int, dtype: torch.dtype) -> float:
-        """Bits of all parts over the number of weights of the dense linear; 0 without any."""
+        """Bits of all parts, divided by the number of weights of the dense linear; 0 if there are none."""
         return 8 * self.nbytes(rows, columns, dtype) / max(rows * columns, 1)
 
 
 @functools.lru_cache(maxsize=4096)
 def packed_widths(n: int, m: int, columns: int) -> tuple[int, int]:
-    """Elements in a row of the values and of the bitmask that ops take for N:M; remembered, for every product asks.
+    """Elements in a row of the values and of the bitmask that ops take for N:M; cached, because every product calls it.
 
     Raises:
         UsageError: there is no such pattern.
-        MspError: columns that do not fit.
+        MspError: ``columns`` does not fit.
     """
     parts = Storage(NMPattern(n, m)).packed_parts(1, columns)
     return parts["values"].shape[1], parts[BITMASK].shape[1]

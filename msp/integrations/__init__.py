@@ -1,4 +1,4 @@
-"""What ties msp to other libraries; each is imported only when it is used."""
+"""The connections of msp to other libraries; each is imported only when it is used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PEFT = "peft"
 
 
 def register_with_transformers() -> None:
-    """Teach transformers the packed format: now if its quantizers are imported, else as soon as they are.
+    """Register the packed format with transformers: now if its quantizers are imported, else as soon as they are.
 
     Importing them here would cost every ``import msp``, and so every ``msp --help``, several seconds.
     """
@@ -23,14 +23,14 @@ def register_with_transformers() -> None:
 
 
 def register_with_peft() -> None:
-    """Teach peft to put LoRA on packed linears, now or as soon as peft is imported."""
+    """Register LoRA on packed linears with peft, now or as soon as peft is imported."""
     _after_import(PEFT, "msp.integrations.peft")
 
 
 def _after_import(module: str, integration: str) -> None:
     if module in sys.modules and not getattr(sys.modules[module].__spec__, "_initializing", False):
         _integrate(integration)
-    # by name: after a reload of msp the finder that is there is of the class that was
+    # by name: after a reload of msp, the existing finder belongs to the old class
     elif not any(
         type(finder).__name__ == _RegisterAfterImport.__name__ and getattr(finder, "module", None) == module
         for finder in sys.meta_path
@@ -44,12 +44,12 @@ def _integrate(integration: str) -> None:
     except (ImportError, AttributeError) as error:
         if integration != "msp.integrations.peft":
             raise
-        # the program that imports it may want nothing of packed models
+        # the program that imports peft may not use packed models at all
         warnings.warn(f"this peft is not one that msp knows; no LoRA on packed linears: {error}", stacklevel=2)
 
 
 class _RegisterAfterImport(MetaPathFinder):
-    """Finds one module the way the other finders do, and imports what registers with it once it is imported."""
+    """Finds one module as the other finders do, and imports its registering module once it is imported."""
 
     def __init__(self, module: str, integration: str) -> None:
         self.module = module

@@ -1,8 +1,9 @@
 """LoRA on packed linears through peft: importing this module registers it.
 
-peft looks a method's tuner up in ``PEFT_TYPE_TO_TUNER_MAPPING``, for new adapters as for saved ones; the one for LoRA
-is replaced there by a subclass that knows packed linears. The custom modules of a ``LoraConfig`` would not do: each
-config object has its own and does not save them, so an adapter could not be loaded by its name.
+peft looks up a method's tuner in ``PEFT_TYPE_TO_TUNER_MAPPING``, for new adapters as for saved ones. This module
+replaces the tuner for LoRA there by a subclass that supports packed linears. The custom modules of a ``LoraConfig``
+would not be enough: each config object has its own and does not save them, so an adapter could not be loaded by its
+name.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from torch import Tensor, nn
 from msp.errors import MspError
 from msp.packed.sparse_linear import SparseLinear
 
-# Other ways to begin write to the weight of the base layer.
+# The other initialisations write to the weight of the base layer.
 INITIAL_WEIGHTS = (True, False, "gaussian", "orthogonal")
 
 
 class SparseLoraLinear(LoraLinear):  # type: ignore[misc]
-    """LoRA beside a ``SparseLinear``: ``y = x W^T + b + scaling * x A^T B^T``.
+    """LoRA on a ``SparseLinear``: ``y = x W^T + b + scaling * x A^T B^T``.
 
-    The adapter alone is dense: unmerged, it also has products where ``W`` keeps nothing. Merged, it changes the kept
-    values only: ``W + mask * scaling * B A``, in the storage of ``W``. ``unmerge`` puts the values of before back,
-    bit for bit, which are kept as long as they are merged.
+    The adapter alone is dense: unmerged, it also has products at positions where ``W`` keeps nothing. Merged, it
+    changes the kept values only: ``W + mask * scaling * B A``, in the storage of ``W``. The earlier values are kept as
+    long as an adapter is merged, and ``unmerge`` restores them bit for bit.
 
     Raises:
         MspError: the base layer is offloaded, or its weight stands at several places; or see ``update_layer``.
@@ -132,7 +133,7 @@ _LoraModel: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA]
 
 
 class SparseLoraModel(_LoraModel):  # type: ignore[misc]
-    """peft's tuner for LoRA, which also finds packed linears: by name, and as part of ``all-linear``."""
+    """peft's tuner for LoRA, which also finds packed linears, by name and as part of ``all-linear``."""
 
     _all_linear = False
 
@@ -142,12 +143,12 @@ class SparseLoraModel(_LoraModel):  # type: ignore[misc]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: LoraConfig, model_config: Any) -> LoraConfig:
-        # here what all-linear means for the architecture (experts, say) has been settled already
+        # the meaning of all-linear for the architecture (experts, say) is settled already at this point
         if self._all_linear:
             peft_config = _maybe_include_all_linear_layers(peft_config, self.model)
             modules = dict(self.model.named_modules())
             packed = {name for name, module in modules.items() if isinstance(module, SparseLinear)}
-            # those that have an adapter already are found as its layer
+            # linears that have an adapter already are found as its layer
             adapted = {f"{name}.base_layer" for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
             peft_config.target_modules = {*peft_config.target_modules, *(packed - adapted)}
         return super()._prepare_adapter_config(peft_config, model_config)

@@ -43,10 +43,10 @@ from msp.ops import check_environment
 
 @dataclass
 class LoadedModel:
-    """A causal LM ready to work on, where it came from, and the dtypes its weights have on disk.
+    """A causal LM that is ready for use, its source, and the dtypes of its weights on disk.
 
     Attributes:
-        tokenizer: None where the model has none.
+        tokenizer: None if the model has none.
         folder: the directory, or the snapshot of the hub, that the model was read from; None for a model object.
     """
 
@@ -77,16 +77,16 @@ def load_model(
         source: a directory, a hub id, or a packed model.
         dtype: ``auto`` computes in float32 on a CPU (16-bit matrix products are slow or inaccurate
             there) and in the dtype of most stored weights elsewhere; or ``float32``, ``bfloat16``, ``float16``.
-        device: where the whole model is put. Calibration moves single blocks itself.
-        dequantise: compute the weights of a quantised model back to floats, which it is refused without.
-        narrow: keep weights that are stored in 16 bits in these 16 bits where the model computes in float32 on a CPU,
-            see ``msp.models.narrow``: half the memory for the same results, but a single token takes longer.
-        trust_remote_code: run the Python code that comes with the model, which needs it if transformers does not
-            have its architecture.
+        device: the device of the whole model. Calibration moves single blocks itself.
+        dequantise: compute floats from the weights of a quantised model; without it such a model is refused.
+        narrow: keep weights that are stored in 16 bits in these 16 bits if the model computes in float32 on a CPU, see
+            ``msp.models.narrow``: half the memory for the same results, but a single token takes longer.
+        trust_remote_code: run the Python code that comes with the model. A model whose architecture transformers lacks
+            needs it.
 
     Raises:
-        MspError: not a model, not causal, quantised, in need of its own code, a tokenizer that is there and cannot be
-            read; weights that are missing, in other shapes, not safetensors, or that the model has no place for.
+        MspError: not a model, not causal, quantised, in need of its own code, or with a tokenizer that cannot be read;
+            weights that are missing, in other shapes, not safetensors, or without a place in the model.
         UsageError: an unknown dtype.
     """
     path = str(source)
@@ -96,7 +96,7 @@ def load_model(
     is_packed = method_of(config) == QUANT_METHOD
     folder = local_folder(path)
     tokenizer = read_tokenizer(path, folder, trust_remote_code=trust_remote_code)
-    # also of a packed model: an index may lead out of its folder, and transformers follows it
+    # also for a packed model: an index may lead out of its folder, and transformers follows it
     stored = stored_headers(path, folder)
     headers = {} if is_packed else stored
     if quantised is None:
@@ -127,7 +127,7 @@ def check_loaded(path: str, model: Any, headers: Mapping[str, TensorHeader]) -> 
     """Check that every tensor of a dense ``model``, whose files have ``headers``, is finite.
 
     Raises:
-        MspError: names the first that is not, or the dtypes that would hold it.
+        MspError: names the first tensor that is not finite, or the dtypes that could hold it.
     """
 
     def stored(name: str) -> torch.Tensor | None:
@@ -147,7 +147,7 @@ def _load(path: str, **options: Any) -> tuple[Any, dict[str, Any]]:
         )
     except MspError:
         raise
-    except Exception as error:  # the loaders underneath raise many kinds, none of them ours
+    except Exception as error:  # the loaders raise many kinds of errors
         reason = _unconverted(error) or first_line(error)
         raise MspError(f"{path}: cannot load the weights: {reason}") from error
     model, report = loaded
@@ -155,7 +155,7 @@ def _load(path: str, **options: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _unconverted(error: Exception) -> str:
-    """The first tensor that transformers could not convert, and why: its error points to a report in the log."""
+    """The first tensor that transformers could not convert, and the reason: its error refers to a report in the log."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         errors = getattr(frame.f_locals.get("loading_info"), "conversion_errors", None)
         for name, report in (errors or {}).items():
@@ -170,7 +170,7 @@ def _load_dequantised(path: str, config: Any, method: str, **options: Any) -> tu
         model, report = _load(path, config=told, **options)
         wanted = options["dtype"]
         return dense_again(model.dequantize(wanted) if left else model, wanted), report
-    except Exception as error:  # those of every quantisation library
+    except Exception as error:  # every quantisation library raises its own
         reason = first_line(error).removeprefix(f"{path}: cannot load the weights: ")
         raise MspError(f"{path} is quantised ({method}) and cannot be dequantised here: {reason}") from error
 
@@ -193,13 +193,13 @@ def _check_report(path: str, model: Any, report: Mapping[str, Any], headers: Map
 
 
 def local_folder(source: str) -> Path:
-    """Where the files of ``source`` are: itself, or the snapshot of a hub id, which is fetched first."""
+    """The folder of the files of ``source``: ``source`` itself, or the snapshot of a hub id, which is fetched first."""
     if Path(source).exists():
         return Path(source)
     from huggingface_hub import snapshot_download
 
     folder = Path(snapshot_download(source, allow_patterns=["*.json", *TRAVELLING]))
-    # Beside these a repository may hold the weights again, in other formats and under other names.
+    # A repository may also hold the weights in other formats and under other names.
     weights = [file.name for file in tensor_files(folder)] if (folder / INDEX).is_file() else ["model.safetensors"]
     return Path(snapshot_download(source, allow_patterns=weights))
 
@@ -225,7 +225,7 @@ def config_dtype(config: Any) -> torch.dtype:
 
 
 def stored_dtype(source: str | Path, config: Any) -> torch.dtype:
-    """The dtype of most weights of ``source``, or what ``config`` names where the files are not here."""
+    """The dtype of most weights of ``source``, or the one that ``config`` names if the files are not here."""
     folder = Path(source)
     if not any(folder.glob("model*.safetensors")):
         return config_dtype(config)
@@ -233,7 +233,7 @@ def stored_dtype(source: str | Path, config: Any) -> torch.dtype:
 
 
 def stored_bytes(source: str | Path, otherwise: int) -> int:
-    """Bytes of all tensors of ``source``; ``otherwise`` where the files are not here."""
+    """Bytes of all tensors of ``source``; ``otherwise`` if the files are not here."""
     folder = Path(source)
     if not any(folder.glob("model*.safetensors")):
         return otherwise
@@ -241,7 +241,7 @@ def stored_bytes(source: str | Path, otherwise: int) -> int:
 
 
 def computing_dtype(config: Any, common: torch.dtype, dtype: str, device: str | torch.device) -> torch.dtype:
-    """What ``dtype``, as ``load_model`` takes it, comes to for weights that are ``common`` on disk, for the most."""
+    """The computing dtype for ``dtype``, as ``load_model`` takes it, if most weights on disk are ``common``."""
     in_fp32 = torch.device(device).type == "cpu" and method_of(config) != QUANT_METHOD
     return DTYPES[dtype] or (torch.float32 if in_fp32 else common)
 
@@ -257,10 +257,10 @@ def narrow_dtype(
 
 
 def read_tokenizer(source: str, folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of the model ``source``, whose files are in ``folder``; None where there is none.
+    """The tokenizer of the model ``source``, whose files are in ``folder``; None if there is none.
 
     Raises:
-        MspError: there is one, and it cannot be read; the message has the reason.
+        MspError: the tokenizer cannot be read; the message has the reason.
     """
     files = tokenizer_files(folder)
     if not files:
@@ -270,8 +270,8 @@ def read_tokenizer(source: str, folder: Path, *, trust_remote_code: bool = False
             raise MspError(f"{source}: the tokenizer cannot be read: {file.name} is {reason}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except BaseException as error:  # of transformers, tokenizers, sentencepiece, tiktoken, or the model's own code
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # a panic of Rust is none
+    except BaseException as error:  # from transformers, tokenizers, sentencepiece, tiktoken, or the model's own code
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's panic
             raise
         if _wants_trust(error):
             raise MspError(_needs_code(source, "tokenizer")) from error
@@ -291,17 +291,17 @@ def read_config(source: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a model, from a directory or the hub.
 
     Raises:
-        MspError: there is none that can be read, or it needs code of the model's own that is not trusted.
+        MspError: no configuration can be read, or it needs code of the model's own that is not trusted.
     """
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
         if (Path(source) / "adapter_config.json").is_file():
             raise MspError(f"{source} is an adapter, not a model: merge it into its model, with merge_and_unload()")
         raise MspError(f"{source} is not a model: it has no config.json")
     if Path(source).is_dir():
-        read_object(Path(source) / "config.json", foreign=True)  # transformers reads it with less care
+        read_object(Path(source) / "config.json", foreign=True)  # transformers checks less
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:  # with code of the model's own, of any kind
+    except Exception as error:  # the model's own code may raise any kind
         if _wants_trust(error):
             raise MspError(_needs_code(source, "model")) from error
         raise MspError(f"{source} is not a model that transformers can read: {first_line(error)}") from error
@@ -311,7 +311,7 @@ def read_config(source: str | Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def read_causal_config(source: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """``read_config`` of what must be a causal LM; ``MspError`` for anything else."""
+    """``read_config`` of a causal LM; ``MspError`` for any other model."""
     config = read_config(source, trust_remote_code=trust_remote_code)
     if not is_causal(config, trust_remote_code):
         if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and not trust_remote_code:
@@ -321,7 +321,7 @@ def read_causal_config(source: str | Path, *, trust_remote_code: bool = False) -
 
 
 def is_causal(config: Any, trust_remote_code: bool = False) -> bool:
-    """Whether transformers, or where that is trusted the model's own code, has a causal LM for ``config``."""
+    """Whether transformers, or the model's own code if it is trusted, has a causal LM for ``config``."""
     own = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     return own or (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and _names_causal_lm(config.architectures))
 
@@ -345,7 +345,7 @@ def _needs_code(source: str | Path, what: str) -> str:
 
 
 def config_entries(source: str | Path) -> dict[str, Any]:
-    """What ``config.json`` of a model holds, whatever its architecture; empty where it cannot be read."""
+    """The content of a model's ``config.json``, for any architecture; empty if it cannot be read."""
     try:
         if Path(source).is_dir():
             return read_object(Path(source) / "config.json", foreign=True)
@@ -355,12 +355,12 @@ def config_entries(source: str | Path) -> dict[str, Any]:
 
 
 def _wants_trust(error: BaseException) -> bool:
-    """Whether transformers refuses code that it would run if it were told to: it names its argument for that."""
+    """Whether transformers refused to run code that comes with the model: its error then names its argument for it."""
     return isinstance(error, ValueError) and "trust_remote_code=True" in str(error)
 
 
 def _names_causal_lm(architectures: list[str] | None) -> bool:
-    """Whether a config's ``architectures``, where it has any, name a causal LM.
+    """Whether the ``architectures`` of a config, if it has any, name a causal LM.
 
     An encoder (``BertForMaskedLM``) has a causal class too, but attends to both sides under it.
     """
@@ -381,10 +381,10 @@ DTYPES: dict[str, torch.dtype | None] = {
 
 
 def find_device(name: str) -> torch.device:
-    """``cpu``, ``cuda:1`` or the like; ``auto`` is a GPU where there is one.
+    """``cpu``, ``cuda:1`` or the like; ``auto`` is a GPU if there is one.
 
     Raises:
-        UsageError: a device that torch does not know or see, or that the environment rules out.
+        UsageError: torch does not recognise or find the device, or the environment excludes it.
     """
     if name == "auto":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

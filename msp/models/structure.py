@@ -1,4 +1,4 @@
-"""Finds the blocks and linears of any Hugging Face causal LM, by what a forward of text runs."""
+"""Finds the blocks and linears of any Hugging Face causal LM from a forward of text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from msp.models.text_forward import Changes, TextForward, run_text
 
 @dataclass(frozen=True)
 class Place:
-    """Where a matrix stands: its name in the model, its ``kind`` (its name in the block), its block, its module."""
+    """The place of a matrix: its name in the model, its ``kind`` (its name in the block), its block, its module."""
 
     name: str
     kind: str
@@ -44,7 +44,7 @@ class Linear(Place):
     """A prunable matrix: an ``nn.Linear``, or GPT-2's ``Conv1D`` seen transposed.
 
     ``kind`` is the name inside the block (``self_attn.q_proj``), ``block`` the block's index. A weight that several
-    blocks share is one linear: it bears the name of its first place, and ``others`` are the places after it.
+    blocks share is one linear. It bears the name of its first place, and ``others`` are the later places.
     """
 
     others: tuple[Place, ...] = ()
@@ -85,7 +85,7 @@ class Linear(Place):
 class Block:
     """One transformer block: its module path, its module, its linears in definition order.
 
-    A linear whose weight an earlier block has is one of the earlier block's.
+    A linear whose weight stands in an earlier block too belongs to the earlier block.
     """
 
     index: int
@@ -106,16 +106,17 @@ class Block:
 
 @dataclass(frozen=True)
 class Structure:
-    """What of a model can be pruned, and what cannot.
+    """The parts of a model that can be pruned, and those that cannot.
 
     Attributes:
-        blocks: of all stacks that a forward of text runs, in the order in which it runs them.
+        blocks: the blocks of all stacks that a forward of text runs, in the order of execution.
         not_linear: weights inside the blocks that are no linear (name -> reason).
         outside: linears that are in no block, or in a block that no forward of text runs (name -> reason).
-        calls: how often a forward runs each block; None where no forward could be run, which ``failure`` explains.
+        calls: how often a forward runs each block; None if no forward could be run, for the reason in ``failure``.
         unreached: names of linears that a forward of a few tokens did not call.
-        changes: what the model's own forward changes of its weights.
-        remembering: names of blocks that keep tensors of a forward in attributes, where other blocks may read them.
+        changes: the changes that the model's own forward makes to its weights.
+        remembering: names of blocks that keep tensors of a forward in attributes, from which other blocks may read
+            them.
     """
 
     blocks: tuple[Block, ...]
@@ -137,7 +138,7 @@ class Structure:
         return {**self.not_linear, **self.outside}
 
     def put(self, linear: Linear, modules: Sequence[nn.Module]) -> None:
-        """Put ``modules`` where ``linear`` stands, one for each of its places."""
+        """Replace ``linear`` by ``modules``, one for each of its places."""
         for place, module in zip(linear.places, modules, strict=True):
             self.blocks[place.block].module.set_submodule(place.kind, module)
 
@@ -146,8 +147,8 @@ def find_structure(model: nn.Module) -> Structure:
     """The transformer blocks of ``model`` and the linears inside them.
 
     Blocks are the members of every outermost ``nn.ModuleList`` that hold linears and that a forward of text runs, one
-    after the other: all stacks of a language model, no vision or audio tower, whatever its size. Where no forward can
-    be run, they are the members of the lists beside the input embeddings.
+    after the other. These are all stacks of a language model, but no vision or audio tower of any size. If no forward
+    can be run, the blocks are the members of the lists that lie next to the input embeddings.
 
     Raises:
         MspError: if no list of modules with linears exists, or text runs none of them.
@@ -185,7 +186,7 @@ def find_structure(model: nn.Module) -> Structure:
 
 
 def _members(model: nn.Module) -> dict[str, nn.Module]:
-    """The members of the outermost lists that hold linears, and are none themselves, by name."""
+    """The members of the outermost lists that contain linears and are not linears themselves, by name."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outermost = [
         (name, module)
@@ -201,7 +202,7 @@ def _members(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _beside_embeddings(model: nn.Module, members: Mapping[str, nn.Module]) -> list[str]:
-    """Of ``members`` those inside the smallest module that holds the input embeddings and any of them."""
+    """The ``members`` inside the smallest module that holds the input embeddings and at least one member."""
     find = getattr(model, "get_input_embeddings", None)
     embeddings = find() if callable(find) else None
     path = next((name for name, module in model.named_modules() if module is embeddings), "")
@@ -216,7 +217,7 @@ def _beside_embeddings(model: nn.Module, members: Mapping[str, nn.Module]) -> li
 def _linears_of(
     model: nn.Module, members: Mapping[str, nn.Module]
 ) -> tuple[tuple[Block, ...], dict[str, str], dict[str, str]]:
-    """The blocks, what inside them is no linear, and the linears whose weight something outside shares."""
+    """The blocks, their parameters that are no linear, and the linears whose weight a module outside shares."""
     elsewhere = {
         weight_identity(parameter): name
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -248,14 +249,14 @@ def _linears_of(
 
 
 def weight_identity(parameter: torch.Tensor) -> Hashable:
-    """Equal for parameters that are one weight: the same object, or the same memory."""
+    """A key that is equal for parameters that are one weight: the same object, or the same memory."""
     if parameter.is_meta or not parameter.numel():
         return id(parameter)
     return parameter.device, parameter.data_ptr(), parameter.shape, parameter.stride()
 
 
 def _why_outside(model: nn.Module, name: str, module: nn.Module, inside: str | None, text: TextForward) -> str:
-    """Why a linear that is in no block of ``order`` is left alone."""
+    """The reason why a linear that is in no block of ``order`` is not pruned."""
     find = getattr(model, "get_output_embeddings", None)
     if callable(find) and find() is module:
         return "the output head"
@@ -269,15 +270,15 @@ def _why_outside(model: nn.Module, name: str, module: nn.Module, inside: str | N
 def _is_linear(module: nn.Module) -> bool:
     """Whether ``module`` computes ``x W^T + b`` and nothing else.
 
-    A subclass of ``nn.Linear`` (a router that returns a tuple, a scaled projection) may compute
-    something else under the same weight, so it is asked: one probe against the plain formula.
+    A subclass of ``nn.Linear`` (a router that returns a tuple, a scaled projection) may compute something else with the
+    same weight. The function therefore compares one probe with the plain formula.
     """
     if type(module) in LINEARS:
         return True
     if not isinstance(module, nn.Linear):
         return False
     if module.weight.is_meta:
-        try:  # one of the class that has weights to be asked
+        try:  # an instance of the class whose weights can be probed
             module = type(module)(8, 8, bias=module.bias is not None)
         except TypeError:
             return False
@@ -292,7 +293,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters are; a model is on one device here."""
+    """The device of the model's parameters; a model is on one device here."""
     return next(model.parameters()).device
 
 

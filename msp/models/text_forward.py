@@ -1,4 +1,4 @@
-"""What a forward of text runs of a model: which modules are called, in which order, and whether it changes weights."""
+"""Records a forward of text: the modules that it calls, their order, and the weights that it changes."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ TOKENS = 8
 
 @dataclass(frozen=True)
 class TextForward:
-    """What a forward of a few tokens did.
+    """The record of a forward of a few tokens.
 
     Attributes:
-        calls: the watched modules that ran, by name, in the order in which they were called. One module under several
-            names that is called as often stands under each of them once.
-        nested: of them, those that ran inside another one.
+        calls: the watched modules that ran, by name, in the order of their calls. A module with several names that is
+            called as many times stands under each name once.
+        nested: the names in ``calls`` that ran inside another watched module.
         called: the names of all modules that ran.
-        changes: what the forward changed of the model.
-        remembering: the watched modules inside which tensors stay behind in attributes.
-        failure: why it could not be run; nothing is known then.
+        changes: the weights that the forward changed.
+        remembering: the watched modules that keep tensors in attributes afterwards.
+        failure: the reason why the forward failed; the other fields are then empty.
     """
 
     calls: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class TextForward:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """How often each watched module ran; of one that runs again and again, its first name stands for all."""
+        """How often each watched module ran; the first name of a module that ran repeatedly counts all its runs."""
         counts: dict[str, int] = defaultdict(int)
         for name in self.calls:
             counts[name] += 1
@@ -54,9 +54,9 @@ class Changes:
     """The parameters and buffers that a model's own forward changes.
 
     Attributes:
-        before: the values that they had before the first forward: what a checkpoint holds, and what a model that is
-            loaded from one begins with.
-        again: of their names, those that a second forward changed too.
+        before: their values before the first forward. A checkpoint holds these, and a model that is loaded from it
+            begins with them.
+        again: the names of those that a second forward changed too.
     """
 
     before: Mapping[str, Tensor] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Changes:
 
     @contextmanager
     def undone(self, model: nn.Module) -> Iterator[None]:
-        """Within the context what is left of them in ``model`` is as before the first forward: for saving."""
+        """Within the context the tensors that are left in ``model`` have their first values: for saving."""
         tensors = {name: tensor for name, tensor in _tensors(model).items() if name in self.before}
         now = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         try:
@@ -75,14 +75,14 @@ class Changes:
                 tensor.data.copy_(now[name])
 
     def undo(self, model: nn.Module) -> None:
-        """Give what is left of them in ``model`` the values that it had before the first forward."""
+        """Give the tensors that are left in ``model`` the values that they had before the first forward."""
         for name, tensor in _tensors(model).items():
             if name in self.before:
                 tensor.data.copy_(self.before[name])
 
     @contextmanager
     def steady(self, model: nn.Module) -> Iterator[None]:
-        """Within the context every forward of ``model`` starts from the same weights, and the end finds them so too."""
+        """Within the context every forward of ``model`` starts from the same weights; the end restores them too."""
         kept = [(tensor, self.before[name]) for name, tensor in _tensors(model).items() if name in self.again]
 
         def restore(*_: Any) -> None:
@@ -99,9 +99,9 @@ class Changes:
 
 
 def run_text(model: nn.Module, watched: Sequence[str]) -> TextForward:
-    """Run ``model`` on a few token ids and see what happens to the modules called ``watched``.
+    """Run ``model`` on a few token ids and record the calls of the modules named ``watched``.
 
-    A model on the meta device is run there: no weights are needed.
+    A model on the meta device runs there: no weights are needed.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     names: dict[nn.Module, list[str]] = defaultdict(list)
@@ -132,7 +132,7 @@ def run_text(model: nn.Module, watched: Sequence[str]) -> TextForward:
     try:
         model.eval()
         before = changed_by(model)
-    except Exception as error:  # whatever a model's own code raises
+    except Exception as error:  # a model's own code may raise any kind
         return TextForward(failure=f"{type(error).__name__}: {first_line(error)}")
     finally:
         for handle in handles:
@@ -156,9 +156,9 @@ def run_text(model: nn.Module, watched: Sequence[str]) -> TextForward:
 
 
 class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps what was in the storages of ``tensors`` before anything is written into them.
+    """Keeps the content of the storages of ``tensors`` from before the first write.
 
-    On the meta device, where nothing has a value, what a model asks about its input (is nothing padded?) is true.
+    On the meta device no tensor has a value; there every question of a model about its input (no padding?) is true.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -189,11 +189,11 @@ class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def changed_by(model: nn.Module) -> dict[str, Tensor]:
-    """Run a few tokens; the tensors that this changed, with the values before it."""
+    """Run a few tokens; returns the changed tensors with their values from before."""
     held = {name: tensor.detach() for name, tensor in _tensors(model).items()}
     with torch.inference_mode(False), torch.no_grad(), _Writes(held) as writes:
         model(input_ids=_token_ids(model), use_cache=False)
-    # others in their place, by an assignment to a parameter or its data
+    # also tensors that an assignment to a parameter or its data replaced
     now = _tensors(model)
     replaced = {
         name: tensor
@@ -205,7 +205,7 @@ def changed_by(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _attributes(module: nn.Module) -> set[int]:
-    """The tensors in plain attributes of ``module`` and what is inside it, also in lists and dictionaries there."""
+    """The tensors in plain attributes of ``module`` and of its submodules, also in lists and dictionaries there."""
     plain = [
         value
         for part in module.modules()
@@ -231,7 +231,7 @@ def _token_ids(model: Any) -> Tensor:
 
 
 def _by_name(sequence: Sequence[nn.Module], names: Mapping[nn.Module, list[str]]) -> Iterator[str]:
-    """The calls by name: the first call of a module that has two names is of the first one, if it is called twice."""
+    """The calls by name. If a module with two names is called twice, its first call belongs to the first name."""
     seen: dict[nn.Module, int] = defaultdict(int)
     for module in sequence:
         own = names[module]

@@ -16,7 +16,7 @@ def check_gradients(op: str, x: Tensor, g: Tensor) -> None:
 
 
 def check_gradient_shapes(op: str, x: Tensor, g: Tensor) -> None:
-    """The same without a look at a value."""
+    """``check_inputs`` without the checks that read values."""
     for name, tensor in (("x", x), ("g", g)):
         if tensor.dtype not in VALUE_DTYPES:
             raise TypeError(f"{op}: {name} is {tensor.dtype}, needed is float32, float16 or bfloat16")
@@ -29,9 +29,9 @@ def check_gradient_shapes(op: str, x: Tensor, g: Tensor) -> None:
 
 
 def require_finite(op: str, name: str, tensor: Tensor) -> None:
-    """Raise ``ValueError`` with the count where values of ``tensor`` are NaN or infinite."""
-    # One read and no temporary: no finite sum has a NaN or an infinity in it. One that is not finite
-    # may have overflowed only, so then they are counted.
+    """Raise ``ValueError`` with the count if values of ``tensor`` are NaN or infinite."""
+    # The sum is one read without a temporary: if it is finite, no value is NaN or infinite. If it is not finite, it
+    # may only have overflowed, so the values are counted.
     if torch.isfinite(tensor.sum(dtype=torch.float32)):
         return
     bad = int((~torch.isfinite(tensor)).sum())

@@ -1,7 +1,7 @@
 """The compiled modules ``msp._cpu`` and ``msp._cuda``: found, found but broken, or not installed.
 
-An installation may lack either: plain torch or Triton then serve. A file that is there and does not import is a
-defect of the installation: a warning names it, or an error where ``MSP_REQUIRE`` asks for the module.
+An installation may lack either; plain torch or Triton then serve. A file that does not import is a defect of the
+installation: a warning names it, or an error if ``MSP_REQUIRE`` asks for the module.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ SLOWER = {"msp._cpu": "ops on CPU tensors run in plain torch", "msp._cuda": "ops
 def compiled_module(name: str) -> Any | None:
     """``msp._cpu`` or ``msp._cuda`` if this installation has it, else None.
 
-    Warns, once a process, of a file that is there but does not import.
+    Warns once a process about a file that does not import.
 
     Raises:
-        MspError: ``MSP_REQUIRE`` names the module and it does not import, or is not there.
-        UsageError: ``MSP_REQUIRE`` names something else than ``cpu`` and ``cuda``.
+        MspError: ``MSP_REQUIRE`` names the module, and it does not import or is not installed. UsageError:
+        ``MSP_REQUIRE`` names anything but ``cpu`` and ``cuda``.
     """
     try:
         return importlib.import_module(name)
@@ -48,7 +48,7 @@ def compiled_module(name: str) -> Any | None:
 
 
 def module_files(name: str) -> list[str]:
-    """The shared libraries that would be module ``name``, those that were built for another Python included."""
+    """The shared libraries that could be module ``name``, including those that were built for another Python."""
     package, _, stem = name.rpartition(".")
     folders = [Path(folder) for folder in importlib.import_module(package).__path__]
     return sorted(
@@ -57,10 +57,10 @@ def module_files(name: str) -> list[str]:
 
 
 def required_modules() -> set[str]:
-    """The modules that ``MSP_REQUIRE``, a list of ``cpu`` and ``cuda`` with commas between, asks for.
+    """The modules in ``MSP_REQUIRE``, a list of ``cpu`` and ``cuda`` with commas between.
 
     Raises:
-        UsageError: it names something else.
+        UsageError: it names anything else.
     """
     names = {word.strip().lower() for word in os.environ.get("MSP_REQUIRE", "").split(",")} - {""}
     if unknown := sorted(names - MODULES.keys()):
@@ -69,7 +69,7 @@ def required_modules() -> set[str]:
 
 
 def check_required() -> None:
-    """Import what ``MSP_REQUIRE`` asks for.
+    """Import the modules in ``MSP_REQUIRE``.
 
     Raises:
         MspError, UsageError: as ``compiled_module``.

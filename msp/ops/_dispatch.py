@@ -1,6 +1,6 @@
-"""Which implementation of an op serves a call.
+"""The choice of the implementation that serves a call of an op.
 
-An op lives in one file, ``msp/ops/<op>.py``, and adding one goes like this::
+An op is one file, ``msp/ops/<op>.py``. A new op looks like this::
 
     def reference(weight: Tensor, n: int) -> Tensor:     # plain torch, reads like the formula
         ...
@@ -9,7 +9,7 @@ An op lives in one file, ``msp/ops/<op>.py``, and adding one goes like this::
 
     @op.backend("triton")                                 # same signature, checked by mypy
     def triton(weight: Tensor, n: int) -> Tensor:
-        from msp.triton_kernels import nm_example as kernels   # imported only when it serves
+        from msp.triton_kernels import nm_example as kernels   # imported only on use
 
         return kernels.nm_example(weight, n)
 
@@ -24,12 +24,12 @@ An op lives in one file, ``msp/ops/<op>.py``, and adding one goes like this::
     def nm_example(weight: Tensor, n: int) -> Tensor:     # public: checks first, then the custom op
         ...
 
-Backends are named ``reference``, ``triton``, ``cpu`` and ``cuda``. By default ``triton`` needs Triton
-and a GPU (or its interpreter), and ``cpu`` and ``cuda`` need a function named like the op in the
-compiled module ``msp._cpu`` or ``msp._cuda``; ``available`` replaces that rule, and ``supports`` lets a
-backend decline single calls by their arguments. The automatic choice takes the first backend in
-``AUTOMATIC`` that is registered, available and supports the call; a forced one that cannot serve is
-an error, so a test or benchmark never measures another backend than it names.
+Backends are named ``reference``, ``triton``, ``cpu`` and ``cuda``. By default ``triton`` needs Triton and a GPU (or its
+interpreter), and ``cpu`` and ``cuda`` need a function with the op's name in the compiled module ``msp._cpu`` or
+``msp._cuda``. ``available`` replaces that rule, and ``supports`` lets a backend decline single calls by their
+arguments. The automatic choice takes the first backend in ``AUTOMATIC`` that is registered, available and supports the
+call. A forced backend that cannot serve is an error, so a test or benchmark never measures another backend than it
+names.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 BACKENDS = ("cuda", "cpu", "triton", "reference")
-# What MSP_ISA may name for the cpu backend.
+# The values of MSP_ISA for the cpu backend.
 ISAS = ("amx", "avx512bf16", "avx512", "avx2", "scalar")
 
-# Per device type, in order of preference. Triton under its interpreter is a test tool: never a choice.
+# Per device type, in order of preference. Triton in its interpreter is a test tool and never chosen automatically.
 AUTOMATIC: dict[str, tuple[str, ...]] = {
     "cuda": ("cuda", "triton", "reference"),
     "xpu": ("triton", "reference"),
@@ -70,14 +70,14 @@ _ops: dict[str, Op[..., Any]] = {}
 def cuda_serves(function: str) -> bool:
     """Whether ``msp._cuda`` has this function and can run on the GPUs here.
 
-    It has a CUDA runtime of its own, which may ask for a newer driver than torch's.
+    The module has a CUDA runtime of its own, which may need a newer driver than torch's.
     """
     compiled: Any = compiled_module("msp._cuda")
     return hasattr(compiled, function) and torch.cuda.is_available() and bool(compiled.usable())
 
 
 def triton_is_interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter; to be set before Triton is first imported."""
+    """Whether Triton runs kernels in its interpreter; it must be set before the first import of Triton."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -127,11 +127,11 @@ class Op(Generic[P, T]):
         available: Callable[[], bool] | None = None,
         supports: Callable[P, bool] | None = None,
     ) -> None:
-        """Let ``function`` serve this op as ``backend``.
+        """Register ``function`` as ``backend`` of this op.
 
         Args:
             backend: one of ``BACKENDS``.
-            function: takes what the reference takes.
+            function: takes the arguments of the reference.
             available: whether this machine can run it; the module docstring has the defaults.
             supports: given a call's arguments, whether this backend takes them; default: all.
         """
@@ -178,7 +178,7 @@ class Op(Generic[P, T]):
         return result
 
     def by_reference(self, function: Callable[..., T], x: Tensor, *args: Any) -> T:
-        """``function`` of arguments that no backend takes, in the place of the reference.
+        """Call ``function`` in place of the reference, for arguments that no backend takes.
 
         Raises:
             UsageError: another backend was forced.
@@ -230,7 +230,7 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
-    # as custom_op does: a compiler that gave up on the calling frame would try its luck with this one
+    # as in custom_op: a compiler that gave up on the calling frame would otherwise try to compile this one
     opaque = torch._disable_dynamo(implementation)  # type: ignore[attr-defined]
     _library.impl(name, opaque, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"msp::{name}", fake, lib=_library)
@@ -247,12 +247,12 @@ def _forced_by_environment() -> str | None:
 
 
 def check_environment(device_type: str) -> None:
-    """Raise now what ops on this device would raise later for ``MSP_BACKEND``, ``MSP_ISA`` or ``MSP_REQUIRE``.
+    """Raise early the errors of ``MSP_BACKEND``, ``MSP_ISA`` or ``MSP_REQUIRE`` that ops on this device would raise.
 
     Raises:
-        UsageError: the variable names nothing that is known, or what this machine or installation lacks, or a
+        UsageError: the variable has an unknown value, or names something that this machine or installation lacks, or a
             backend that serves other devices or that no op has.
-        MspError: a compiled module that ``MSP_REQUIRE`` asks for does not import.
+        MspError: a compiled module in ``MSP_REQUIRE`` does not import.
     """
     check_required()
     name = _forced_by_environment()
@@ -264,19 +264,19 @@ def check_environment(device_type: str) -> None:
     if compiled is not None and device_type == "cpu":
         try:
             compiled.isa()
-        except RuntimeError as error:  # names the variable and what this machine has
+        except RuntimeError as error:  # names the variable and the sets of this machine
             raise UsageError(f"{error} (of {', '.join(ISAS)})") from error
 
 
 @contextmanager
 def force_backend(name: str | None) -> Iterator[None]:
-    """Serve every op called inside with backend ``name``, in this thread or task only.
+    """Within the context backend ``name`` serves every op, in this thread or task only.
 
     ``None`` leaves the choice to an outer ``force_backend``, ``MSP_BACKEND`` or the automatic rule.
 
     Raises:
-        UsageError: ``name`` is no backend's name. A backend that exists but cannot serve a call makes
-            that call raise one as well.
+        UsageError: ``name`` is no backend's name. If a backend exists but cannot serve a call, that call raises one
+            too.
     """
     if name is not None and name not in BACKENDS:
         raise UsageError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")

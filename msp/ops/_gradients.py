@@ -7,20 +7,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# 16 MiB: large enough that the GEMM packs its operands but a few times, small enough to stay in a cache and
-# not to be mapped anew for every sequence, which costs as much as the arithmetic of 256 tokens.
+# 16 MiB: large enough that the GEMM packs its operands only a few times, and small enough to stay in a cache and not to
+# be mapped anew for every sequence, which costs as much as the arithmetic of 256 tokens.
 TILE_NUMBERS, TILE_COLUMNS = 1 << 22, 4096
 
 
 def gradient_tiles(x: Tensor, g: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """``g[s].T @ x[s]`` of every sequence in float32, as rows, columns and the product there.
+    """``g[s].T @ x[s]`` of every sequence in float32, as tiles: rows, columns and their product.
 
     Args:
         x: ``[S, T, K]``.
         g: ``[S, T, R]``.
 
     Yields:
-        Tiles that share their memory: each is gone when the next one is asked for.
+        Tiles that share their memory: the next tile overwrites the one before.
     """
     rows, columns = g.shape[2], x.shape[2]
     most = min(rows, TILE_NUMBERS // min(columns, TILE_COLUMNS))

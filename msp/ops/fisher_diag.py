@@ -46,8 +46,8 @@ def _(acc: Tensor, x: Tensor, g: Tensor) -> None:
 def fisher_diag_(acc: Tensor, x: Tensor, g: Tensor) -> Tensor:
     """``acc[o, i] += sum_s (sum_t g[s, t, o] x[s, t, i])^2``, in place, in float32.
 
-    With x the inputs of a linear and g the gradients of its outputs, that adds the squared gradient of
-    its weight, one square per sequence: the diagonal of the empirical Fisher matrix.
+    If x holds the inputs of a linear and g the gradients of its outputs, this adds the squared gradient of its weight,
+    one square per sequence: the diagonal of the empirical Fisher matrix.
 
     Args:
         acc: float32 ``[R, K]``; changed.
@@ -59,7 +59,7 @@ def fisher_diag_(acc: Tensor, x: Tensor, g: Tensor) -> Tensor:
 
     Raises:
         TypeError: a dtype is not one of these.
-        ValueError: shapes or devices do not match, or x or g hold NaN or infinity (says how many).
+        ValueError: shapes or devices do not match, or x or g hold NaN or infinity (the message counts them).
     """
     check_gradients("fisher_diag_", x, g)
     _check(acc, x, g)

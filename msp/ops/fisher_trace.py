@@ -16,7 +16,7 @@ TOKEN_TILE = 128
 
 
 def gram_is_cheaper(tokens: int, rows: int, columns: int) -> bool:
-    """Whether the Gram form multiplies less: the upper triangle of two T x T products against one R x K product."""
+    """Whether the Gram form, the upper triangle of two T x T products, multiplies less than one R x K product."""
     return (tokens + TOKEN_TILE) * (rows + columns) < 2 * rows * columns
 
 
@@ -29,7 +29,7 @@ def reference(x: Tensor, g: Tensor, gram: bool) -> Tensor:
         for start in range(0, len(inputs), TOKEN_TILE):
             rows = slice(start, start + TOKEN_TILE)
             products = (inputs[rows] @ inputs[start:].t()).mul_(gradients[rows] @ gradients[start:].t())
-            # Beyond the diagonal tile, what lies above the diagonal stands for its mirror image too.
+            # The tiles above the diagonal count twice, for their mirror images below it.
             trace += 2 * ordered_sum(products.double()) - ordered_sum(products[:, : len(products)].double())
     return trace.float()
 
@@ -46,7 +46,7 @@ def triton(x: Tensor, g: Tensor, gram: bool) -> Tensor:
 
 
 def _direct(x: Tensor, g: Tensor, gram: bool) -> bool:
-    """The Gram form is two GEMMs and little else: there the reference is as fast as it can be."""
+    """False for the Gram form: it is two GEMMs and little else, so no kernel is faster than the reference."""
     return not gram
 
 
@@ -70,11 +70,11 @@ def _(x: Tensor, g: Tensor, gram: bool) -> Tensor:
 
 
 def fisher_trace(x: Tensor, g: Tensor, *, form: Literal["direct", "gram"] | None = None) -> Tensor:
-    """``sum_s ||sum_t g[s, t] x[s, t]^T||_F^2``: the trace of what ``fisher_diag_`` adds, as a float32 scalar.
+    """``sum_s ||sum_t g[s, t] x[s, t]^T||_F^2``: the sum of the terms of ``fisher_diag_``, as a float32 scalar.
 
     The direct form squares the gradient tile by tile. The Gram form ``sum_{t, t'} (g_t . g_t') (x_t . x_t')``
-    never makes the gradient and multiplies less where T is small against R and K; it is symmetric in t and
-    t', so half of it is computed. Results are the same on every run, and on any number of threads.
+    never makes the gradient and takes fewer multiplications if T is small against R and K; it is symmetric in t and t',
+    so half of it is computed. Results are the same on every run, and on any number of threads.
 
     Args:
         x: ``[S, T, K]``, float32, float16 or bfloat16.
@@ -83,8 +83,8 @@ def fisher_trace(x: Tensor, g: Tensor, *, form: Literal["direct", "gram"] | None
 
     Raises:
         TypeError: a dtype is not one of these.
-        ValueError: shapes or devices do not match, x or g hold NaN or infinity (says how many), or
-            ``form`` is neither.
+        ValueError: shapes or devices do not match, x or g hold NaN or infinity (the message counts them), or ``form``
+            is neither.
     """
     if form not in (None, "direct", "gram"):
         raise ValueError(f"fisher_trace: form is {form!r}, needed is 'direct', 'gram' or None")
@@ -92,6 +92,6 @@ def fisher_trace(x: Tensor, g: Tensor, *, form: Literal["direct", "gram"] | None
     if not (x.numel() and g.numel()):
         return torch.zeros((), device=x.device)
     gram = gram_is_cheaper(x.shape[1], g.shape[2], x.shape[2]) if form is None else form == "gram"
-    # Rounding can take a sum that nearly cancels below the zero that a sum of squares is bounded by.
+    # A sum of squares is at least zero, but with cancelling terms rounding can give a negative result.
     trace: Tensor = fisher_trace_op(x, g, gram)
     return trace.clamp_min_(0)

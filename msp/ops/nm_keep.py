@@ -1,4 +1,4 @@
-"""A weight cut down to its n best of every group, by ranks computed once."""
+"""A weight with its n best of every group kept, by ranks that are computed once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def triton(weight: Tensor, rank: Tensor, n: int, out: Tensor) -> None:
 
 
 def _in_one_piece(weight: Tensor, rank: Tensor, n: int, out: Tensor) -> bool:
-    """The kernel runs through all three as they lie in memory."""
+    """Whether the kernel can take them: contiguous, and of a dtype that can be packed."""
     contiguous = weight.is_contiguous() and rank.is_contiguous() and out.is_contiguous()
     return contiguous and weight.dtype in VALUE_DTYPES
 
@@ -70,14 +70,14 @@ def _(weight: Tensor, rank: Tensor, n: int, out: Tensor) -> None:
 
 
 def nm_keep(weight: Tensor, rank: Tensor, n: int, *, out: Tensor | None = None) -> Tensor:
-    """``weight`` where ``rank < n``, zero elsewhere: how a candidate switches one linear.
+    """``weight`` where ``rank < n``, zero elsewhere; a candidate switches a linear with it.
 
     Args:
         weight: ``[R, K]``; any strides.
         rank: uint8 ``[R, K]``, from ``nm_rank``.
-        n: how many of every group to keep; 0 gives zeros.
-        out: where to write, with the shape, dtype and device of ``weight`` and memory of its own (any
-            strides); it may be a parameter, whose data is then overwritten.
+        n: the number of kept weights in every group; 0 gives zeros.
+        out: the tensor to write to, with the shape, dtype and device of ``weight`` and memory of its own (any strides).
+            It may be a parameter, whose data is then overwritten.
 
     Returns:
         ``out``, or a new contiguous tensor.

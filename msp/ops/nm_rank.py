@@ -1,4 +1,4 @@
-"""The rank of every weight inside its group: one byte from which the mask for every N follows."""
+"""The rank of every weight inside its group: one byte, which gives the mask for every N."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def nm_rank(
     importance: Tensor | None = None,
     scores: Tensor | None = None,
 ) -> Tensor:
-    """How many weights of its group are better than each: uint8 ``[R, K]``, 0 for the best.
+    """The number of better weights in the group of each weight: uint8 ``[R, K]``, 0 for the best.
 
     Ranks in a group are 0 ... M-1, each once; equal scores go to the lower column. ``rank < n`` is the mask
     that ``nm_select`` keeps at n:M, so the masks for all n are nested in one byte a weight.

@@ -17,8 +17,8 @@ def reference(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> 
     check_finite(weight, terms)
     scores = score(weight, terms)
     if compliant:
-        # A walk in rank order that refuses what is third in its quad keeps exactly the best of those
-        # that rank below 2 in their quad.
+        # A walk in rank order that skips the third and fourth of each aligned 4 keeps exactly the best of those that
+        # rank below 2 in their 4.
         scores = scores.masked_fill(rank_in_groups(scores, 4) >= 2, -torch.inf)
     kept = rank_in_groups(scores, m) < n
     return weight[kept].view(len(weight), packed_widths(n, m, weight.shape[1])[0]), pack_bits(kept)
@@ -58,7 +58,7 @@ def triton(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> tup
 def _compiled(
     module: str, weight: Tensor, terms: Terms, n: int, m: int, compliant: bool, *rest: int
 ) -> tuple[Tensor, Tensor, int]:
-    """Call the C++ or CUDA binding, which takes addresses and codes; ``rest``: threads, or what CUDA asks for."""
+    """Call the C++ or CUDA binding with addresses and codes; ``rest`` is the number of threads, or CUDA's arguments."""
     weight = weight.contiguous()
     values, bitmask = _empty(weight, n, m)
     pointer, dtype, rows, columns, _, kind, *vectors = addresses(weight, terms, m)
@@ -77,7 +77,7 @@ def cpu(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> tuple[
 
 
 def launch(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The CUDA kernel without waiting for it: values, bitmask, and int32 ``[1]``, not 0 if it met NaN or infinity."""
+    """Run the CUDA kernel without waiting: values, bitmask, and int32 ``[1]``, not 0 if it met NaN or infinity."""
     wrong = torch.zeros(1, dtype=torch.int32, device=weight.device)
     with torch.cuda.device(weight.device):
         stream = torch.cuda.current_stream().cuda_stream
@@ -105,7 +105,7 @@ def nm_select_op(
     m: int,
     compliant: bool,
 ) -> tuple[Tensor, Tensor]:
-    NMPattern(n, m)  # refuses what is none
+    NMPattern(n, m)  # raises for a pattern that is none
     terms = check_scoring(weight, m, column_scale, row_term, column_term, importance, scores)
     return op(weight, terms, n, m, compliant)
 
@@ -145,8 +145,8 @@ def nm_select(
     Args:
         weight: ``[R, K]`` fp32, fp16 or bf16, K a multiple of M; any strides.
         pattern: N:M, N kept.
-        compliant: keep at most 2 of each aligned 4 as well (2:4 sparse tensor cores can run it): walk a
-            group in rank order and skip what is third in its four.
+        compliant: also keep at most 2 of each aligned 4 (so that 2:4 sparse tensor cores can run it): walk a group in
+            rank order and skip the third and fourth of each 4.
 
     Raises:
         TypeError: a dtype that cannot be packed or ranked.

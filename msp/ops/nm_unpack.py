@@ -1,4 +1,4 @@
-"""The dense form of a packed weight, written into memory that is used again."""
+"""The dense form of a packed weight, written into memory that can be reused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ op = Op("nm_unpack", reference)
 
 
 def _in_one_piece(values: Tensor, bitmask: Tensor, n: int, m: int, out: Tensor) -> bool:
-    """The kernels write ``out`` as it lies in memory."""
+    """Whether ``out`` is contiguous, as the kernels need."""
     return out.is_contiguous()
 
 
@@ -59,19 +59,19 @@ def _(values: Tensor, bitmask: Tensor, n: int, m: int, out: Tensor) -> None:
 
 
 def nm_unpack(packed: PackedWeight, *, out: Tensor | None = None) -> Tensor:
-    """The dense ``[R, K]`` weight, zeros where nothing is kept.
+    """The dense ``[R, K]`` weight, with zeros for the weights that are not kept.
 
     Args:
-        packed: its bitmask is counted in the first call, and in the first one after a write to it.
-        out: where to write, ``[R, K]`` with memory of its own (any strides). What is packed in another dtype or on
-            another device is brought to its; it may be a parameter, whose data is then overwritten.
+        packed: its bitmask is counted in the first call, and in the first call after a write to it.
+        out: the tensor to write to, ``[R, K]`` with memory of its own (any strides). A packed weight of another dtype
+            or device is converted to those of ``out``. It may be a parameter, whose data is then overwritten.
 
     Returns:
         ``out``, or a new contiguous tensor like the values.
 
     Raises:
-        TypeError: an ``out`` of a dtype that values cannot have.
-        ValueError: an ``out`` of another shape, or a packed weight whose parts do not fit together.
+        TypeError: values cannot have the dtype of ``out``.
+        ValueError: ``out`` has another shape, or the parts of the packed weight do not fit together.
     """
     packed.check_once()
     if out is None:

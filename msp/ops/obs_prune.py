@@ -53,7 +53,7 @@ def triton(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -
 
 @op.backend("cpu")
 def cpu(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> tuple[Tensor, Tensor]:
-    # It has blocks of its own: it adds in the order of the columns, so they do not even change the rounding.
+    # The kernel has blocks of its own and adds in the order of the columns, so its blocks do not change the rounding.
     weight = weight.to(torch.float32).contiguous()
     factor = hinv_chol.contiguous()
     updated = torch.empty_like(weight)
@@ -67,7 +67,7 @@ def cpu(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> t
 
 @op.backend("cuda", available=lambda: cuda_serves("obs_prune_block"))
 def cuda(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> tuple[Tensor, Tensor]:
-    # The kernel's blocks are of one size: which changes rounding only.
+    # The kernel's blocks have one size; the block size changes only the rounding.
     compiled = compiled_module("msp._cuda")
     assert compiled is not None
     with torch.cuda.device(weight.device):
@@ -98,7 +98,7 @@ def sweep_blocks(
 
 @contextmanager
 def float32_products() -> Iterator[None]:
-    """Keep TF32 out of a GPU's products, whatever the process allows elsewhere: it would change what is kept."""
+    """Disable TF32 in a GPU's products, for any setting of the process: it would change the selection."""
     matmul: Any = torch.backends.cuda.matmul
     name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
     before = getattr(matmul, name)
@@ -124,24 +124,24 @@ def _(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> tup
 
 
 def obs_prune(weight: Tensor, hinv_chol: Tensor, pattern: NMPattern, *, block_size: int = 128) -> PackedWeight:
-    """Prune column by column and let the columns behind make up for each error (arXiv 2301.00774, algorithm 1).
+    """Prune column by column and correct each error in the later columns (arXiv 2301.00774, algorithm 1).
 
-    At the first column of each group the N weights of highest ``w^2 / U_jj^2`` are chosen to stay, w as
-    updated so far. Then column i gives its pruned weights' error ``e = w / U_ii`` to the columns j > i of
-    its block, ``w_j -= e U_ij``; the columns behind the block get the block's errors in one product.
-    Computed in float32, cast to the weight's dtype at the end.
+    At the first column of each group the N weights of highest ``w^2 / U_jj^2`` are selected, w as updated so far.
+    Column i then passes the error of its pruned weights, ``e = w / U_ii``, to the columns j > i of its block, ``w_j -=
+    e U_ij``; the columns after the block get the block's errors in one product. Computed in float32, cast to the
+    weight's dtype at the end.
 
     Args:
         weight: ``[R, K]``, float32, float16 or bfloat16.
-        hinv_chol: float32 ``[K, K]``: the upper triangular U with ``H^-1 = U^T U``. What lies below
-            the diagonal is not read.
+        hinv_chol: float32 ``[K, K]``: the upper triangular U with ``H^-1 = U^T U``. Entries below the diagonal are not
+            read.
         pattern: weights kept per group; K must be a multiple of M.
         block_size: columns between two trailing updates, a multiple of M. It changes rounding and speed only.
 
     Raises:
         TypeError: a dtype is not one of these.
-        ValueError: shapes, devices, pattern or block size do not match; an input holds NaN or infinity
-            (says how many); U's diagonal is not positive; an updated weight overflows the dtype.
+        ValueError: shapes, devices, pattern or block size do not match; an input holds NaN or infinity (the message
+            counts them); U's diagonal is not positive; an updated weight overflows the dtype.
     """
     _check(weight, hinv_chol, pattern.m, block_size)
     require_finite("obs_prune", "weight", weight)
@@ -172,8 +172,8 @@ def _check(weight: Tensor, hinv_chol: Tensor, m: int, block_size: int) -> None:
 
 
 def _pack(updated: Tensor, kept: Tensor, pattern: NMPattern) -> PackedWeight:
-    # Kernels that select find what is kept again, and pack it, several times faster than indexing with the mask.
-    # Where no kept weight is zero, they are the N largest of their group, and the mask need not be read.
+    # The selecting kernels find the kept weights again, and pack them, several times faster than indexing with the
+    # mask. If no kept weight is zero, they are the N largest of their group, and the mask need not be read.
     if op.last() == "cpu" and torch.count_nonzero(updated) == updated.numel() // pattern.m * pattern.n:
         return nm_select(updated, pattern)
     return nm_select(updated, pattern, scores=kept.float())

@@ -1,4 +1,4 @@
-"""How weights are ranked inside a group: the score formulas, their checks and the reference ranks."""
+"""The ranking of weights inside a group: the score formulas, their checks and the reference ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAGNITUDE, SCALED, RELATIVE, FISHER, GIVEN = range(5)
 
 
 class Terms(NamedTuple):
-    """What a score is made of besides the weight; all fp32 and contiguous once checked.
+    """The terms of a score besides the weight; all fp32 and contiguous after the checks.
 
     ``column_scale [K]`` (s), ``row_term [R]`` (r), ``column_term [K]`` (c), ``importance [R, K]`` (F),
     ``scores [R, K]``. No term: magnitude.
@@ -27,7 +27,7 @@ class Terms(NamedTuple):
 
     @property
     def kind(self) -> int:
-        """The number by which kernels know the formula: 0 magnitude, 1 scaled, 2 RIA, 3 Fisher, 4 given."""
+        """The code of the formula for kernels: 0 magnitude, 1 scaled, 2 RIA, 3 Fisher, 4 given."""
         if self.scores is not None:
             return GIVEN
         if self.importance is not None:
@@ -38,7 +38,7 @@ class Terms(NamedTuple):
 
     @property
     def matrix(self) -> Tensor | None:
-        """The one ``[R, K]`` term there can be."""
+        """The ``[R, K]`` term, of which there is at most one."""
         return self.importance if self.scores is None else self.scores
 
 
@@ -58,7 +58,7 @@ def score(weight: Tensor, terms: Terms) -> Tensor:
 
 
 def rank_in_groups(scores: Tensor, group_size: int) -> Tensor:
-    """uint8 ``[R, K]``: how many of its group are better; of equals, the lower column is."""
+    """uint8 ``[R, K]``: the number of better weights in the group; of equal weights, the lower column is better."""
     # the place in the group comes first, so that every comparison runs over contiguous memory
     places = scores.reshape(-1, group_size).t().contiguous()
     rank = torch.zeros_like(places, dtype=torch.uint8)
@@ -77,10 +77,10 @@ def check_scoring(
     importance: Tensor | None,
     scores: Tensor | None,
 ) -> Terms:
-    """The terms in fp32, after every check that needs no look at a value; ``check_finite`` has the others.
+    """The terms in fp32, after every check that reads no value; ``check_finite`` has the others.
 
     Raises:
-        TypeError: a dtype no weight or term can have.
+        TypeError: no weight or term can have this dtype.
         ValueError: a shape or device that does not fit, or terms that exclude each other.
     """
     check_matrix("weight", weight, group_size)
@@ -109,9 +109,9 @@ def check_scoring(
 
 
 def check_finite(weight: Tensor, terms: Terms) -> None:
-    """What a backend does first whose kernel does not count what is not finite.
+    """The first step of a backend whose kernel does not count values that are not finite.
 
-    One read of each tensor: its extremes say whether it, and the scores made of it, are finite.
+    One read of each tensor: its extremes show whether it, and the scores made of it, are finite.
 
     Raises:
         ValueError: NaN or infinite weights, terms or scores (with their number).
@@ -122,7 +122,7 @@ def check_finite(weight: Tensor, terms: Terms) -> None:
             largest[name] = _largest(name, term)
     if terms.scores is not None:
         return
-    # of the products on the way as well: infinity times zero is not zero
+    # also of the products in between: infinity times zero is not zero
     product = bound = largest["weight"]
     if terms.importance is not None:
         product = largest["weight"] ** 2
@@ -132,13 +132,13 @@ def check_finite(weight: Tensor, terms: Terms) -> None:
         bound = max(bound, product)
     if terms.column_scale is not None:
         bound = max(bound, product * largest["column_scale"])
-    # the bound pairs extremes that may never meet, so only the scores themselves can tell
+    # the bound pairs extremes that may never meet, so only the scores themselves decide
     if bound > torch.finfo(torch.float32).max / 2:
         _require_finite("scores", score(weight, terms))
 
 
 def check_counted(wrong: int, weight: Tensor, terms: Terms) -> None:
-    """The same after a kernel that has counted ``wrong`` weights or scores, so that none is read twice.
+    """``check_finite`` after a kernel that has counted ``wrong`` weights or scores, so that none is read twice.
 
     Raises:
         ValueError: as ``check_finite``.
@@ -150,7 +150,7 @@ def check_counted(wrong: int, weight: Tensor, terms: Terms) -> None:
 
 
 def addresses(weight: Tensor, terms: Terms, group_size: int) -> tuple[int, ...]:
-    """What compiled kernels are told of a contiguous weight and its terms, in their order of arguments."""
+    """The arguments of compiled kernels for a contiguous weight and its terms, in order."""
     vectors = (terms.column_scale, terms.row_term, terms.column_term, terms.matrix)
     pointers = (0 if vector is None else vector.data_ptr() for vector in vectors)
     dtype = VALUE_DTYPES.index(weight.dtype)

@@ -1,8 +1,8 @@
 """Lets transformers load a packed model without an import of msp: with ``trust_remote_code=True``.
 
-A packed model holds a small file that ``auto_map`` in its ``config.json`` names. transformers runs it only where
-remote code is trusted; it imports msp and gives transformers' own configuration back. Without trust, nothing is
-asked and nothing runs, because transformers knows the model type itself.
+A packed model holds a small file that ``auto_map`` in its ``config.json`` names. transformers runs it only if remote
+code is trusted. The file imports msp and returns transformers' own configuration. Without trust, transformers neither
+asks nor runs anything, because it has the model type itself.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 NAME = "load_with_msp"
 FILE = f"{NAME}.py"
-# transformers searches a file for imports and names the distribution after the module, which is another project's;
-# it leaves out those in a try block.
+# transformers searches a file for imports and names the distribution after the module, but that is another project's
+# name. It leaves out imports in a try block.
 SOURCE = '''"""Imports msp, which this packed model needs. transformers runs this file with trust_remote_code=True."""
 
 try:
@@ -25,11 +25,11 @@ except ImportError as error:
 
 
 class PackedConfig:
-    """Stands in ``auto_map`` for the class that transformers would choose anyway."""
+    """The entry in ``auto_map`` for the class that transformers would choose anyway."""
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Called by transformers for remote code, to save its file with the model; msp writes the file itself."""
+        """transformers calls this to save the file of remote code with the model; msp writes the file itself."""
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> Any:
@@ -40,7 +40,7 @@ class PackedConfig:
 
 
 def add_loader(folder: Path) -> None:
-    """Put the file beside ``config.json`` and name it there, unless the model brings a configuration of its own."""
+    """Write the file next to ``config.json`` and name it there, unless the model brings a configuration of its own."""
     from transformers import CONFIG_MAPPING
 
     from msp.base.reading import read_object
@@ -59,12 +59,12 @@ def add_loader(folder: Path) -> None:
 
 
 def is_loader(reference: object) -> bool:
-    """Whether an entry of ``auto_map`` names the file of msp; one from a hub has ``repository--`` in front."""
+    """Whether an entry of ``auto_map`` names the file of msp; an entry from a hub begins with ``repository--``."""
     return isinstance(reference, str) and reference.rpartition("--")[2] == f"{NAME}.{PackedConfig.__name__}"
 
 
 def forget_loader(config: Any) -> None:
-    """Take the entry out of a configuration that was read: what saves it again does not write the file."""
+    """Remove the entry from a configuration that was read, since a later save of it does not write the file."""
     auto_map = getattr(config, "auto_map", None) or {}
     kept = {name: reference for name, reference in auto_map.items() if not is_loader(reference)}
     if kept:

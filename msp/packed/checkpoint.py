@@ -1,8 +1,8 @@
-"""Packed checkpoints: what is written, and how. ``msp.packed.info`` reads and checks it.
+"""Packed checkpoints: their content and how it is written. ``msp.packed.info`` reads and checks it.
 
 A packed checkpoint is a ``transformers`` model directory in safetensors. A linear of pattern N:M is stored
-as ``<name>.values`` ``[R, K/M*N]`` and ``<name>.bitmask`` ``[R, ceil(K/8)]`` uint8 beside an empty
-``<name>.weight``, its guard, and one whose pattern keeps everything as its plain ``<name>.weight``; the table of
+as ``<name>.values`` ``[R, K/M*N]`` and ``<name>.bitmask`` ``[R, ceil(K/8)]`` uint8, with an empty ``<name>.weight`` as
+its guard. A linear whose pattern keeps everything is stored as its plain ``<name>.weight``; the table of
 ``msp.formats.storage`` has the parts of all storages. The ``quantization_config`` of ``config.json`` is the
 ``Manifest``: every linear's storage and shape, and the recipe.
 """
@@ -49,7 +49,7 @@ from msp.packed.sparse_linear import (
 
 
 def manifest_of(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> Manifest:
-    """The manifest of a model whose linears are packed in place; ``MspError`` if none is."""
+    """The manifest of a model whose linears are packed in place; ``MspError`` if no linear is packed."""
     storages = storages_of(model)
     if not storages:
         raise MspError(f"this {type(model).__name__} has no packed linears: prune it first")
@@ -59,12 +59,12 @@ def manifest_of(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> Ma
 
 
 def replace_linears(model: nn.Module, packed: Mapping[str, PackedWeight | CodedWeight]) -> None:
-    """Put a ``SparseLinear`` in the place of each named linear of ``model``, with the linear's own bias.
+    """Replace each named linear of ``model`` by a ``SparseLinear`` with the linear's own bias.
 
-    A weight that stands at several places is replaced at all of them, whichever of their names is given.
+    A weight that stands at several places is replaced at all of them, under any of its names.
 
-    A pattern that keeps everything leaves its module as it is and only notes the pattern on it. The
-    model's own ``save_pretrained`` writes a packed checkpoint from then on.
+    A pattern that keeps everything leaves its module as it is and only records the pattern on it. Afterwards the
+    model's own ``save_pretrained`` writes a packed checkpoint.
 
     Raises:
         MspError: a name without a linear, or a packed weight of another shape; nothing is replaced then.
@@ -120,8 +120,8 @@ def save_packed(
         origin: folder of the dense model. Its tokenizer, templates, processors, code and licence are copied as they
             are, see ``msp.models.travelling``.
 
-    All or nothing: everything is written to a hidden directory beside ``out``, which takes its place in one step, see
-    ``msp.base.outputs``. ``out`` is replaced only if msp wrote all that is in it.
+    All or nothing: everything is written to a hidden directory next to ``out``, which replaces ``out`` in one step, see
+    ``msp.base.outputs``. ``out`` is replaced only if msp wrote everything in it.
 
     Returns:
         The directory written, links resolved.
@@ -134,14 +134,14 @@ def save_packed(
     json.dumps(manifest.to_dict())
     with new_folder(out, force, model=origin or model) as (partial, target):
         _attach_manifest(model, manifest)
-        # Tensors keep the names of their modules, as the manifest does, also where published files differ.
+        # Tensors keep the names of their modules, as in the manifest, also if published files have other names.
         model.save_pretrained(partial, max_shard_size=max_shard_size, save_original_format=False)
         _describe(partial, tokenizer, origin)
     return target
 
 
 def _describe(folder: Path, tokenizer: Any, origin: Path | None) -> None:
-    """Put what goes with the weights beside them, and the model card."""
+    """Write the files that go with the weights, and the model card."""
     if tokenizer is not None and (origin is None or not tokenizer_travels(origin)):
         try:
             tokenizer.save_pretrained(folder)
@@ -153,16 +153,16 @@ def _describe(folder: Path, tokenizer: Any, origin: Path | None) -> None:
     add_loader(folder)
     info = read_info(folder)
     record_hashes(folder)
-    # transformers names the dtype of whichever parameter comes first, and loads all in what is named here.
+    # transformers names the dtype of the first parameter, and loads all weights in the dtype named here.
     edit_config(folder, dtype=str(_common_dtype(folder, info)).removeprefix("torch."))
     (folder / "README.md").write_text(model_card(info), encoding="utf-8")
 
 
 def record_hashes(folder: Path) -> None:
-    """Put the hashes of all stored tensors into ``config.json``, or compare with those that are there.
+    """Write the hashes of all stored tensors into ``config.json``, or compare them with the hashes there.
 
     Raises:
-        MspError: a tensor that was not written as it was in memory.
+        MspError: the file of a tensor differs from the tensor in memory.
     """
     headers, entries = read_headers(tensor_files(folder)), read_object(folder / "config.json", foreign=True)
     config = entries["quantization_config"]
@@ -173,7 +173,7 @@ def record_hashes(folder: Path) -> None:
 
 
 def _common_dtype(folder: Path, info: PackedInfo) -> torch.dtype:
-    """What most weights of the dense model were stored in."""
+    """The dtype in which most weights of the dense model were stored."""
     headers = read_headers(tensor_files(folder))
     for linear in info.linears:
         label = next(iter(linear.storage.parts(*linear.shape)))
@@ -183,12 +183,12 @@ def _common_dtype(folder: Path, info: PackedInfo) -> torch.dtype:
 
 
 class PackedShards:
-    """A packed checkpoint that is written a block at a time, a file each.
+    """A packed checkpoint that is written block by block, a file for each.
 
     Args:
-        folder: to write to, which is there.
-        stored: the dtypes to store tensors in.
-        origin: as ``save_packed`` takes it.
+        folder: an existing folder to write to.
+        stored: the dtypes of the stored tensors.
+        origin: as in ``save_packed``.
     """
 
     def __init__(self, folder: Path, stored: StoredDtypes, origin: Path | None = None) -> None:
@@ -207,7 +207,7 @@ class PackedShards:
         self._blocks.append(file)
 
     def finish(self, model: Any, tokenizer: Any, recipe: Mapping[str, Any]) -> None:
-        """Store all else of ``model``, which has a ``SparseLinear`` on no device for each packed linear."""
+        """Store the rest of ``model``, which has a ``SparseLinear`` on no device for each packed linear."""
         _attach_manifest(model, manifest_of(model, recipe))
         model.hf_quantizer = None  # transformers would ask it for the weights of the whole model
         written = read_headers(self._blocks)
@@ -230,7 +230,7 @@ class PackedShards:
 def packed_shards(
     out: str | Path, stored: StoredDtypes, size: int, *, force: bool = False, origin: Path | None = None
 ) -> Iterator[PackedShards]:
-    """Shards of a checkpoint at ``out``, which is there when the context ends, and not before.
+    """The shards of a checkpoint at ``out``, which appears at the end of the context, and not before.
 
     Raises:
         MspError: see ``save_packed``; or there is no room for ``size`` bytes.
@@ -242,13 +242,13 @@ def packed_shards(
 
 @contextmanager
 def as_stored(module: nn.Module, stored: StoredDtypes, prefix: str = "") -> Iterator[None]:
-    """Floating tensors in the dtypes that they are stored in for the length of the context.
+    """Floating tensors in their stored dtypes for the length of the context.
 
     Args:
-        prefix: what the names of ``module`` begin with in ``stored``. Buffers that no file holds are left alone.
+        prefix: the beginning of the names of ``module`` in ``stored``. Buffers that no file holds are left alone.
     """
     saved = module.state_dict().keys()
-    # not those of the state dict: what a packed linear puts there may be a copy in another layout
+    # not the tensors of the state dict: a packed linear may return a copy in another layout there
     tensors = [
         *module.named_parameters(),
         *((name, buffer) for name, buffer in module.named_buffers() if name in saved),

@@ -1,7 +1,7 @@
-"""Loads packed models through ``transformers``: the quantizer that it knows as ``msp``.
+"""Loads packed models through ``transformers``: the quantizer with the name ``msp``.
 
-Importing this module registers it. It is imported while transformers itself still is being imported,
-so whatever needs torch modules or transformers' models is imported inside the methods.
+Importing this module registers it. It is imported while transformers itself is still being imported, so the methods
+import torch modules and transformers' models.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class MspConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a packed model; its attributes are the keys of ``Manifest.to_dict``.
 
     Raises:
-        MspError: an entry that is wrong; the message names it.
+        MspError: an entry is wrong; the message names it.
     """
 
     def __init__(self, **entries: Any) -> None:
@@ -49,7 +49,7 @@ class MspConfig(QuantizationConfigMixin):
 
 
 class MspQuantizer(HfQuantizer):
-    """Puts packed linears in the place of the allocated ones and checks what is loaded into them."""
+    """Replaces the allocated linears by packed ones and checks the tensors that are loaded into them."""
 
     quantization_config: MspConfig
     _headers: Mapping[str, TensorHeader]
@@ -103,9 +103,9 @@ class MspQuantizer(HfQuantizer):
         # transformers would list them as unexpected
         ignored = {f"^{re.escape(name)}$" for _, names, _ in names_as_loaded(model, guards, self) for name in names}
         known = model._keys_to_ignore_on_load_unexpected
-        # a set today, but a list (or nothing) in the first releases of transformers 5
+        # a set in new releases, but a list (or None) in the first releases of transformers 5
         model._keys_to_ignore_on_load_unexpected = (set if isinstance(known, set) else list)({*(known or ()), *ignored})
-        # hashes are those of the files: what is saved again has others, see ``get_state_dict_and_metadata``
+        # these are the hashes of the files; a model that is saved again has others, see ``get_state_dict_and_metadata``
         self.quantization_config = MspConfig(**replace(manifest, hashes={}).to_dict())
         self._hashes = manifest.hashes
         if not manifest.hashes:
@@ -127,7 +127,7 @@ class MspQuantizer(HfQuantizer):
         def stored(name: str) -> torch.Tensor | None:
             return read_tensor(self._headers, name) if name in self._headers else None
 
-        # What has the right hash is as finite as it was when it was saved, unless it was cast.
+        # A tensor with the right hash is as finite as when it was saved, unless it was cast.
         check_finite(
             (
                 (name, tensor)
@@ -167,7 +167,7 @@ class MspQuantizer(HfQuantizer):
         _keep_names(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        """What ``save_pretrained`` writes; of a model with adapters it writes only these."""
+        """The tensors that ``save_pretrained`` writes; for a model with adapters only those of the adapters."""
         from msp.base.hashes import hash_tensors
         from msp.packed.sparse_linear import guarded_state_dict
 
@@ -203,7 +203,7 @@ class MspQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Gradients pass through packed linears to whatever trains before them, such as adapters."""
+        """Gradients pass through packed linears to trained parts before them, such as adapters."""
         return True
 
     @property
@@ -217,7 +217,7 @@ class MspQuantizer(HfQuantizer):
 
 
 def _stored(model: PreTrainedModel, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of ``state`` that ``save_pretrained`` stores: of tensors that are one, the first."""
+    """The tensors of ``state`` that ``save_pretrained`` stores: the first of those that are one tensor."""
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     kept = dict(remove_tied_weights_from_state_dict(dict(state), model))
@@ -225,7 +225,7 @@ def _stored(model: PreTrainedModel, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def attach(model: Any, manifest: Manifest) -> None:
-    """Make a model whose linears were packed in memory one that ``save_pretrained`` writes as packed."""
+    """Prepare a model whose linears were packed in memory, so that ``save_pretrained`` writes it as packed."""
     config = MspConfig(**manifest.to_dict())
     _forget_dense(model, manifest)
     _tie(model, manifest)
@@ -245,7 +245,7 @@ def _keep_names(model: Any) -> None:
 
 
 def _forget_dense(model: PreTrainedModel, manifest: Manifest) -> None:
-    """Take the weights that are packed now out of those that transformers ties when it loads."""
+    """Remove the packed weights from those that transformers ties when it loads."""
     packed = [name for name in manifest.names if not manifest.storages[manifest.shared.get(name, name)].is_dense]
     gone = {f"{name}.weight" for name in (*packed, *manifest.shared)}
     tied = dict(model.all_tied_weights_keys)
@@ -253,7 +253,7 @@ def _forget_dense(model: PreTrainedModel, manifest: Manifest) -> None:
 
 
 def _tie(model: PreTrainedModel, manifest: Manifest) -> None:
-    """Tell transformers, which stores one of several tensors that are the same, which of packed linears are."""
+    """Declare the shared tensors of packed linears, because transformers stores one of several equal tensors."""
     keys: dict[str, str] = {}
     for name, first in manifest.shared.items():
         one, other = (dict(model.get_submodule(each).state_dict(keep_vars=True)) for each in (first, name))
@@ -263,7 +263,7 @@ def _tie(model: PreTrainedModel, manifest: Manifest) -> None:
 
 
 def _dense_names(model: PreTrainedModel) -> dict[str, str]:
-    """Of each tensor of a packed weight, the one of the dense linear in its place: for the first part, else empty."""
+    """The dense name for each part of a packed weight: that of the weight for the first part, else empty."""
     from msp.packed.sparse_linear import SparseLinear
 
     names: dict[str, str] = {}
@@ -275,7 +275,7 @@ def _dense_names(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _name_in(model: PreTrainedModel, name: str) -> str:
-    """The linear ``name`` as ``model`` calls it: with or without the prefix of a model inside a head."""
+    """The linear ``name`` under its name in ``model``: with or without the prefix of a model inside a head."""
     prefix = f"{model.base_model_prefix}."
     for candidate in (name, name.removeprefix(prefix), prefix + name):
         try:
@@ -287,9 +287,9 @@ def _name_in(model: PreTrainedModel, name: str) -> str:
 
 
 def _check_complete(model: PreTrainedModel, stored: Mapping[str, TensorHeader]) -> None:
-    """Raise ``MspError`` naming a tensor that transformers would leave at random values.
+    """Raise ``MspError`` that names a tensor which transformers would leave at random values.
 
-    A head that the checkpoint was not saved with (a classifier on a language model) may be new.
+    A head that the checkpoint lacks (a classifier on a language model) may be new.
     """
     tied = dict(model.all_tied_weights_keys)
     tied.update({source: target for target, source in tied.items()})

@@ -1,6 +1,6 @@
-"""What a packed checkpoint holds, as far as it can be told and checked without loading the model.
+"""The content of a packed checkpoint, as far as it can be read and checked without loading the model.
 
-``msp.packed.checkpoint`` says what lies where and writes it.
+``msp.packed.checkpoint`` defines the layout and writes it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from msp.ops.nm_linear_plan import kept_bytes, slower_from_tokens, stays_dense
 
 
 def check_headers(manifest: Manifest, headers: Mapping[str, TensorHeader]) -> None:
-    """Check that exactly the tensors that ``manifest`` calls for are stored, in their shapes and dtypes.
+    """Check that exactly the tensors of ``manifest`` are stored, in their shapes and dtypes.
 
     ``headers`` come without guards: see ``split_guards``.
 
@@ -96,7 +96,7 @@ class LinearInfo:
 
     @property
     def pattern(self) -> NMPattern:
-        assert self.storage.support is not None  # the manifest sees to it
+        assert self.storage.support is not None  # the manifest checks this
         return self.storage.support
 
     @property
@@ -109,28 +109,29 @@ class LinearInfo:
 
     @property
     def dense_on_gpu(self) -> bool:
-        """Whether it is unpacked once when it comes to a CUDA device; see ``SparseLinear.settle``."""
+        """Whether it is unpacked once when it moves to a CUDA device; see ``SparseLinear.settle``."""
         return self._packs_floats and stays_dense(self.pattern, FLOATS[self.dtype])
 
     @property
     def fast_prefill_bytes(self) -> int:
-        """What ``msp.fast_prefill`` keeps of it on a CUDA device at most; 0 for what does not lie in tiles there."""
+        """The most bytes that ``msp.fast_prefill`` keeps on a CUDA device for it; 0 if it does not lie in tiles."""
         in_tiles = FLOATS[self.dtype].itemsize == 2 and has_tiles(self.pattern, *self.shape, torch.bfloat16)
         tiled = in_tiles and not self.storage.is_coded and not self.dense_on_gpu
         return kept_bytes(self.pattern, *self.shape) if tiled else 0
 
     @property
     def slower_from_tokens(self) -> int:
-        """From how many tokens on a CUDA device is over 5 % slower with it than with the dense weight, unless
-        ``msp.fast_prefill`` was called: by arithmetic, not measured. 0 where ``fast_prefill`` keeps nothing of it."""
+        """The number of tokens from which a product on a CUDA device is over 5 % slower than with the dense weight,
+        unless ``msp.fast_prefill`` was called: by arithmetic, not measured. 0 if ``fast_prefill`` keeps nothing for
+        it."""
         return slower_from_tokens(self.pattern) if self.fast_prefill_bytes else 0
 
 
 @dataclass(frozen=True, repr=False)
 class PackedInfo:
-    """What a packed checkpoint holds, read from its headers.
+    """The content of a packed checkpoint, read from its headers.
 
-    ``other_bytes`` are the tensors that are no allocated linear: embeddings, norms, biases, the head.
+    ``other_bytes`` counts the tensors that are no allocated linear: embeddings, norms, biases, the head.
     """
 
     path: Path
@@ -203,7 +204,7 @@ class PackedInfo:
 
 
 def read_info(path: str | Path) -> PackedInfo:
-    """What the packed checkpoint at ``path`` holds; checks names, shapes and dtypes and loads no tensor.
+    """Read the content of the packed checkpoint at ``path``; checks names, shapes and dtypes and loads no tensor.
 
     Raises:
         MspError: not a packed model, or a file of it is missing, truncated or does not fit the manifest.
@@ -216,7 +217,7 @@ def read_info(path: str | Path) -> PackedInfo:
     for name in sorted(manifest.storages, key=_natural):
         storage, shape = manifest.storages[name], manifest.shapes[name]
         own = [f"{name}.{label}" for label, part in storage.parts(*shape).items() if part.dtype is None]
-        # what has no part in the model's dtype is told by its guard
+        # a linear without a part in the model's dtype has that dtype in its guard
         found = headers[own[0]] if own else guards.get(f"{name}.weight")
         spelled = found.dtype if found else "F32"
         dtype = FLOATS.get(spelled)
@@ -235,8 +236,8 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def validate_packed(path: str | Path) -> PackedInfo:
-    """Check a whole packed checkpoint: what ``read_info`` checks, the hash of every tensor, that each one with a hash
-    is there, the kept positions of every group, and that no value is NaN or infinite.
+    """Check a whole packed checkpoint: the checks of ``read_info``, the hash of every tensor, that each tensor with a
+    hash is there, the kept positions of every group, and that no value is NaN or infinite.
 
     Raises:
         MspError: names the tensor at fault.

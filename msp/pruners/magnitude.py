@@ -13,7 +13,7 @@ from msp.pruners.base import KeepingPruner, LinearStatistics, Scoring, register_
 @register_pruner
 @dataclass(frozen=True)
 class MagnitudePruner(KeepingPruner):
-    """Score ``|w|``: needs no calibration, and is what every other pruner has to beat."""
+    """Score ``|w|``: needs no calibration, and is the baseline of every other pruner."""
 
     name: ClassVar[str] = "magnitude"
 

@@ -43,5 +43,5 @@ class RIAPruner(KeepingPruner):
 
 
 def _reciprocal(sums: Tensor) -> Tensor:
-    """1 / sums, and 0 for a row or column of zeros, whose weights score 0 whatever they are multiplied by."""
+    """1 / sums, and 0 for a row or column of zeros, whose weights score 0 with any factor."""
     return torch.where(sums > 0, sums.reciprocal(), 0.0)

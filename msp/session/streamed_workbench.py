@@ -1,4 +1,4 @@
-"""The workbench of a model that is not in memory as a whole: one block at a time is there."""
+"""The workbench of a model that is not in memory as a whole, but one block at a time."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from msp.session.writers import Writer, block_writer
 
 
 class StreamedWorkbench(Workbench):
-    """``Workbench`` without what takes as much memory as the model; arguments and answers are the same.
+    """``Workbench`` without the parts that take as much memory as the model; arguments and results are the same.
 
-    ``hidden_bytes`` is host memory here, and also for Fisher traces; rank codes go into ``folder``, or where the
-    system has its temporary files.
+    ``hidden_bytes`` is host memory here, and also serves Fisher traces. Rank codes go into ``folder``, or into the
+    temporary folder of the system.
     """
 
     def __init__(self, *args: Any, folder: Path | None = None, **options: Any) -> None:
@@ -46,11 +46,11 @@ class StreamedWorkbench(Workbench):
 
     @property
     def whole(self) -> bool:
-        """Never: gates refuse what cannot be run one block at a time."""
+        """Never: ``gates`` refuses a model that cannot run one block at a time."""
         return False
 
     def _hashed_weights(self) -> dict[str, str]:
-        """As of the model in memory; every block is read once."""
+        """As for a model in memory; every block is read once."""
         found: dict[str, str] = {}
         for block in self.structure.blocks:
             with block.on(torch.device("cpu")):
@@ -69,7 +69,7 @@ class StreamedWorkbench(Workbench):
         raise UsageError("a level database is made of a model in memory: one that is streamed has none")
 
     def _room_for_ranks(self) -> MutableMapping[str, Ranks]:
-        """A folder for rank codes that goes with this workbench; ``MspError`` where they do not fit."""
+        """A folder for rank codes that lives as long as this workbench; ``MspError`` if they do not fit."""
         folder = scratch_folder(self, "ranks", self._folder)
         needed = sum(linear.weight.numel() * len(self.group_sizes(linear.name)) for linear in self.linears)
         free = shutil.disk_usage(folder).free

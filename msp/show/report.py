@@ -1,4 +1,4 @@
-"""What a run shows: progress bars on standard error, tables on standard output, and plain JSON."""
+"""The output of a run: progress bars on standard error, tables on standard output, and plain JSON."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ MOST_NAMES = 3
 class RichProgress:
     """Stages as live bars on a terminal, and as one line per finished stage anywhere else.
 
-    Use as a context manager; bars of nested stages go when they are done.
+    Use as a context manager; bars of nested stages disappear when they are done.
     """
 
     def __init__(self, console: Console) -> None:
@@ -108,7 +108,7 @@ class RichProgress:
 
 
 def to_json(value: Any) -> str:
-    """One line of strict JSON: infinities and NaN, which JSON has no word for, become null."""
+    """One line of strict JSON: infinities and NaN, which JSON lacks, become null."""
     return json.dumps(_strict(value), ensure_ascii=False)
 
 
@@ -123,7 +123,7 @@ def _strict(value: Any) -> Any:
 
 
 def prune_report(result: PruneResult, output: object = None) -> RenderableType:
-    """Dense and pruned side by side, the levels given, what was left dense, where the time went."""
+    """Dense and pruned side by side, the chosen levels, the linears left dense, the time of each stage."""
     packed, dense = result.bytes["packed"], result.bytes["dense"]
     table = _table("", right=("Dense", "Pruned"))
     table.add_row("Density of the linears", "100 %", f"{result.density:.2%}")
@@ -146,7 +146,7 @@ def prune_report(result: PruneResult, output: object = None) -> RenderableType:
 
 
 def preview_report(planned: Preview) -> RenderableType:
-    """What a run would do, and the memory it would take stage by stage."""
+    """The plan of a run, and the memory of each of its stages."""
     packed, dense = planned.bytes["packed"], planned.bytes["dense"]
     table = _table("", right=("",))
     table.add_row("Blocks, units, linears", f"{planned.blocks}, {planned.units:,}, {planned.linears:,}")
@@ -178,7 +178,7 @@ def _search_fitness(found: Mapping[str, float], recipe: Mapping[str, Any]) -> st
 
 
 def search_report(result: SearchResult, output: object) -> RenderableType:
-    """What the search spent and found, the levels given, what was left dense, where the time went."""
+    """The cost and the result of the search, the chosen levels, the linears left dense, the time of each stage."""
     table = _table("", right=("",))
     table.show_header = False
     table.add_row("Density of the linears", f"{result.density:.2%}")
@@ -212,7 +212,7 @@ def _spending(result: PruneResult | SearchResult) -> str:
 
 
 def pareto_report(result: ParetoResult, output: object) -> RenderableType:
-    """A row for every budget: what it keeps, and the fitness reached."""
+    """A row for every budget: the share that it keeps, and the fitness reached."""
     table = _table("Budget", right=("Density", "Bytes", "Smaller", f"Fitness ({result.fitness})", "Candidates"))
     described = result.to_json()
     for point in described["points"]:
@@ -223,7 +223,7 @@ def pareto_report(result: ParetoResult, output: object) -> RenderableType:
 
 
 def decode_report(table: DecodeTable, output: object) -> RenderableType:
-    """Microseconds of a call by pattern, and how many times as fast as dense that is."""
+    """Microseconds of a call by pattern, and the ratio to the dense time."""
     shapes = list(table.times)
     shown = _table("Pattern", right=[f"{rows} x {columns}" for rows, columns in shapes], title="Microseconds a token")
     for pattern in dict.fromkeys(name for times in table.times.values() for name in times):
@@ -249,7 +249,7 @@ def _levels(allocation: Mapping[str, str]) -> Table:
 
 
 def skipped_report(skipped: Mapping[str, str]) -> Table:
-    """What is never pruned, by the reason."""
+    """The linears that are never pruned, by the reason."""
     names: dict[str, list[str]] = defaultdict(list)
     for name, reason in skipped.items():
         names[reason].append(name)
@@ -292,7 +292,7 @@ def compare_report(result: CompareResult, *, every_seed: bool = False) -> Render
 
 
 def spread(row: CompareRow, measure: str) -> str:
-    """``0.58 ± 0.02`` where the row has a spread, ``0.58`` where not."""
+    """``0.58 ± 0.02`` if the row has a spread, else ``0.58``."""
     value: float = getattr(row, measure)
     deviation = (row.spread or {}).get(measure)
     return number(value) if not deviation else f"{number(value)} ± {number(deviation)}"
@@ -408,7 +408,7 @@ def split_name(name: str) -> tuple[int, str]:
 
 
 def split_names(names: Iterable[str]) -> dict[str, tuple[int, str]]:
-    """``split_name`` of each; where blocks are in several lists, the list's name goes before the kind."""
+    """``split_name`` of each; if blocks are in several lists, the list's name goes before the kind."""
     names = list(names)
     lists = {name: match[1] for name in names if (match := re.match(r"(.*?)\.?\d+\.", name))}
     if len({*lists.values()}) < 2:
@@ -431,7 +431,7 @@ def _figure(value: object) -> str:
 
 
 def _flat(key: str, value: object) -> Iterator[tuple[str, object]]:
-    """Nested mappings as ``(path, value)`` pairs; what is not set is left out."""
+    """Nested mappings as ``(path, value)`` pairs; values that are not set are left out."""
     if isinstance(value, Mapping):
         for part, item in value.items():
             yield from _flat(key if part == key else f"{key}: {part}", item)

@@ -9,13 +9,13 @@ from msp.errors import MspError, first_line
 from msp.text.text_files import Record
 
 CHAT_FIELDS = ("messages", "conversations")
-# What ShareGPT's records call the roles of everybody else's.
+# The roles in ShareGPT's records, and the usual names for them.
 _ROLES = {"human": "user", "gpt": "assistant"}
 _SHOWN_FIELDS = 20
 
 
 class Document(NamedTuple):
-    """One text and its place; ``is_chat`` if a template wrote it, with all its special tokens."""
+    """One text and its place; ``is_chat`` if a template wrote it, with all special tokens."""
 
     where: str
     text: str
@@ -23,10 +23,10 @@ class Document(NamedTuple):
 
 
 def find_field(record: Mapping[str, Any], field: str) -> Any:
-    """The value at ``field``, which is a key, or keys of nested records joined by dots; the longest key wins.
+    """The value at ``field``: a key, or keys of nested records joined by dots; the longest matching key counts.
 
     Raises:
-        KeyError: there is none.
+        KeyError: there is no such field.
     """
     if field in record:
         return record[field]
@@ -67,10 +67,10 @@ def text_or_chat(record: Record, field: str) -> str | list[dict[str, Any]]:
 
 
 def documents(records: Iterator[Record], field: str, tokenizer: Any) -> Iterator[Document]:
-    """What ``field`` of each record holds, chats through ``tokenizer.apply_chat_template``.
+    """The documents in ``field`` of each record; chats pass through ``tokenizer.apply_chat_template``.
 
     Raises:
-        MspError: all that ``text_or_chat`` raises, a chat and no template for it, or one that refuses it.
+        MspError: all errors of ``text_or_chat``; a chat without a template, or a template that refuses the chat.
     """
     for record in records:
         found = text_or_chat(record, field)
@@ -84,7 +84,7 @@ def documents(records: Iterator[Record], field: str, tokenizer: Any) -> Iterator
             )
         try:
             text = tokenizer.apply_chat_template(found, tokenize=False)
-        except Exception as error:  # a template is a program of its own, and raises what it likes
+        except Exception as error:  # a template is a program and may raise any kind
             raise MspError(f"{record.where}: the chat template refuses the chat: {first_line(error)}") from error
         yield Document(record.where, text, is_chat=True)
 
@@ -94,7 +94,7 @@ def _is_chat(value: Any) -> bool:
 
 
 def _message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
-    # Columnar files write every key that any message has, and null for those that this one lacks.
+    # Columnar files write every key that any message has, with null for the keys that this message lacks.
     message = {key: value for key, value in item.items() if value is not None}
     if "role" not in message and "from" in message:
         speaker = message.pop("from")
@@ -115,7 +115,7 @@ def _message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _field_names(record: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The fields, those of nested records with dots, quoted; not more than a reader wants to see."""
+    """The fields, quoted, those of nested records with dots; not more than a message can show."""
     names: list[str] = []
     for key, value in record.items():
         inner = _field_names(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else []

@@ -1,4 +1,4 @@
-"""Text and records on disk: what a file or a folder holds, and readers that take no more of it than is asked for."""
+"""Text and records on disk: the content of a file or folder, and readers that read no more of it than requested."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _NO_TEXT = {
     b"SQLite format 3\0": "an SQLite database: save its text first",
     _LFS_POINTER: "a pointer of git-lfs: fetch the file itself with git lfs pull",
 }
-# Beside records in folders that data set libraries and the hub write.
+# Files that data set libraries and the hub write next to the records of a folder.
 _DESCRIPTIONS = re.compile(
     r"(readme|licen[cs]e|citation|changelog)\b.*|dataset_infos?\.json|dataset_dict\.json|state\.json", re.I
 )
@@ -73,7 +73,7 @@ _SPLITS = re.compile(
 )
 
 _CHUNK_BYTES = 1 << 20
-# How much of a text is looked at for JSON. Wrong JSON shows at the first wrong character.
+# The part of a text that is searched for JSON. Wrong JSON shows at the first wrong character.
 _LOOKED_AT = 1 << 20
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 _JSON_LINES_SHARE = 0.9
@@ -83,7 +83,7 @@ T = TypeVar("T")
 
 
 class Record(NamedTuple):
-    """One record and its place, to be named in errors."""
+    """One record and its place, for error messages."""
 
     where: str
     value: Any
@@ -92,7 +92,7 @@ class Record(NamedTuple):
 def format_of(location: str | Path) -> str:
     """``json``, ``csv``, ``tsv``, ``parquet``, ``arrow`` or ``tokens`` by the suffix; any other is ``text``.
 
-    Upper and lower case are the same, and a suffix of compression (``.gz``) is left aside.
+    Upper and lower case are the same, and a suffix of compression (``.gz``) is ignored.
     """
     suffix = _suffix(location)
     return "tokens" if suffix == "safetensors" else _FORMATS.get(suffix, "text")
@@ -106,7 +106,7 @@ def _suffix(location: str | Path) -> str:
 
 
 def split_of(name: str) -> str | None:
-    """``train``, ``test`` or ``validation`` where a file's path names one of them as a word."""
+    """``train``, ``test`` or ``validation`` if the path of a file names one of them as a word."""
     found = _SPLITS.search(name)
     return ("train", "test", "validation")[(found.lastindex or 1) - 1] if found else None
 
@@ -115,8 +115,8 @@ def data_files(location: str) -> list[Path]:
     """The file itself, or the data files of a folder: all of one format, in the order of their paths.
 
     Raises:
-        MspError: no such file, an empty one, or a folder that is a model, has no data files, has some of
-            several formats or splits, or has some that cannot be read.
+        MspError: no such file, an empty one, or a folder that is a model, has no data files, or has data files of
+            several formats or splits, or some that cannot be read.
     """
     path = Path(location)
     if not path.is_dir():
@@ -162,17 +162,17 @@ def data_files(location: str) -> list[Path]:
 
 
 def text_pieces(location: str) -> Iterator[str]:
-    """The text of a UTF-8 file in pieces, decompressed where its first bytes are those of gzip, bzip2 or xz.
+    """The text of a UTF-8 file in pieces, decompressed if its first bytes are those of gzip, bzip2 or xz.
 
     Raises:
         MspError: bytes that are not text, or that are a format of another name; names the byte.
-        Exception: what the file system and the decompressor raise; ``guarded`` makes it ours.
+        Exception: any error of the file system and the decompressor; ``guarded`` turns it into an ``MspError``.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset, line, begun = 0, 1, False
     with _opened(location) as file:
         while True:
-            # read1 gives what comes before damage, where read would lose it
+            # read1 returns the bytes before damage; read would lose them
             chunk = file.read1(_CHUNK_BYTES)
             if not offset:
                 _check_beginning(location, chunk)
@@ -206,7 +206,7 @@ def _opened(location: str) -> Any:
 
 
 def check_pointer(location: str) -> None:
-    """Raise ``MspError`` for a file that git-lfs has yet to fetch, which no format's own reader would name."""
+    """Raise ``MspError`` for a file that git-lfs has not fetched yet; no format's reader would name the cause."""
     with open(location, "rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise MspError(f"{location} is {_NO_TEXT[_LFS_POINTER]}")
@@ -222,7 +222,7 @@ def _check_beginning(location: str, chunk: bytes) -> None:
 
 
 def check_prose(location: str) -> None:
-    """Look at the beginning of a text file.
+    """Check the beginning of a text file.
 
     Raises:
         MspError: bytes that are not text, or JSON, which would be tokenised with its braces and keys.
@@ -254,7 +254,7 @@ def _is_json(text: str, whole: bool) -> bool:
         except (ValueError, RecursionError):
             return True
     lines = [line for line in text.split("\n") if line.strip()]
-    # The last line may be cut off, by the end of what is looked at or of what was copied.
+    # The last line may be incomplete, because the sample or the file ends in it.
     if len(lines) > 1 and (not whole or (lines[-1].startswith('{"') and not _is_object(lines[-1]))):
         lines.pop()
     return bool(lines) and sum(map(_is_object, lines)) >= _JSON_LINES_SHARE * len(lines)
@@ -273,12 +273,12 @@ def _is_cut(error: json.JSONDecodeError, length: int) -> bool:
 
 
 def prose_pieces(location: str) -> Iterator[str]:
-    """``text_pieces``, with every error told as ``MspError``."""
+    """``text_pieces``, with every error turned into an ``MspError``."""
     return guarded(text_pieces(location), location, "characters", len)
 
 
 def guarded(items: Iterator[T], name: str, unit: str, size: Callable[[T], int] = lambda _: 1) -> Iterator[T]:
-    """``items``, with every error of the libraries that read them told as one of ours, and after how many.
+    """``items``, with every error of the libraries that read them as an ``MspError``, which gives the number read.
 
     Raises:
         MspError: an item that cannot be read.
@@ -291,7 +291,7 @@ def guarded(items: Iterator[T], name: str, unit: str, size: Callable[[T], int] =
             return
         except MspError:
             raise
-        except Exception as error:  # decompressors, parsers and connections raise many kinds, none of them ours
+        except Exception as error:  # decompressors, parsers and connections raise many kinds
             reached = f"breaks off after {count} {unit}" if count else "cannot be read"
             raise MspError(f"{name} {reached}: {first_line(error)}") from error
         yield item
@@ -299,11 +299,11 @@ def guarded(items: Iterator[T], name: str, unit: str, size: Callable[[T], int] =
 
 
 def file_records(path: Path, field: str | None = None) -> Iterator[Record]:
-    """The records of a file in a format of records; of Parquet only the column of ``field``, if it is given.
+    """The records of a file in a format of records; from Parquet only the column of ``field``, if it is given.
 
     Raises:
-        MspError: a library that is not installed, a file that git-lfs has yet to fetch or that breaks off, a
-            record that does not parse.
+        MspError: a library is not installed; git-lfs has not fetched the file yet; the file breaks off; or a record
+            does not parse.
     """
     location, kind = str(path), format_of(path)
     if kind in ("parquet", "arrow"):
@@ -326,20 +326,20 @@ def _parquet_rows(location: str, field: str | None) -> Iterator[Any]:
 def _arrow_rows(location: str) -> Iterator[Any]:
     check_pointer(location)
     arrow, ipc = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.ipc")
-    # mapped: a length that is wrong is then past the end of the file, and no memory is taken for it
+    # mapped: a wrong length then points past the end of the file, and no memory is allocated for it
     with arrow.memory_map(location) as file:
         is_file = file.read(6) == b"ARROW1"
         file.seek(0)
         reader = ipc.open_file(file) if is_file else ipc.open_stream(file)
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         for batch in batches:
-            batch.validate(full=True)  # pyarrow itself believes the offsets in a file, and reads wherever they lead
+            batch.validate(full=True)  # pyarrow does not check the offsets in a file before it reads there
             for start in range(0, batch.num_rows, 256):
                 yield from batch.slice(start, 256).to_pylist()
 
 
 def _csv_records(location: str, delimiter: str) -> Iterator[Record]:
-    # A document may well be longer than the 128 KiB that the parser takes for a field by itself.
+    # A document may be longer than the 128 KiB that the parser allows for a field by default.
     csv.field_size_limit(max(csv.field_size_limit(), (1 << 31) - 1))
     reader = csv.reader(_lines(text_pieces(location)), delimiter=delimiter, strict=True)
     header: list[str] | None = None
@@ -399,7 +399,7 @@ def _json_records(location: str) -> Iterator[Record]:
 
 
 class _JsonText:
-    """JSON text that is read piece by piece, and forgotten as it is parsed."""
+    """JSON text that is read piece by piece; parsed text is dropped."""
 
     def __init__(self, pieces: Iterator[str]) -> None:
         self.at = 0
@@ -417,7 +417,7 @@ class _JsonText:
         return self._line
 
     def peek(self) -> str:
-        """The next character that is no space, which ``at`` then is the place of; "" at the end."""
+        """The next character that is no space, and ``at`` moves to it; "" at the end."""
         while True:
             space = _JSON_SPACE.match(self._text, self.at)
             self.at = space.end() if space else self.at
@@ -442,7 +442,7 @@ class _JsonText:
                 raise MspError(f"{where} is not JSON that can be read: {first_line(error)}") from error
 
     def _grow(self) -> bool:
-        """Read about as much again as is held; whether there was any."""
+        """Read about as much again as is held; returns whether there was any text left."""
         if self._broken is not None:
             raise self._broken
         _ = self.line
@@ -455,7 +455,7 @@ class _JsonText:
                 if added and added >= len(parts[0]):
                     break
         except Exception as error:
-            # What came before is parsed first, so that the error is told after the right record.
+            # The text before the error is parsed first, so that the error names the right record.
             if not added:
                 raise
             self._broken = error

@@ -1,4 +1,4 @@
-"""Text sources: what a source's description means, and the tokens that are read from it."""
+"""Text sources: the meaning of a source's description, and the tokens that are read from it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from msp.text.text_files import (
     split_of,
 )
 
-# What the literature calibrates on, and the text most published perplexities are of.
+# The usual calibration text of the literature, and the usual text of published perplexities.
 DEFAULT_CALIBRATION = "hub:allenai/c4:en:train:text"
 DEFAULT_EVALUATION = "hub-joined:Salesforce/wikitext:wikitext-2-raw-v1:test:text"
 
@@ -53,18 +53,18 @@ class TokenSource:
 
     ``spec`` is one of
 
-    - ``text.txt`` (any suffix that is none of these): tokenised as ONE string with the tokenizer's own
-      special tokens once, the way perplexities are published;
-    - ``records.jsonl:FIELD`` (``text`` when left out), also ``.json``, ``.ndjson``, ``.csv``, ``.tsv``,
-      ``.parquet`` and ``.arrow``: each record a document, tokenised by itself and preceded by the
-      tokenizer's BOS, or else its EOS, where it has one. ``FIELD.SUB`` is a field of a nested record. A
-      field that holds a chat is written by the tokenizer's chat template, special tokens and all;
+    - ``text.txt`` (any suffix that is not listed below): tokenised as ONE string with the tokenizer's own special
+      tokens once, the way perplexities are published;
+    - ``records.jsonl:FIELD`` (``text`` by default), also ``.json``, ``.ndjson``, ``.csv``, ``.tsv``, ``.parquet`` and
+      ``.arrow``: each record is a document, tokenised by itself after the tokenizer's BOS, or else its EOS, if it has
+      one. ``FIELD.SUB`` is a field of a nested record. The tokenizer's chat template writes a field that holds a chat,
+      with all special tokens;
     - ``FOLDER[:FIELD]``: its data files, which are all of one format; a file of text is a document too;
     - ``tokens.safetensors``: exactly one integer tensor, read in row order;
     - ``hub:DATASET[:CONFIG]:SPLIT:COLUMN``: each row of a hub data set a document, as for records;
     - ``hub-joined:DATASET[:CONFIG]:SPLIT:COLUMN``: the rows joined by blank lines into one text.
 
-    Files compressed by gzip, bzip2 or xz are decompressed on the way, except ``.parquet`` and ``.arrow``.
+    Files compressed by gzip, bzip2 or xz are decompressed during reading, except ``.parquet`` and ``.arrow``.
     """
 
     spec: str
@@ -76,7 +76,7 @@ class TokenSource:
 
     @classmethod
     def parse(cls, spec: str) -> TokenSource:
-        """Read a source's description; nothing is opened.
+        """Parse a source's description; opens no file.
 
         Raises:
             UsageError: a form that is not one of the above.
@@ -100,10 +100,10 @@ class TokenSource:
         return cls(spec, "tokens" if format_of(path) == "tokens" else "file", path, column=field)
 
     def check(self) -> TokenSource:
-        """Look at what can be known without a tokenizer or the network.
+        """Check all that can be checked without a tokenizer or the network.
 
         Raises:
-            MspError: no such file or an empty one, a folder that does not serve, a library that is not
+            MspError: no such file or an empty one, a folder that cannot be read as text, a library that is not
                 installed, bytes that are not text, JSON in a text file, a first record without the field.
         """
         if self._is_hub:
@@ -127,17 +127,17 @@ class TokenSource:
         return self
 
     def read(self, tokenizer: Any, vocab_size: int, limit: int | None = None) -> torch.Tensor:
-        """The first ``limit`` tokens (all of them without it), int64 ``[tokens]``.
+        """The first ``limit`` tokens (all tokens if it is None), int64 ``[tokens]``.
 
         Args:
-            tokenizer: a Hugging Face tokenizer; ``None`` will do for saved tokens.
-            vocab_size: rows of the model's embedding, which no token may reach.
+            tokenizer: a Hugging Face tokenizer; ``None`` is enough for saved tokens.
+            vocab_size: rows of the model's embedding; every token must be below it.
             limit: reading stops soon after this many tokens.
 
         Raises:
-            MspError: all that ``check`` raises, a record without the field, a source that breaks off or cannot
-                be decoded, no tokenizer or one that refuses the text, a chat without a chat template, a token
-                outside the vocabulary; the message names the file and the place in it.
+            MspError: all errors of ``check``, a record without the field, a source that breaks off or cannot be
+                decoded, no tokenizer or one that refuses the text, a chat without a chat template, a token outside the
+                vocabulary; the message names the file and the place in it.
         """
         self.check()
         if self.kind == "tokens":
@@ -159,11 +159,11 @@ class TokenSource:
 
     @property
     def shown(self) -> str:
-        """``spec`` without the folders that a file or folder lies in."""
+        """``spec`` without the parent folders of a file or folder."""
         return self.spec.replace(self.location, name_alone(self.location), 1)
 
     def same_text(self, other: TokenSource) -> bool:
-        """Whether both read a file in common, or the same split of a data set, in whatever form or field.
+        """Whether both read a common file, or the same split of a data set, in any form or field.
 
         Raises:
             MspError: a file or folder that ``check`` would refuse too.
@@ -238,7 +238,7 @@ class TokenSource:
 
 
 def _absolute(location: str) -> str:
-    """A data set's name, or the folder that it is in, under one name."""
+    """One name for a data set, or for its folder."""
     return str(Path(location).resolve()) if os.path.isdir(location) else location
 
 
@@ -249,7 +249,7 @@ def _identity(file: Path) -> tuple[int, int]:
 
 
 def _tokenise_text(pieces: Iterator[str], tokenizer: Any, limit: int | None, spec: str) -> torch.Tensor:
-    """Tokenise the joined pieces as one string, taking no more of them than ``limit`` tokens need."""
+    """Tokenise the joined pieces as one string; takes no more of them than ``limit`` tokens need."""
     text, wanted = "", limit and limit * _CHARACTERS_PER_TOKEN
     while True:
         parts, length, exhausted = [text], len(text), True
@@ -264,7 +264,7 @@ def _tokenise_text(pieces: Iterator[str], tokenizer: Any, limit: int | None, spe
             return torch.empty(0, dtype=torch.long)
         try:
             tokens = _encode(tokenizer, text)
-        except Exception as error:  # a tokenizer raises what it likes
+        except Exception as error:  # a tokenizer may raise any kind
             raise MspError(f"{spec}: the tokenizer refuses the text: {first_line(error)}") from error
         if exhausted or limit is None or len(tokens) >= limit + _CUT_MARGIN:
             return torch.tensor(tokens[:limit], dtype=torch.long)
@@ -272,7 +272,7 @@ def _tokenise_text(pieces: Iterator[str], tokenizer: Any, limit: int | None, spe
 
 
 def _tokenise_documents(documents: Iterator[Document], tokenizer: Any, limit: int | None) -> torch.Tensor:
-    """Tokenise each document by itself and join them, BOS (or else EOS) in front of each that is no chat."""
+    """Tokenise each document by itself and join them, with BOS (or else EOS) before each document that is no chat."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     prefix = [] if start is None else [start]
     tokens: list[int] = []
@@ -290,7 +290,7 @@ def _encode_each(tokenizer: Any, batch: list[Document]) -> list[list[int]]:
     try:
         found: list[list[int]] = _encode(tokenizer, [document.text for document in batch], add_special_tokens=False)
         return found
-    except Exception as error:  # a tokenizer raises what it likes, and does not say at which document
+    except Exception as error:  # a tokenizer may raise any kind, without the document
         for document in batch:
             try:
                 _encode(tokenizer, [document.text], add_special_tokens=False)
