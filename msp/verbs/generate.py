@@ -34,7 +34,7 @@ class Completion:
 
     @property
     def tokens_per_second(self) -> float:
-        """Decoding speed: the first token, which reads the prompt, does not count."""
+        """Decoding speed without the first token, which reads the prompt."""
         return (self.tokens - 1) / self.seconds if self.tokens > 1 and self.seconds > 0 else 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -42,7 +42,7 @@ class Completion:
 
 
 class _Watch(StoppingCriteria):
-    """Never stops; tells how far generation is, and when the first token came."""
+    """Never stops; reports the progress of the generation, and records the time of the first token."""
 
     def __init__(self, on_token: Advance | None) -> None:
         self._on_token = on_token
