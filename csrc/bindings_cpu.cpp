@@ -47,9 +47,9 @@ PYBIND11_MODULE(_cpu, module) {
             py::gil_scoped_release without_gil;
             return msp::nm_select(op, isa, threads);
         },
-        "weight_ptr"_a, "dtype_code"_a, "rows"_a, "columns"_a, "group_size"_a, "n"_a, "compliant"_a,
-        "score_kind"_a, "column_scale_ptr"_a, "row_term_ptr"_a, "column_term_ptr"_a, "matrix_ptr"_a,
-        "values_ptr"_a, "bitmask_ptr"_a, "threads"_a,
+        py::kw_only(), "weight_ptr"_a, "dtype_code"_a, "rows"_a, "columns"_a, "group_size"_a, "n"_a,
+        "compliant"_a, "score_kind"_a, "column_scale_ptr"_a, "row_term_ptr"_a, "column_term_ptr"_a,
+        "matrix_ptr"_a, "values_ptr"_a, "bitmask_ptr"_a, "threads"_a,
         "Keep the n best of every group_size columns and pack them.\n\n"
         "dtype_code: 0 float32, 1 float16, 2 bfloat16. score_kind: 0 |w|; 1 |w| * s_j; 2 (|w| * (r_i + c_j)) "
         "* "
@@ -73,7 +73,7 @@ PYBIND11_MODULE(_cpu, module) {
             py::gil_scoped_release without_gil;
             return msp::nm_rank(op, isa, threads);
         },
-        "weight_ptr"_a, "dtype_code"_a, "rows"_a, "columns"_a, "group_size"_a, "score_kind"_a,
+        py::kw_only(), "weight_ptr"_a, "dtype_code"_a, "rows"_a, "columns"_a, "group_size"_a, "score_kind"_a,
         "column_scale_ptr"_a, "row_term_ptr"_a, "column_term_ptr"_a, "matrix_ptr"_a, "rank_ptr"_a,
         "threads"_a,
         "Fill rank [rows, columns] with how many of its group of group_size columns are better than each.\n\n"
@@ -100,40 +100,39 @@ PYBIND11_MODULE(_cpu, module) {
         "Fill out [count] with the weight where rank is below n and with zero elsewhere; dtype_code as for "
         "nm_select.");
 
+    py::class_<msp::Packed>(
+        module, "PackedRows", py::module_local(),
+        "A weight [rows, columns] in packed form, of which exactly n bits are set in every group_size of the "
+        "bitmask. It holds addresses, not tensors. dtype_code: 0 float32, 1 float16, 2 bfloat16.")
+        .def(py::init(&packed_arguments), py::kw_only(), "values_ptr"_a, "bitmask_ptr"_a, "dtype_code"_a,
+             "rows"_a, "columns"_a, "group_size"_a, "n"_a);
+
     module.def(
         "nm_linear",
-        [](uintptr_t x, uintptr_t values, uintptr_t bitmask, uintptr_t bias, uintptr_t y, int dtype_code,
-           int64_t tokens, int64_t rows, int64_t columns, int group_size, int n, int threads) {
+        [](const msp::Packed& weight, uintptr_t x, uintptr_t bias, uintptr_t y, int64_t tokens, int threads) {
             msp::require(tokens >= 0, std::to_string(tokens) + " tokens are a negative size");
-            const msp::Packed weight =
-                packed_arguments(values, bitmask, dtype_code, rows, columns, group_size, n);
-            const msp::NmLinear op{weight, msp::elements(x, weight.dtype, "x", tokens > 0 && columns > 0),
-                                   msp::elements(bias, weight.dtype, "bias", false),
-                                   msp::elements(y, weight.dtype, "y", tokens > 0 && rows > 0), tokens};
+            const msp::NmLinear op{
+                weight, msp::elements(x, weight.dtype, "x", tokens > 0 && weight.columns > 0),
+                msp::elements(bias, weight.dtype, "bias", false),
+                msp::elements(y, weight.dtype, "y", tokens > 0 && weight.rows > 0), tokens};
             const msp::Isa isa = msp::isa();
             py::gil_scoped_release without_gil;
             msp::nm_linear(op, isa, threads);
         },
-        "x_ptr"_a, "values_ptr"_a, "bitmask_ptr"_a, "bias_ptr"_a, "y_ptr"_a, "dtype_code"_a, "tokens"_a,
-        "rows"_a, "columns"_a, "group_size"_a, "n"_a, "threads"_a,
-        "y [tokens, rows] = x [tokens, columns] W^T + bias with W in packed form, summed in fp32.\n\n"
-        "dtype_code, of x, values, bias and y: 0 float32, 1 float16, 2 bfloat16. bias_ptr may be 0. "
-        "Everything is "
-        "contiguous, and exactly n bits are set in every group of the bitmask.");
+        "weight"_a, "x_ptr"_a, "bias_ptr"_a, "y_ptr"_a, "tokens"_a, "threads"_a,
+        "y [tokens, rows] = x [tokens, columns] W^T + bias, summed in fp32.\n\n"
+        "x, bias and y have the dtype of the weight. bias_ptr may be 0. Everything is contiguous.");
 
     module.def(
         "nm_unpack",
-        [](uintptr_t values, uintptr_t bitmask, uintptr_t dense, int dtype_code, int64_t rows,
-           int64_t columns, int group_size, int n, int threads) {
-            const msp::Packed weight =
-                packed_arguments(values, bitmask, dtype_code, rows, columns, group_size, n);
-            void* to = msp::elements(dense, weight.dtype, "dense", rows > 0 && columns > 0);
+        [](const msp::Packed& weight, uintptr_t dense, int threads) {
+            void* to = msp::elements(dense, weight.dtype, "dense", weight.rows > 0 && weight.columns > 0);
             const msp::Isa isa = msp::isa();
             py::gil_scoped_release without_gil;
             msp::nm_unpack(weight, to, isa, threads);
         },
-        "values_ptr"_a, "bitmask_ptr"_a, "dense_ptr"_a, "dtype_code"_a, "rows"_a, "columns"_a, "group_size"_a,
-        "n"_a, "threads"_a, "Fill dense [rows, columns] from the packed form; arguments as for nm_linear.");
+        "weight"_a, "dense_ptr"_a, "threads"_a,
+        "Fill dense [rows, columns] from the packed form, in its dtype.");
 
     module.def(
         "obs_prune",
@@ -155,8 +154,8 @@ PYBIND11_MODULE(_cpu, module) {
             py::gil_scoped_release without_gil;
             msp::obs_prune(op, isa, threads);
         },
-        "weight_ptr"_a, "factor_ptr"_a, "updated_ptr"_a, "kept_ptr"_a, "rows"_a, "columns"_a, "group_size"_a,
-        "n"_a, "threads"_a,
+        py::kw_only(), "weight_ptr"_a, "factor_ptr"_a, "updated_ptr"_a, "kept_ptr"_a, "rows"_a, "columns"_a,
+        "group_size"_a, "n"_a, "threads"_a,
         "Prune column by column, n kept of every group_size, the columns behind making up for each error.\n\n"
         "weight: fp32 [rows, columns]. factor: fp32 [columns, columns], the upper Cholesky factor of the "
         "inverse Hessian; what lies below its diagonal is not read. Fills updated, fp32 [rows, columns], "

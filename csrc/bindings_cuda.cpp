@@ -38,9 +38,9 @@ PYBIND11_MODULE(_cuda, module) {
             }
             if (!error.empty()) throw std::runtime_error("nm_select: " + error);
         },
-        "weight_ptr"_a, "dtype_code"_a, "rows"_a, "columns"_a, "group_size"_a, "n"_a, "compliant"_a,
-        "score_kind"_a, "column_scale_ptr"_a, "row_term_ptr"_a, "column_term_ptr"_a, "matrix_ptr"_a,
-        "values_ptr"_a, "bitmask_ptr"_a, "wrong_ptr"_a, "stream"_a,
+        py::kw_only(), "weight_ptr"_a, "dtype_code"_a, "rows"_a, "columns"_a, "group_size"_a, "n"_a,
+        "compliant"_a, "score_kind"_a, "column_scale_ptr"_a, "row_term_ptr"_a, "column_term_ptr"_a,
+        "matrix_ptr"_a, "values_ptr"_a, "bitmask_ptr"_a, "wrong_ptr"_a, "stream"_a,
         "Keep the n best of every group_size columns and pack them, in order on a stream (a cudaStream_t as "
         "an "
         "integer, 0 for the default one) of the device that holds the weight.\n\n"

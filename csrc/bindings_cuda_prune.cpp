@@ -60,8 +60,8 @@ void bind_prune(py::module_& module) {
             }
             if (!error.empty()) throw std::runtime_error("obs_prune: " + error);
         },
-        "weight_ptr"_a, "factor_ptr"_a, "errors_ptr"_a, "kept_ptr"_a, "rows"_a, "columns"_a, "start"_a,
-        "width"_a, "group_size"_a, "n"_a, "stream"_a,
+        py::kw_only(), "weight_ptr"_a, "factor_ptr"_a, "errors_ptr"_a, "kept_ptr"_a, "rows"_a, "columns"_a,
+        "start"_a, "width"_a, "group_size"_a, "n"_a, "stream"_a,
         "Sweep `width` columns of a weight from column `start` on, in order on a stream (a cudaStream_t as "
         "an "
         "integer, 0 for the default one) of the device that holds it.\n\n"

@@ -99,8 +99,8 @@ void bind_spmm(py::module_& module) {
         "tokens"_a, "rows"_a, "columns"_a,
         "Bytes of workspace that nm_spmm needs on the current device; may be 0.");
 
-    module.def("nm_spmm_pack", &pack, "values_ptr"_a, "bitmask_ptr"_a, "fragments_ptr"_a, "rows"_a,
-               "columns"_a, "group_size"_a, "n"_a, "stream"_a,
+    module.def("nm_spmm_pack", &pack, py::kw_only(), "values_ptr"_a, "bitmask_ptr"_a, "fragments_ptr"_a,
+               "rows"_a, "columns"_a, "group_size"_a, "n"_a, "stream"_a,
                "Turn a packed fp16 or bf16 weight whose aligned fours keep at most 2 into fragment order, in "
                "order on\n"
                "a stream (a cudaStream_t as an integer, 0 for the default one) of the current device; "
@@ -108,8 +108,8 @@ void bind_spmm(py::module_& module) {
                "the work is done.");
 
     module.def(
-        "nm_spmm", &multiply, "x_ptr"_a, "fragments_ptr"_a, "bias_ptr"_a, "y_ptr"_a, "workspace_ptr"_a,
-        "dtype_code"_a, "tokens"_a, "rows"_a, "columns"_a, "stream"_a,
+        "nm_spmm", &multiply, py::kw_only(), "x_ptr"_a, "fragments_ptr"_a, "bias_ptr"_a, "y_ptr"_a,
+        "workspace_ptr"_a, "dtype_code"_a, "tokens"_a, "rows"_a, "columns"_a, "stream"_a,
         "y [tokens, rows] = x [tokens, columns] W^T + bias with W in fragment order, in order on a stream "
         "of\n"
         "the current device; returns before the work is done. bias may be null, workspace where\n"

@@ -72,6 +72,36 @@ class Case:
         return self.column_scale, self.row_term, self.column_term, self.matrix
 
     @property
+    def scored(self) -> dict[str, int]:
+        """What ``nm_select`` and ``nm_rank`` are told of the weight and its scores."""
+        names = ("column_scale_ptr", "row_term_ptr", "column_term_ptr", "matrix_ptr")
+        terms = (0 if term is None else term.ctypes.data for term in self.terms)
+        rows, columns = self.stored.shape
+        return {
+            "weight_ptr": self.stored.ctypes.data,
+            "dtype_code": self.dtype,
+            "rows": rows,
+            "columns": columns,
+            "group_size": self.group_size,
+            "score_kind": self.kind,
+            **dict(zip(names, terms, strict=True)),
+        }
+
+    def packed_rows(self, values: NDArray[np.generic], bitmask: NDArray[np.generic], **change: int) -> object:
+        """What ``nm_linear`` and ``nm_unpack`` are told of a packed weight; it holds addresses only."""
+        rows, columns = self.stored.shape
+        arguments = {
+            "values_ptr": values.ctypes.data,
+            "bitmask_ptr": bitmask.ctypes.data,
+            "dtype_code": self.dtype,
+            "rows": rows,
+            "columns": columns,
+            "group_size": self.group_size,
+            "n": self.n,
+        }
+        return native.PackedRows(**(arguments | change))
+
+    @property
     def weight(self) -> NDArray[np.float32]:
         return widened(self.stored, self.dtype)
 
@@ -122,34 +152,19 @@ class Case:
         values = Output((rows, columns // self.group_size * self.n), self.stored.dtype, self.shift)
         bitmask = Output((rows, (columns + 7) // 8), np.uint8, self.shift)
         wrong = native.nm_select(
-            self.stored.ctypes.data,
-            self.dtype,
-            rows,
-            columns,
-            self.group_size,
-            self.n,
-            self.compliant,
-            self.kind,
-            *(0 if term is None else term.ctypes.data for term in self.terms),
-            values.address,
-            bitmask.address,
-            threads,
+            **self.scored,
+            n=self.n,
+            compliant=self.compliant,
+            values_ptr=values.address,
+            bitmask_ptr=bitmask.address,
+            threads=threads,
         )
         return values.read(), bitmask.read(), wrong
 
     def run_rank(self, threads: int = 1) -> tuple[NDArray[np.generic], int]:
         """Ranks and the count that ``nm_rank`` returns."""
         rank = Output(self.stored.shape, np.uint8, self.shift)
-        wrong = native.nm_rank(
-            self.stored.ctypes.data,
-            self.dtype,
-            *self.stored.shape,
-            self.group_size,
-            self.kind,
-            *(0 if term is None else term.ctypes.data for term in self.terms),
-            rank.address,
-            threads,
-        )
+        wrong = native.nm_rank(**self.scored, rank_ptr=rank.address, threads=threads)
         return rank.read(), wrong
 
     def run_keep(self, rank: NDArray[np.generic], n: int, threads: int = 1) -> NDArray[np.generic]:
@@ -161,16 +176,7 @@ class Case:
         """The dense weight, from what ``run`` packs."""
         values, bitmask, _ = self.run()
         dense = Output(self.stored.shape, self.stored.dtype, self.shift)
-        native.nm_unpack(
-            values.ctypes.data,
-            bitmask.ctypes.data,
-            dense.address,
-            self.dtype,
-            *self.stored.shape,
-            self.group_size,
-            self.n,
-            threads,
-        )
+        native.nm_unpack(self.packed_rows(values, bitmask), dense.address, threads)
         return dense.read()
 
     def run_linear(
@@ -179,19 +185,8 @@ class Case:
         """``x`` ``[tokens, columns]`` times what ``run`` packs."""
         values, bitmask, _ = self.run()
         y = Output((len(x), len(self.stored)), self.stored.dtype, self.shift)
-        native.nm_linear(
-            x.ctypes.data,
-            values.ctypes.data,
-            bitmask.ctypes.data,
-            0 if bias is None else bias.ctypes.data,
-            y.address,
-            self.dtype,
-            len(x),
-            *self.stored.shape,
-            self.group_size,
-            self.n,
-            threads,
-        )
+        weight, offset = self.packed_rows(values, bitmask), 0 if bias is None else bias.ctypes.data
+        native.nm_linear(weight, x.ctypes.data, offset, y.address, len(x), threads)
         return y.read()
 
     def check(self, threads: int = 1) -> None:
@@ -259,13 +254,14 @@ def prune(
     """What ``obs_prune`` makes of a float32 ``weight`` ``[R, K]``: updated, and what was kept."""
     updated, kept = Output(weight.shape, np.float32, shift), Output(weight.shape, np.uint8, shift)
     native.obs_prune(
-        weight.ctypes.data,
-        factor.ctypes.data,
-        updated.address,
-        kept.address,
-        *weight.shape,
-        group_size,
-        n,
-        threads,
+        weight_ptr=weight.ctypes.data,
+        factor_ptr=factor.ctypes.data,
+        updated_ptr=updated.address,
+        kept_ptr=kept.address,
+        rows=weight.shape[0],
+        columns=weight.shape[1],
+        group_size=group_size,
+        n=n,
+        threads=threads,
     )
     return updated.read(), kept.read()

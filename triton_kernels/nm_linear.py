@@ -18,8 +18,6 @@ from .targets import CompileCase
 
 # The tokens of a program of the skinny kernel: their accumulators must fit the registers.
 TOKENS_PER_PROGRAM = 8
-# Above this many tokens the weights are unpacked once, and the tensor cores compute the product.
-MAX_SKINNY_TOKENS = 16
 BLOCK_ROWS = 4
 BLOCK_GROUPS = 128
 
@@ -137,11 +135,15 @@ def nm_linear(
     *,
     n: int,
     group_size: int,
+    skinny_tokens: int,
 ) -> torch.Tensor:
-    """``[T, K] -> [T, R]`` with T > 0 and 0 < n < group_size; sums in fp32, ``y`` in the dtype of ``x``."""
+    """``[T, K] -> [T, R]`` with T > 0 and 0 < n < group_size; sums in fp32, ``y`` in the dtype of ``x``.
+
+    With more than ``skinny_tokens`` tokens the weight is unpacked once, and tensor cores do the rest.
+    """
     tokens, columns = x.shape
     rows = values.shape[0]
-    if tokens > MAX_SKINNY_TOKENS:
+    if tokens > skinny_tokens:
         dense = unpack(values, bitmask, values.new_empty(rows, columns), n=n, group_size=group_size)
         return linear(x, dense, bias)
     if x.stride(1) != 1:

@@ -56,6 +56,11 @@ def kernels() -> dict[str, Any]:
         for module in pkgutil.iter_modules(msp.ops.__path__):  # not all of them are imported by the package
             importlib.import_module(f"msp.ops.{module.name}")
         backends = {name: list(op.available()) for name, op in _dispatch._ops.items()}
+        backends |= {
+            f"{name}.{form}": list(of.available())
+            for name, op in _dispatch._ops.items()
+            for form, of in op.forms.items()
+        }
         return {"archs": importlib.import_module("msp._cuda").archs(), "backends": backends}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}

@@ -12,18 +12,18 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "ops"))
-from cases import every_case
+from cases import backends_of, every_case
 
 from msp.errors import UsageError
-from msp.ops import available_backends, force_backend
+from msp.ops import force_backend
 
 
 def main(op: str, until: float) -> None:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    kernels = [name for name in available_backends(op) if name in (("cuda", "triton") if on_gpu else ("cpu",))]
+    kernels = [name for name in backends_of(op) if name in (("cuda", "triton") if on_gpu else ("cpu",))]
     generator, called, told = torch.Generator(), 0, ""
-    cases = [case for case in every_case() if case.op == op and case.dtype == torch.bfloat16]
+    cases = [case for case in every_case() if case.kernels == op and case.dtype == torch.bfloat16]
     for index, case in enumerate(sorted(cases, key=lambda case: case.large)):
         if time.time() > until:
             told = f" on {index} of {len(cases)} shapes, then the time was up"

@@ -38,7 +38,7 @@ LEAST = {"decode": 130.0, "fisher_trace": 50.0}
 PART_NAMES = ("tests", "sanitizer", "bench")
 SANITIZER_FOUND = 99
 # with asynchronous copies and wgmma, whose synchronisation racecheck does not always recognise: findings may be false
-ASYNCHRONOUS = ("nm_spmm", "nm_linear_tiles", "fisher_diag_", "fisher_trace")
+ASYNCHRONOUS = ("nm_linear", "nm_linear.tiles", "nm_linear.fragments", "fisher_diag_", "fisher_trace")
 # tests that need no GPU and gain nothing from one
 ON_CPU = ("_cpu", "_cpu_calls", "_emulated")
 
@@ -70,9 +70,14 @@ class Unit:
 
 
 def every_op() -> list[str]:
-    """The names under which ``msp/ops`` registers its ops, read from the source, because importing it may fail."""
-    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "msp" / "ops").glob("[a-z]*.py"))]
-    return [name for text in texts for name in re.findall(r'^op = Op\("(\w+)"', text, re.MULTILINE)]
+    """The names under which ``msp/ops`` registers its ops, and ``nm_linear.tiles`` for each form of a weight.
+
+    They are read from the source, because importing it may fail.
+    """
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "msp" / "ops").rglob("[a-z]*.py"))]
+    ops = [name for text in texts for name in re.findall(r'^op = Op\("(\w+)"', text, re.MULTILINE)]
+    forms = [form for text in texts for form in re.findall(r'^op = \w+\.op\.form\("(\w+)"', text, re.MULTILINE)]
+    return [*ops, *(f"nm_linear.{form}" for form in forms)]
 
 
 def every_unit(dry: bool) -> list[Unit]:

@@ -11,9 +11,7 @@ from torch import Tensor
 from gpu.runner import Context, Measured, Planned, Rotation, relative_error
 from msp.formats.patterns import NMPattern
 from msp.ops import PackedWeight, nm_select
-from msp.ops.layouts import to_tiles
-from msp.ops.nm_linear_group import nm_linear_group
-from msp.ops.nm_linear_tiles import for_many_tokens, nm_linear_tiles
+from msp.ops.linear import TILES, group_op
 
 # [out, in]
 SHAPES = {
@@ -80,7 +78,7 @@ def one_group(context: Context, outs: tuple[int, ...], columns: int) -> Measured
     """Weights with a common input on one token, in one launch and in one launch each."""
     pattern = NMPattern.parse("2:8")
     weights = [nm_select(context.randn(out, columns), pattern) for out in outs]
-    tiles = [to_tiles(one.values, one.bitmask) for one in weights]
+    tiles = [TILES.arrange(one.values, one.bitmask, pattern, columns) for one in weights]
     moved = sum(one.nbytes for one in weights)
     copies = context.rotate(lambda: [[part.clone() for part in pair] for pair in tiles], moved)
     dense = [one.unpack() for one in weights]
@@ -90,11 +88,11 @@ def one_group(context: Context, outs: tuple[int, ...], columns: int) -> Measured
 
     def together(turn: int) -> list[torch.Tensor]:
         values, bitmasks = zip(*copies[turn], strict=True)
-        found: list[torch.Tensor] = nm_linear_group(x, values, bitmasks, [None] * count, n, m, columns)
+        found: list[torch.Tensor] = group_op(x, values, bitmasks, [None] * count, n, m, columns)
         return found
 
     def one_by_one(turn: int) -> list[torch.Tensor]:
-        return [nm_linear_tiles(x, *pair, None, pattern.n, pattern.m, columns, True) for pair in copies[turn]]
+        return [TILES.product(x, *pair, None, pattern, columns, True) for pair in copies[turn]]
 
     def cublas(turn: int) -> list[torch.Tensor]:
         return [torch.nn.functional.linear(x, one) for one in dense_copies[turn]]
@@ -117,16 +115,14 @@ def one_linear(
     """``kept``: with the second form of ``msp.fast_prefill``."""
     (out, columns), pattern = packed.shape, packed.pattern
     x, bias = context.randn(tokens, columns, dtype=packed.dtype), context.randn(out, dtype=packed.dtype)
-    tiles = to_tiles(packed.values, packed.bitmask)
+    tiles = TILES.arrange(packed.values, packed.bitmask, pattern, columns)
     copies = context.rotate(lambda: [part.clone() for part in tiles], packed.nbytes)
     always = pattern.always_compliant
-    many = [for_many_tokens(*copy, columns, pattern, always) if kept else None for copy in copies.items]
+    many = [TILES.for_many_tokens(*copy, pattern, columns, always) if kept else None for copy in copies.items]
 
     def ours(turn: int) -> torch.Tensor:
         values, bitmask = copies[turn]
-        more = many[turn % len(many)]
-        y: torch.Tensor = nm_linear_tiles(x, values, bitmask, bias, pattern.n, pattern.m, columns, always, more)
-        return y
+        return TILES.product(x, values, bitmask, bias, pattern, columns, always, many[turn % len(many)])
 
     def cublas(turn: int) -> torch.Tensor:
         return torch.nn.functional.linear(x, dense_copies[turn], bias)

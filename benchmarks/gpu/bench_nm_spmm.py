@@ -1,4 +1,4 @@
-"""``nm_spmm``, the product on 2:4 sparse tensor cores, against the dense one and cuSPARSELt's."""
+"""``nm_spmm``, the kernel of ``nm_linear`` on 2:4 sparse tensor cores, against the dense product and cuSPARSELt's."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from gpu import cublaslt
 from gpu.runner import Call, Context, Measured, Missing, Planned, Rotation, relative_error
 from msp.formats.patterns import NMPattern
-from msp.ops import PackedWeight, nm_select
-from msp.ops.nm_spmm import nm_spmm, nm_spmm_packed, pack
+from msp.ops import PackedWeight, nm_linear, nm_select
+from msp.ops.linear import FRAGMENTS
 
 # [out, in] of Llama-2-7B (with q/k/v and gate/up in one as well), Llama-3-8B, Qwen2.5-7B and Qwen2.5-14B
 SHAPES = [
@@ -101,18 +101,25 @@ def dense(context: Context, inputs: Rotation[Inputs], library: str) -> Call:
 def kept_in_order(context: Context, inputs: Rotation[Inputs]) -> Call:
     """Our product with weights that were brought into fragment order before, as prefill of a long prompt has them."""
     if context.dry:
-        return packed_each_time(inputs)
-    first = inputs[0].packed
-    n, m, (rows, columns) = first.pattern.n, first.pattern.m, first.shape
-    fragments = [pack(one.packed.values, one.packed.bitmask, columns, n, m) for one in inputs.items]
-    return lambda turn: nm_spmm_packed(inputs[turn].x, fragments[turn % len(fragments)], None, rows)
+        return packed_each_time(context, inputs)
+    arranged = [arrange(one.packed) for one in inputs.items]
+    return lambda turn: multiply(inputs[turn], arranged[turn % len(arranged)])
 
 
-def packed_each_time(inputs: Rotation[Inputs]) -> Call:
+def arrange(packed: PackedWeight) -> tuple[Tensor, Tensor]:
+    return FRAGMENTS.arrange(packed.values, packed.bitmask, packed.pattern, packed.shape[1])
+
+
+def multiply(one: Inputs, arranged: tuple[Tensor, Tensor]) -> Tensor:
+    return FRAGMENTS.product(one.x, *arranged, None, one.packed.pattern, one.packed.shape[1])
+
+
+def packed_each_time(context: Context, inputs: Rotation[Inputs]) -> Call:
     def call(turn: int) -> Tensor:
         one = inputs[turn]
-        pattern = one.packed.pattern
-        return nm_spmm(one.x, one.packed.values, one.packed.bitmask, None, pattern.n, pattern.m)
+        if context.dry:  # nothing here can arrange it
+            return nm_linear(one.x, one.packed)
+        return multiply(one, arrange(one.packed))
 
     return call
 
@@ -120,7 +127,7 @@ def packed_each_time(inputs: Rotation[Inputs]) -> Call:
 def measured(context: Context, pattern: str, kept: bool, rows: int, columns: int, tokens: int) -> Measured:
     moved = 2 * tokens * (rows + columns) + rows * columns * 9 // 8
     inputs = context.rotate(lambda: make(context, pattern, rows, columns, tokens), moved)
-    ours = kept_in_order(context, inputs) if kept else packed_each_time(inputs)
+    ours = kept_in_order(context, inputs) if kept else packed_each_time(context, inputs)
     libraries = ("cuBLAS", "cuBLASLt")
     peers: dict[str, Call | Missing] = {name: dense(context, inputs, name.lower()) for name in libraries}
     extra: dict[str, float] = {}

@@ -12,10 +12,11 @@ bool nm_linear_has(LinearForm form, int group_size, int n, int tokens_at_once) {
            (tokens_at_once == 8 || tokens_at_once == 16 || tokens_at_once == 32);
 }
 
-int64_t nm_linear_shared_bytes(const NmLinear& op) {
-    const int tiles = most_block_tiles(op.columns, op.splits);
-    if (op.form == LinearForm::kGather) return kRingBytes + gather_activation_bytes(tiles, op.tokens_at_once);
-    return kRingBytes + kExpandTableBytes + expand_activation_bytes(tiles, op.tokens_at_once);
+int64_t nm_linear_shared_bytes(int columns, const LinearCut& cut) {
+    const int tiles = most_block_tiles(columns, cut.splits);
+    if (cut.form == LinearForm::kGather)
+        return kRingBytes + gather_activation_bytes(tiles, cut.tokens_at_once);
+    return kRingBytes + kExpandTableBytes + expand_activation_bytes(tiles, cut.tokens_at_once);
 }
 
 std::string nm_linear_cuda(const NmLinear& op, void* stream) {

@@ -46,38 +46,32 @@ LinearKernel expand_kernel(int tokens) {
     }
 }
 
+// The kernels of one unit, by the number of tokens that they take at once.
+struct ExpandKernels {
+    ExpandUnit unit;
+    LinearKernel (*of_tokens)(int tokens);
+};
+
+// Every unit that has kernels.
+template <Dtype D>
+constexpr ExpandKernels kExpandKernels[] = {
+    {{8, 1}, expand_kernel<D, 8, 1>},   {{8, 2}, expand_kernel<D, 8, 2>},
+    {{8, 3}, expand_kernel<D, 8, 3>},   {{8, 4}, expand_kernel<D, 8, 4>},
+    {{8, 5}, expand_kernel<D, 8, 5>},   {{8, 6}, expand_kernel<D, 8, 6>},
+    {{8, 7}, expand_kernel<D, 8, 7>},   {{16, 1}, expand_kernel<D, 16, 1>},
+    {{16, 2}, expand_kernel<D, 16, 2>}, {{16, 3}, expand_kernel<D, 16, 3>},
+    {{16, 4}, expand_kernel<D, 16, 4>}, {{32, 2}, expand_kernel<D, 32, 2>},
+    {{32, 4}, expand_kernel<D, 32, 4>},
+};
+
 template <Dtype D>
 LinearKernel expand_kernel(ExpandUnit unit, int tokens) {
-    switch (unit.columns * 100 + unit.values) {
-        case 801:
-            return expand_kernel<D, 8, 1>(tokens);
-        case 802:
-            return expand_kernel<D, 8, 2>(tokens);
-        case 803:
-            return expand_kernel<D, 8, 3>(tokens);
-        case 804:
-            return expand_kernel<D, 8, 4>(tokens);
-        case 805:
-            return expand_kernel<D, 8, 5>(tokens);
-        case 806:
-            return expand_kernel<D, 8, 6>(tokens);
-        case 807:
-            return expand_kernel<D, 8, 7>(tokens);
-        case 1601:
-            return expand_kernel<D, 16, 1>(tokens);
-        case 1602:
-            return expand_kernel<D, 16, 2>(tokens);
-        case 1603:
-            return expand_kernel<D, 16, 3>(tokens);
-        case 1604:
-            return expand_kernel<D, 16, 4>(tokens);
-        case 3202:
-            return expand_kernel<D, 32, 2>(tokens);
-        case 3204:
-            return expand_kernel<D, 32, 4>(tokens);
-        default:
-            return nullptr;
+    for (const ExpandKernels& kernels : kExpandKernels<D>) {
+        if (kernels.unit.columns == unit.columns && kernels.unit.values == unit.values) {
+            return kernels.of_tokens(tokens);
+        }
     }
+    return nullptr;
 }
 
 template <Dtype D>
@@ -151,7 +145,7 @@ cudaError_t launch_linear(const NmLinear& given, cudaStream_t stream) {
     const LinearKernel kernel = linear_kernel<D>(op);
     if (kernel == nullptr) return cudaErrorInvalidValue;
     const dim3 grid(linear_blocks(op), static_cast<unsigned>(op.splits));
-    const cudaError_t error = launch(kernel, op, grid, nm_linear_shared_bytes(op), stream);
+    const cudaError_t error = launch(kernel, op, grid, nm_linear_shared_bytes(op.columns, op), stream);
     return error == cudaSuccess ? launch_sum<D>(op, stream) : error;
 }
 
@@ -167,7 +161,7 @@ cudaError_t launch_group(NmLinearGroup group, cudaStream_t stream) {
         blocks += linear_blocks(group.linears[i]);
     }
     const dim3 grid(blocks, static_cast<unsigned>(first.splits));
-    cudaError_t error = launch(kernel, group, grid, nm_linear_shared_bytes(first), stream);
+    cudaError_t error = launch(kernel, group, grid, nm_linear_shared_bytes(first.columns, first), stream);
     for (int i = 0; i < group.count && error == cudaSuccess; ++i) {
         error = launch_sum<D>(group.linears[i], stream);
     }

@@ -9,7 +9,7 @@
 //
 // A warp reads each chunk with one 512-byte access, and the words have the places of A in mma.m16n8k16: there
 // a lane has rows l/4 and l/4 + 8 too, and it may have any columns as long as B has the same.
-// msp/ops/layouts.py makes the same order in torch.
+// msp/ops/linear/tile_order.py makes the same order in torch.
 #pragma once
 
 #include "../nm_format.h"

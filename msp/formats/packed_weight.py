@@ -96,8 +96,11 @@ class PackedWeight:
         values: ``[R, K/M*N]``, the kept weights of each row in column order (fp32, fp16 or bf16).
         bitmask: uint8 ``[R, ceil(K/8)]``, bit ``c % 8`` of byte ``c // 8`` set if column c is kept: exactly N bits a
             group, also if a kept weight is 0; bits past K are 0.
-        pattern: N:M.
+        pattern: N:M; a text such as ``"2:8"`` becomes one.
         shape: ``(R, K)``, K a multiple of M.
+
+    Raises:
+        UsageError: a text that is no pattern.
     """
 
     values: Tensor
@@ -105,14 +108,20 @@ class PackedWeight:
     pattern: NMPattern
     shape: tuple[int, int]
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, NMPattern):
+            object.__setattr__(self, "pattern", NMPattern.of(self.pattern))
+
     @classmethod
-    def from_mask(cls, weight: Tensor, mask: Tensor, pattern: NMPattern) -> PackedWeight:
+    def from_mask(cls, weight: Tensor, mask: Tensor, pattern: NMPattern | str) -> PackedWeight:
         """Pack the weights of ``weight [R, K]`` at the set places of bool ``mask [R, K]``: exactly N of every M.
 
         Raises:
             TypeError: values or masks cannot have this dtype.
             ValueError: a shape does not fit, or a group has another number of kept weights.
+            UsageError: a text that is no pattern.
         """
+        pattern = NMPattern.of(pattern)
         check_matrix("weight", weight, pattern.m)
         if mask.dtype != torch.bool:
             raise TypeError(f"mask is {mask.dtype}, but must be bool")

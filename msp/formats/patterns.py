@@ -46,6 +46,15 @@ class NMPattern:
             raise UsageError(f"{shown(text)} is not a pattern; write N:M with N the number kept, like 2:8")
         return cls(int(match[1]), int(match[2]))
 
+    @classmethod
+    def of(cls, pattern: NMPattern | str) -> NMPattern:
+        """``pattern`` itself, or what its text like ``"2:8"`` says; ``UsageError`` if it is neither."""
+        if isinstance(pattern, NMPattern):
+            return pattern
+        if isinstance(pattern, str):
+            return cls.parse(pattern)
+        raise UsageError(f"{shown(pattern)} is not a pattern; write N:M with N the number kept, like 2:8")
+
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
 

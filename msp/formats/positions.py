@@ -19,7 +19,23 @@ from torch import Tensor
 from msp.errors import MspError
 from msp.formats.storage import packed_widths
 
-_known: dict[tuple[int, str], tuple[weakref.ref[Tensor], tuple[Any, ...]]] = {}
+
+class Counted:
+    """A bitmask that was counted, and what was derived from it and from values, for as long as it stays as it is.
+
+    Attributes:
+        derived: by name, with what says whether it still holds. Nothing here may hold the bitmask itself.
+    """
+
+    __slots__ = ("bitmask", "derived", "mark")
+
+    def __init__(self, bitmask: weakref.ref[Tensor] | None, mark: tuple[Any, ...]) -> None:
+        self.bitmask = bitmask
+        self.mark = mark
+        self.derived: dict[str, Any] = {}
+
+
+_known: dict[tuple[int, str], Counted] = {}
 
 
 def count_bits(bitmask: Tensor, group_size: int) -> Tensor:
@@ -61,17 +77,20 @@ def check_parts(values: Tensor, bitmask: Tensor, n: int, m: int, columns: int) -
         raise ValueError(f"the bitmask is on {bitmask.device}, but the packed values are on {values.device}")
 
 
-def check_positions(bitmask: Tensor, n: int, m: int, columns: int, name: str = "") -> None:
+def check_positions(bitmask: Tensor, n: int, m: int, columns: int, name: str = "") -> Counted:
     """Check that ``bitmask`` keeps ``n`` of every ``m`` and has no bit past ``columns``, unless it is known to.
 
     Args:
         bitmask: uint8 ``[R, ceil(columns / 8)]``, in rows or in tiles: both have the same groups at different places.
         name: the name of the linear, which starts the message.
 
+    Returns:
+        What is remembered of it: the same in every call, until something else comes in.
+
     Raises:
         MspError: gives the number of wrong groups, and the first of them.
     """
-    _once("positions", bitmask, (n, m, columns), lambda: count_positions(bitmask, n, m, columns, name))
+    return _once("positions", bitmask, (n, m, columns), lambda: count_positions(bitmask, n, m, columns, name))
 
 
 def check_compliant(bitmask: Tensor, n: int, m: int) -> None:
@@ -81,10 +100,10 @@ def check_compliant(bitmask: Tensor, n: int, m: int) -> None:
         MspError: a group keeps more.
     """
     if n > 2:
-        _once("compliant", bitmask, (m,), lambda: _count_compliant(bitmask))
+        _once("compliant", bitmask, (m,), lambda: _count_compliant(bitmask, m))
 
 
-def count_positions(bitmask: Tensor, n: int, m: int, columns: int, name: str = "") -> None:
+def count_positions(bitmask: Tensor, n: int, m: int, columns: int, name: str = "") -> Counted:
     """``check_positions`` that always counts, and remembers the result.
 
     Raises:
@@ -102,47 +121,51 @@ def count_positions(bitmask: Tensor, n: int, m: int, columns: int, name: str = "
             f"{prefix}bitmask does not keep {n} of every {m} in {int(wrong.sum())} of {wrong.numel()} groups, "
             f"the first in row {row}, group {group}, which keeps {int(counts[row, group])}"
         )
-    _remember("positions", bitmask, (n, m, columns))
+    return _remember("positions", bitmask, (n, m, columns))
 
 
-def _count_compliant(bitmask: Tensor) -> None:
+def _count_compliant(bitmask: Tensor, m: int) -> Counted:
     if (count_bits(bitmask, 4) > 2).any():
         raise MspError("bitmask keeps more than 2 of some 4, which 2:4 sparse tensor cores cannot multiply with")
+    return _remember("compliant", bitmask, (m,))
 
 
-def _version(tensor: Tensor) -> int:
+def version(tensor: Tensor) -> int:
+    """A number that torch raises with every write that it sees; -1 for a tensor of inference mode, which has none."""
     return -1 if tensor.is_inference() else tensor._version
 
 
 def _mark(bitmask: Tensor, of: tuple[int, ...]) -> tuple[Any, ...]:
-    return _version(bitmask), bitmask.shape, bitmask.stride(), of
+    return version(bitmask), bitmask.shape, bitmask.stride(), of
 
 
-def _once(kind: str, bitmask: Tensor, of: tuple[int, ...], count: Callable[[], None]) -> None:
+def _once(kind: str, bitmask: Tensor, of: tuple[int, ...], count: Callable[[], Counted]) -> Counted:
     address = bitmask.data_ptr()
     found = _known.get((address, kind))
-    if found is not None and found[1] == _mark(bitmask, of):
+    if found is not None and found.mark == _mark(bitmask, of):
         # another tensor may be at this address after the counted one was freed
-        counted = found[0]()
+        counted = found.bitmask() if found.bitmask is not None else None
         if counted is bitmask:
-            return
-        if counted is not None and counted.data_ptr() == address and _version(counted) == found[1][0]:
-            return
+            return found
+        if counted is not None and counted.data_ptr() == address and version(counted) == found.mark[0]:
+            return found
     if bitmask.is_cuda and torch.cuda.is_current_stream_capturing():
         raise MspError("a bitmask that is new cannot be counted while a CUDA graph is captured: call once before")
-    count()
-    _remember(kind, bitmask, of)
+    return count()
 
 
-def _remember(kind: str, bitmask: Tensor, of: tuple[int, ...]) -> None:
+def _remember(kind: str, bitmask: Tensor, of: tuple[int, ...]) -> Counted:
     """Record a counted bitmask; the record goes when the tensor is freed."""
     key = bitmask.data_ptr(), kind
     if bitmask.is_meta or not key[0]:
-        return
+        return Counted(None, ())
+
+    table = _known  # when the interpreter ends, the module's names go before the last tensors
 
     def forget(reference: weakref.ref[Tensor]) -> None:
-        known = _known.get(key)
-        if known is not None and known[0] is reference:
-            _known.pop(key, None)
+        known = table.get(key)
+        if known is not None and known.bitmask is reference:
+            table.pop(key, None)
 
-    _known[key] = weakref.ref(bitmask, forget), _mark(bitmask, of)
+    table[key] = counted = Counted(weakref.ref(bitmask, forget), _mark(bitmask, of))
+    return counted

@@ -4,8 +4,8 @@ from msp.formats.packed_weight import CodedWeight, PackedWeight, quantise_values
 from msp.ops._dispatch import available_backends, check_environment, force_backend, last_backend
 from msp.ops.fisher_diag import fisher_diag_
 from msp.ops.fisher_trace import fisher_trace
+from msp.ops.linear import nm_linear
 from msp.ops.nm_keep import nm_keep
-from msp.ops.nm_linear import nm_linear
 from msp.ops.nm_rank import nm_rank
 from msp.ops.nm_select import nm_select
 from msp.ops.nm_unpack import nm_unpack

@@ -29,7 +29,7 @@ interpreter), and ``cpu`` and ``cuda`` need a function with the op's name in the
 ``msp._cuda``. ``available`` replaces that rule, and ``supports`` lets a backend decline single calls by their
 arguments. The automatic choice takes the first backend in ``AUTOMATIC`` that is registered, available and supports the
 call. A forced backend that cannot serve is an error, so a test or benchmark never measures another backend than it
-names.
+names. An op whose weight may have several forms in memory has backends for each, under one name (``Op.form``).
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ from msp.ops._compiled import check_required, compiled_module
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Q = ParamSpec("Q")
+U = TypeVar("U")
 
 BACKENDS = ("cuda", "cpu", "triton", "reference")
 # The values of MSP_ISA for the cpu backend.
@@ -110,14 +112,33 @@ class _Backend:
 
 
 class Op(Generic[P, T]):
-    """The implementations of one op by backend name; calling it runs the one that serves the call."""
+    """The implementations of one op by backend name; calling it runs the one that serves the call.
+
+    An op whose weight may lie in memory in several forms has implementations for each, see ``form``.
+    """
 
     def __init__(self, name: str, reference: Callable[P, T]) -> None:
         self.name = name
-        self._backends: dict[str, _Backend] = {}
-        self._last: ContextVar[str | None] = ContextVar(f"msp_last_backend_{name}", default=None)
-        self.register("reference", reference)
+        self._begin("", reference, ContextVar(f"msp_last_backend_{name}", default=None))
         _ops[name] = self
+
+    def _begin(self, of_weights: str, reference: Callable[P, T], last: ContextVar[str | None]) -> None:
+        self._of_weights = of_weights
+        self._backends: dict[str, _Backend] = {}
+        self.forms: dict[str, Op[..., Any]] = {}
+        self._last = last
+        self.register("reference", reference)
+
+    def form(self, form: str, reference: Callable[Q, U]) -> Op[Q, U]:
+        """The same op for weights in another form, with a signature and backends of its own.
+
+        It has no public name: ``last_backend`` and ``available_backends`` count it in under the op's name.
+        """
+        other: Op[Q, U] = Op.__new__(Op)
+        other.name = self.name
+        other._begin(f" of a weight in {form}", reference, self._last)
+        self.forms[form] = other
+        return other
 
     def register(
         self,
@@ -162,8 +183,13 @@ class Op(Generic[P, T]):
         return decorate
 
     def available(self) -> tuple[str, ...]:
-        """The registered backends this machine can run, fastest first."""
+        """The registered backends this machine can run, fastest first; those of other forms are not among them."""
         return tuple(name for name in BACKENDS if name in self._backends and self._backends[name].available())
+
+    def available_for_any(self) -> tuple[str, ...]:
+        """The same for a weight in whatever form."""
+        found = set(self.available()).union(*(of.available() for of in self.forms.values()))
+        return tuple(name for name in BACKENDS if name in found)
 
     def last(self) -> str | None:
         return self._last.get()
@@ -176,6 +202,10 @@ class Op(Generic[P, T]):
         result: T = self._backends[name].function(*args, **kwargs)
         self._last.set(name)
         return result
+
+    def note(self, backend: str) -> None:
+        """Let ``last_backend`` say ``backend`` of a product that was computed without a call of this object."""
+        self._last.set(backend)
 
     def by_reference(self, function: Callable[..., T], x: Tensor, *args: Any) -> T:
         """Call ``function`` in place of the reference, for arguments that no backend takes.
@@ -214,7 +244,8 @@ class Op(Generic[P, T]):
         else:
             return
         available = ", ".join(self.available())
-        raise UsageError(f"{self.name}: backend {name!r} was forced, but {reason}; available: {available}")
+        op = f"{self.name}{self._of_weights}"
+        raise UsageError(f"{op}: backend {name!r} was forced, but {reason}; available: {available}")
 
 
 _library = torch.library.Library("msp", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -294,7 +325,7 @@ def last_backend(op: str) -> str | None:
 
 def available_backends(op: str) -> tuple[str, ...]:
     """The backends of ``op`` that this machine can run, fastest first; ``reference`` is always there."""
-    return _find(op).available()
+    return _find(op).available_for_any()
 
 
 def _find(op: str) -> Op[..., Any]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from msp.formats.packed_weight import VALUE_DTYPES
+from msp.formats.patterns import NMPattern
 from msp.ops._compiled import compiled_module
 from msp.ops._dispatch import Op
 
@@ -69,13 +70,13 @@ def _(weight: Tensor, rank: Tensor, n: int, out: Tensor) -> None:
     pass
 
 
-def nm_keep(weight: Tensor, rank: Tensor, n: int, *, out: Tensor | None = None) -> Tensor:
+def nm_keep(weight: Tensor, rank: Tensor, n: int | NMPattern | str, *, out: Tensor | None = None) -> Tensor:
     """``weight`` where ``rank < n``, zero elsewhere; a candidate switches a linear with it.
 
     Args:
         weight: ``[R, K]``; any strides.
         rank: uint8 ``[R, K]``, from ``nm_rank``.
-        n: the number of kept weights in every group; 0 gives zeros.
+        n: the number of kept weights in every group, or a pattern such as ``"2:8"``, of which N counts; 0 gives zeros.
         out: the tensor to write to, with the shape, dtype and device of ``weight`` and memory of its own (any strides).
             It may be a parameter, whose data is then overwritten.
 
@@ -85,7 +86,10 @@ def nm_keep(weight: Tensor, rank: Tensor, n: int, *, out: Tensor | None = None) 
     Raises:
         TypeError: a rank that is not uint8, an ``out`` of another dtype.
         ValueError: shapes or devices that differ, a negative n.
+        UsageError: a text that is no pattern.
     """
+    if isinstance(n, (NMPattern, str)):
+        n = NMPattern.of(n).n
     _check(weight, rank, n, out)
     if out is None:
         kept: Tensor = nm_keep_op(weight.detach(), rank, n)

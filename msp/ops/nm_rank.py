@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msp.formats.patterns import check_group_size
+from msp.formats.patterns import NMPattern, check_group_size
 from msp.ops._compiled import compiled_module
 from msp.ops._dispatch import Op
-from msp.ops.scoring import Terms, addresses, check_counted, check_finite, check_scoring, rank_in_groups, score
+from msp.ops.scoring import Terms, check_counted, check_finite, check_scoring, rank_in_groups, score, scored_arguments
 
 
 def reference(weight: Tensor, terms: Terms, group_size: int) -> Tensor:
@@ -44,7 +44,9 @@ def cpu(weight: Tensor, terms: Terms, group_size: int) -> Tensor:
     rank = weight.new_empty(weight.shape, dtype=torch.uint8)
     compiled = compiled_module("msp._cpu")
     assert compiled is not None
-    wrong = compiled.nm_rank(*addresses(weight, terms, group_size), rank.data_ptr(), torch.get_num_threads())
+    wrong = compiled.nm_rank(
+        **scored_arguments(weight, terms, group_size), rank_ptr=rank.data_ptr(), threads=torch.get_num_threads()
+    )
     check_counted(wrong, weight, terms)
     return rank
 
@@ -79,7 +81,7 @@ def _(
 
 def nm_rank(
     weight: Tensor,
-    group_size: int,
+    group_size: int | NMPattern | str,
     *,
     column_scale: Tensor | None = None,
     row_term: Tensor | None = None,
@@ -94,12 +96,15 @@ def nm_rank(
 
     Args:
         weight: ``[R, K]`` fp32, fp16 or bf16, K a multiple of ``group_size``; any strides.
-        group_size: 4, 8, 16 or 32.
+        group_size: 4, 8, 16 or 32, or a pattern N:M such as ``"2:8"``, of which M counts.
         column_scale, row_term, column_term, importance, scores: the score, as in ``nm_select``.
 
     Raises:
-        TypeError, ValueError: as ``nm_select``; ``UsageError`` for another group size.
+        TypeError, ValueError: as ``nm_select``.
+        UsageError: another group size, or a text that is no pattern.
     """
+    if isinstance(group_size, (NMPattern, str)):
+        group_size = NMPattern.of(group_size).m
     check_group_size(group_size)
     terms = check_scoring(weight, group_size, column_scale, row_term, column_term, importance, scores)
     rank: Tensor = nm_rank_op(weight.detach(), *terms, group_size)

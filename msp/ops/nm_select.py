@@ -10,7 +10,7 @@ from msp.formats.patterns import NMPattern
 from msp.formats.storage import Storage, packed_widths
 from msp.ops._compiled import compiled_module
 from msp.ops._dispatch import Op
-from msp.ops.scoring import Terms, addresses, check_counted, check_finite, check_scoring, rank_in_groups, score
+from msp.ops.scoring import Terms, check_counted, check_finite, check_scoring, rank_in_groups, score, scored_arguments
 
 
 def reference(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> tuple[Tensor, Tensor]:
@@ -28,9 +28,9 @@ op = Op("nm_select", reference)
 
 
 def _empty(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-    parts = Storage(NMPattern(n, m)).packed_parts(*weight.shape)
-    values, bitmask = (weight.new_empty(part.shape, dtype=part.dtype) for part in parts.values())
-    return values, bitmask
+    rows, columns = weight.shape
+    kept, index = packed_widths(n, m, columns)
+    return weight.new_empty(rows, kept), weight.new_empty(rows, index, dtype=torch.uint8)
 
 
 @op.backend("triton")
@@ -56,22 +56,27 @@ def triton(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> tup
 
 
 def _compiled(
-    module: str, weight: Tensor, terms: Terms, n: int, m: int, compliant: bool, *rest: int
+    module: str, weight: Tensor, terms: Terms, n: int, m: int, compliant: bool, **others: int
 ) -> tuple[Tensor, Tensor, int]:
-    """Call the C++ or CUDA binding with addresses and codes; ``rest`` is the number of threads, or CUDA's arguments."""
+    """Call the C++ or CUDA binding with addresses and codes; ``others``: the threads, or the arguments of CUDA."""
     weight = weight.contiguous()
     values, bitmask = _empty(weight, n, m)
-    pointer, dtype, rows, columns, _, kind, *vectors = addresses(weight, terms, m)
     compiled = compiled_module(module)
     assert compiled is not None
-    outputs = values.data_ptr(), bitmask.data_ptr()
-    wrong = compiled.nm_select(pointer, dtype, rows, columns, m, n, compliant, kind, *vectors, *outputs, *rest)
+    wrong = compiled.nm_select(
+        **scored_arguments(weight, terms, m),
+        n=n,
+        compliant=compliant,
+        values_ptr=values.data_ptr(),
+        bitmask_ptr=bitmask.data_ptr(),
+        **others,
+    )
     return values, bitmask, wrong
 
 
 @op.backend("cpu")
 def cpu(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> tuple[Tensor, Tensor]:
-    values, bitmask, wrong = _compiled("msp._cpu", weight, terms, n, m, compliant, torch.get_num_threads())
+    values, bitmask, wrong = _compiled("msp._cpu", weight, terms, n, m, compliant, threads=torch.get_num_threads())
     check_counted(wrong, weight, terms)
     return values, bitmask
 
@@ -81,7 +86,8 @@ def launch(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> tup
     wrong = torch.zeros(1, dtype=torch.int32, device=weight.device)
     with torch.cuda.device(weight.device):
         stream = torch.cuda.current_stream().cuda_stream
-        values, bitmask, _ = _compiled("msp._cuda", weight, terms, n, m, compliant, wrong.data_ptr(), stream)
+        others = {"wrong_ptr": wrong.data_ptr(), "stream": stream}
+        values, bitmask, _ = _compiled("msp._cuda", weight, terms, n, m, compliant, **others)
     return values, bitmask, wrong
 
 
@@ -122,12 +128,15 @@ def _(
     m: int,
     compliant: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _empty(weight, n, m)
+    # the table itself: sizes may be symbols here, which cannot be remembered
+    parts = Storage(NMPattern(n, m)).packed_parts(*weight.shape)
+    values, bitmask = (weight.new_empty(part.shape, dtype=part.dtype) for part in parts.values())
+    return values, bitmask
 
 
 def nm_select(
     weight: Tensor,
-    pattern: NMPattern,
+    pattern: NMPattern | str,
     *,
     column_scale: Tensor | None = None,
     row_term: Tensor | None = None,
@@ -144,7 +153,7 @@ def nm_select(
 
     Args:
         weight: ``[R, K]`` fp32, fp16 or bf16, K a multiple of M; any strides.
-        pattern: N:M, N kept.
+        pattern: N:M, N kept, or its text such as ``"2:8"``.
         compliant: also keep at most 2 of each aligned 4 (so that 2:4 sparse tensor cores can run it): walk a group in
             rank order and skip the third and fourth of each 4.
 
@@ -152,7 +161,9 @@ def nm_select(
         TypeError: a dtype that cannot be packed or ranked.
         ValueError: a shape or device that does not fit, terms that exclude each other, NaN or infinite
             weights, terms or scores (with their number), or ``compliant`` with N > M/2.
+        UsageError: a text that is no pattern.
     """
+    pattern = NMPattern.of(pattern)
     terms = check_scoring(weight, pattern.m, column_scale, row_term, column_term, importance, scores)
     if compliant and 2 * pattern.n > pattern.m:
         raise ValueError(f"pattern {pattern} cannot be compliant: at most 2 of every 4 leaves {pattern.m // 2} to keep")

@@ -6,37 +6,38 @@ import torch
 from torch import Tensor
 
 from msp.formats.packed_weight import VALUE_DTYPES, PackedWeight, unpack
-from msp.formats.positions import check_parts, check_positions
+from msp.formats.positions import Counted, check_parts, check_positions
 from msp.ops._compiled import compiled_module
 from msp.ops._dispatch import Op
+from msp.ops.linear.compiled import struct_of
 
 
-def reference(values: Tensor, bitmask: Tensor, n: int, m: int, out: Tensor) -> None:
+def reference(values: Tensor, bitmask: Tensor, n: int, m: int, out: Tensor, counted: Counted) -> None:
     out.copy_(unpack(values, bitmask, out.shape[1]))
 
 
 op = Op("nm_unpack", reference)
 
 
-def _in_one_piece(values: Tensor, bitmask: Tensor, n: int, m: int, out: Tensor) -> bool:
+def _in_one_piece(values: Tensor, bitmask: Tensor, n: int, m: int, out: Tensor, counted: Counted) -> bool:
     """Whether ``out`` is contiguous, as the kernels need."""
     return out.is_contiguous()
 
 
 @op.backend("triton", supports=_in_one_piece)
-def triton(values: Tensor, bitmask: Tensor, n: int, m: int, out: Tensor) -> None:
+def triton(values: Tensor, bitmask: Tensor, n: int, m: int, out: Tensor, counted: Counted) -> None:
     from msp.triton_kernels import nm_linear as kernels
 
     kernels.unpack(values.contiguous(), bitmask.contiguous(), out, n=n, group_size=m)
 
 
 @op.backend("cpu", supports=_in_one_piece)
-def cpu(values: Tensor, bitmask: Tensor, n: int, m: int, out: Tensor) -> None:
+def cpu(values: Tensor, bitmask: Tensor, n: int, m: int, out: Tensor, counted: Counted) -> None:
     compiled = compiled_module("msp._cpu")
     assert compiled is not None
     values, bitmask = values.contiguous(), bitmask.contiguous()
-    pointers = (tensor.data_ptr() for tensor in (values, bitmask, out))
-    compiled.nm_unpack(*pointers, VALUE_DTYPES.index(out.dtype), *out.shape, m, n, torch.get_num_threads())
+    weight = struct_of(compiled.PackedRows, values, bitmask, n, m, out.shape[1], counted)
+    compiled.nm_unpack(weight, out.data_ptr(), torch.get_num_threads())
 
 
 @torch.library.custom_op("msp::nm_unpack_", mutates_args=("out",))
@@ -49,8 +50,7 @@ def nm_unpack_op(values: Tensor, bitmask: Tensor, n: int, m: int, out: Tensor) -
             f"out is {out.dtype} {list(out.shape)} on {out.device}, but the values are {values.dtype} of {len(values)} "
             f"rows on {values.device}"
         )
-    check_positions(bitmask, n, m, out.shape[1])
-    op(values, bitmask, n, m, out)
+    op(values, bitmask, n, m, out, check_positions(bitmask, n, m, out.shape[1]))
 
 
 @nm_unpack_op.register_fake

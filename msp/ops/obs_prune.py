@@ -60,8 +60,17 @@ def cpu(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> t
     kept = torch.empty(weight.shape, dtype=torch.bool)
     compiled = compiled_module("msp._cpu")
     assert compiled is not None
-    pointers = (tensor.data_ptr() for tensor in (weight, factor, updated, kept))
-    compiled.obs_prune(*pointers, *weight.shape, m, n, torch.get_num_threads())
+    compiled.obs_prune(
+        weight_ptr=weight.data_ptr(),
+        factor_ptr=factor.data_ptr(),
+        updated_ptr=updated.data_ptr(),
+        kept_ptr=kept.data_ptr(),
+        rows=weight.shape[0],
+        columns=weight.shape[1],
+        group_size=m,
+        n=n,
+        threads=torch.get_num_threads(),
+    )
     return updated, kept
 
 
@@ -87,10 +96,19 @@ def sweep_blocks(
     rows, columns = updated.shape
     kept = torch.empty(updated.shape, dtype=torch.bool, device=weight.device)
     errors = torch.empty(min(block_size, columns), rows, device=weight.device)
-    pointers = [tensor.data_ptr() for tensor in (updated, factor, errors, kept)]
+    whole = {
+        "weight_ptr": updated.data_ptr(),
+        "factor_ptr": factor.data_ptr(),
+        "errors_ptr": errors.data_ptr(),
+        "kept_ptr": kept.data_ptr(),
+        "rows": rows,
+        "columns": columns,
+        "group_size": m,
+        "n": n,
+    }
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
-        prune_block(*pointers, rows, columns, start, stop - start, m, n)
+        prune_block(**whole, start=start, width=stop - start)
         if stop < columns:
             updated[:, stop:].addmm_(errors[: stop - start].t(), factor[start:stop, stop:], alpha=-1)
     return updated, kept
@@ -123,7 +141,7 @@ def _(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> tup
     return updated, torch.empty_like(updated, dtype=torch.bool)
 
 
-def obs_prune(weight: Tensor, hinv_chol: Tensor, pattern: NMPattern, *, block_size: int = 128) -> PackedWeight:
+def obs_prune(weight: Tensor, hinv_chol: Tensor, pattern: NMPattern | str, *, block_size: int = 128) -> PackedWeight:
     """Prune column by column and correct each error in the later columns (arXiv 2301.00774, algorithm 1).
 
     At the first column of each group the N weights of highest ``w^2 / U_jj^2`` are selected, w as updated so far.
@@ -135,14 +153,16 @@ def obs_prune(weight: Tensor, hinv_chol: Tensor, pattern: NMPattern, *, block_si
         weight: ``[R, K]``, float32, float16 or bfloat16.
         hinv_chol: float32 ``[K, K]``: the upper triangular U with ``H^-1 = U^T U``. Entries below the diagonal are not
             read.
-        pattern: weights kept per group; K must be a multiple of M.
+        pattern: weights kept per group, N:M or its text such as ``"2:8"``; K must be a multiple of M.
         block_size: columns between two trailing updates, a multiple of M. It changes rounding and speed only.
 
     Raises:
         TypeError: a dtype is not one of these.
         ValueError: shapes, devices, pattern or block size do not match; an input holds NaN or infinity (the message
             counts them); U's diagonal is not positive; an updated weight overflows the dtype.
+        UsageError: a text that is no pattern.
     """
+    pattern = NMPattern.of(pattern)
     _check(weight, hinv_chol, pattern.m, block_size)
     require_finite("obs_prune", "weight", weight)
     columns = weight.shape[1]

@@ -86,17 +86,20 @@ def check_scoring(
     check_matrix("weight", weight, group_size)
     rows, columns = weight.shape
     given = Terms(column_scale, row_term, column_term, importance, scores)
+    if given.kind == MAGNITUDE and column_term is None:
+        return given
     shapes = ((columns,), (rows,), (columns,), (rows, columns), (rows, columns))
+    named = []
     for name, term, shape in zip(Terms._fields, given, shapes, strict=True):
         if term is None:
             continue
+        named.append(name)
         if not term.is_floating_point():
             raise TypeError(f"{name} is {term.dtype}, but must be a floating point tensor")
         if tuple(term.shape) != shape:
             raise ValueError(f"{name} has shape {list(term.shape)}, but must have {list(shape)}")
         if term.device != weight.device:
             raise ValueError(f"{name} is on {term.device}, but weight is on {weight.device}")
-    named = [name for name, term in zip(Terms._fields, given, strict=True) if term is not None]
     if ("row_term" in named) != ("column_term" in named):
         raise ValueError(
             f"{named[0] if len(named) == 1 else ' and '.join(named)}: row_term and column_term go together"
@@ -105,7 +108,7 @@ def check_scoring(
         if alone in named and len(named) > 1:
             others = ", ".join(name for name in named if name != alone)
             raise ValueError(f"{alone} excludes other terms, but {others} was given too")
-    return Terms(*(None if term is None else term.detach().float().contiguous() for term in given))
+    return Terms(*[None if term is None else term.detach().float().contiguous() for term in given])
 
 
 def check_finite(weight: Tensor, terms: Terms) -> None:
@@ -149,12 +152,22 @@ def check_counted(wrong: int, weight: Tensor, terms: Terms) -> None:
         raise ValueError(f"scores: {wrong} of {weight.numel()} are NaN or infinite")
 
 
-def addresses(weight: Tensor, terms: Terms, group_size: int) -> tuple[int, ...]:
-    """The arguments of compiled kernels for a contiguous weight and its terms, in order."""
-    vectors = (terms.column_scale, terms.row_term, terms.column_term, terms.matrix)
-    pointers = (0 if vector is None else vector.data_ptr() for vector in vectors)
-    dtype = VALUE_DTYPES.index(weight.dtype)
-    return (weight.data_ptr(), dtype, *weight.shape, group_size, terms.kind, *pointers)
+def scored_arguments(weight: Tensor, terms: Terms, group_size: int) -> dict[str, int]:
+    """The arguments of compiled kernels for a contiguous weight and its terms, by name."""
+    rows, columns = weight.shape
+    scale, row_term, column_term, matrix = terms.column_scale, terms.row_term, terms.column_term, terms.matrix
+    return {
+        "weight_ptr": weight.data_ptr(),
+        "dtype_code": VALUE_DTYPES.index(weight.dtype),
+        "rows": rows,
+        "columns": columns,
+        "group_size": group_size,
+        "score_kind": terms.kind,
+        "column_scale_ptr": 0 if scale is None else scale.data_ptr(),
+        "row_term_ptr": 0 if row_term is None else row_term.data_ptr(),
+        "column_term_ptr": 0 if column_term is None else column_term.data_ptr(),
+        "matrix_ptr": 0 if matrix is None else matrix.data_ptr(),
+    }
 
 
 def _largest(name: str, tensor: Tensor) -> float:

@@ -24,8 +24,8 @@ from msp.formats.packed_weight import from_parts
 from msp.formats.patterns import Allocation, NMPattern
 from msp.formats.storage import BITMASK, DENSE, FLOATS, Storage, part_names
 from msp.ops import CodedWeight, PackedWeight
-from msp.ops.layouts import has_tiles
-from msp.ops.nm_linear_plan import kept_bytes, slower_from_tokens, stays_dense
+from msp.ops.linear.plan import kept_bytes, slower_from_tokens, stays_dense
+from msp.ops.linear.tile_order import has_tiles
 
 
 def check_headers(manifest: Manifest, headers: Mapping[str, TensorHeader]) -> None:

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from msp.errors import MspError
-from msp.formats.packed_weight import check_stored, pack_bits, unpack, unpack_bits
+from msp.formats.packed_weight import check_stored, pack_bits
 from msp.formats.patterns import NMPattern
 from msp.formats.positions import check_positions, count_positions
 from msp.formats.storage import BITMASK, Storage
 from msp.models.structure import weight_identity
-from msp.ops import CodedWeight, PackedWeight, nm_linear_tiles
-from msp.ops.layouts import from_tiles, to_tiles
-from msp.ops.nm_linear import product
-from msp.ops.nm_linear_group import MOST, MOST_TOKENS, nm_linear_group
-from msp.ops.nm_linear_plan import stays_dense
-from msp.ops.nm_spmm import is_compliant
+from msp.ops import CodedWeight, PackedWeight
+from msp.ops.linear import DENSE, LAYOUTS, ROWS, TILES, Layout, group_op, is_compliant
+from msp.ops.linear.group import MOST, MOST_TOKENS
 
 
 class SparseLinear(nn.Module):
@@ -39,6 +35,7 @@ class SparseLinear(nn.Module):
     When a state dict is loaded, the positions are checked before any kernel reads them.
 
     Attributes:
+        layout: how values and bitmask lie in memory.
         kept: the additional form of the weight for products of many tokens, if ``fast_prefill`` asked for it.
         shared: the linears that are called with the same input, if ``fast_decode`` found some.
         conv1d: whether the architecture has a ``Conv1D`` at this place.
@@ -53,13 +50,13 @@ class SparseLinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        pattern: NMPattern,
+        pattern: NMPattern | str,
         bias: bool = True,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._begin(in_features, out_features, Storage(pattern), bias, device, dtype)
+        self._begin(in_features, out_features, Storage(NMPattern.of(pattern)), bias, device, dtype)
 
     def _begin(
         self,
@@ -77,7 +74,7 @@ class SparseLinear(nn.Module):
         self.out_features = out_features
         self.storage = storage
         self.pattern = storage.support
-        self.layout: Literal["rows", "tiles", "dense"] = "rows"
+        self.layout: Layout = ROWS
         self.compliant = self.pattern.always_compliant
         for name, part in storage.packed_parts(out_features, in_features).items():
             if name == BITMASK:
@@ -155,12 +152,7 @@ class SparseLinear(nn.Module):
         return PackedWeight(values, bitmask, self.pattern, (self.out_features, self.in_features))
 
     def _canonical(self) -> tuple[Tensor, Tensor]:
-        if self.layout == "tiles":
-            return from_tiles(self.values, self.bitmask)
-        if self.layout == "dense":
-            kept = unpack_bits(self.bitmask, self.in_features)
-            return self.values[kept].view(self.out_features, -1), self.bitmask
-        return self.values, self.bitmask
+        return self.layout.restore(self.values, self.bitmask, self.pattern, self.in_features)
 
     def settle(self) -> None:
         """Convert the weight to the layout that is fastest on its device.
@@ -168,39 +160,28 @@ class SparseLinear(nn.Module):
         It is called when a model is loaded and when a module is moved or cast. A weight that is trained stays in rows.
         """
         frozen = not self.values.requires_grad and not self.values.is_meta
-        cuda = self.values.device.type == "cuda"
         size = self.pattern, self.out_features, self.in_features, self.values.dtype, self.values.device
-        if frozen and cuda and self.pattern.n > 0 and stays_dense(self.pattern, self.values.dtype):
-            self._set_layout("dense")
-        elif frozen and nm_linear_tiles.serves(*size):
-            self._set_layout("tiles")
-        else:
-            self._set_layout("rows")
-        if cuda and self.layout != "dense" and not self.bitmask.is_meta:
+        self._set_layout(next(layout for layout in LAYOUTS if layout.serves(*size)) if frozen else ROWS)
+        if self.values.is_cuda and self.layout != DENSE and not self.bitmask.is_meta:
             # checked now and not in the first product, because the check waits for the device, which a CUDA graph
             # does not allow
             check_positions(self.bitmask, self.pattern.n, self.pattern.m, self.in_features)
-        self.kept = self._for_many_tokens() if self.keeps and self.layout == "tiles" else None
+        self.kept = None
+        if self.keeps:
+            weight = self.values.detach(), self.bitmask, self.pattern, self.in_features
+            self.kept = self.layout.for_many_tokens(*weight, self.compliant)
 
-    def _for_many_tokens(self) -> Tensor:
-        return nm_linear_tiles.for_many_tokens(
-            self.values.detach(), self.bitmask, self.in_features, self.pattern, self.compliant
-        )
-
-    def _set_layout(self, layout: Literal["rows", "tiles", "dense"]) -> None:
+    def _set_layout(self, layout: Layout) -> None:
         if layout == self.layout:
             return
         if self.shared is not None:
             self.shared.part()
         values, bitmask = (part.detach() for part in self._canonical())
-        if layout == "tiles":
+        if layout == TILES:
             self.compliant = self.pattern.always_compliant or is_compliant(bitmask, self.pattern.m)
-            values, bitmask = to_tiles(values, bitmask)
-        elif layout == "dense":
-            values = unpack(values, bitmask, self.in_features)
+        values, self.bitmask = layout.arrange(values, bitmask, self.pattern, self.in_features)
         self.layout = layout
         self.values = nn.Parameter(values, requires_grad=self.values.requires_grad)
-        self.bitmask = bitmask
 
     def set_values(self, values: Tensor) -> None:
         """Replace the values by ``values`` ``[R, K/M*N]``, in row order, at the same positions.
@@ -210,7 +191,7 @@ class SparseLinear(nn.Module):
         """
         if self.shared is not None:
             self.shared.part()
-        self._set_layout("rows")
+        self._set_layout(ROWS)
         for label in ("shape", "dtype", "device"):
             found, needed = getattr(values, label), getattr(self.values, label)
             if found != needed:
@@ -233,23 +214,15 @@ class SparseLinear(nn.Module):
         return self.packed.unpack()
 
     def forward(self, x: Tensor) -> Tensor:
-        pattern = self.pattern
-        if self.layout == "tiles":
-            if self.shared is not None and (found := self.shared.product(self, x)) is not None:
-                return found
-            # training changes the values, and the kept form would be stale
-            kept = None if self.values.requires_grad else self.kept
-            y: Tensor = nm_linear_tiles.nm_linear_tiles(
-                x, self.values, self.bitmask, self.bias, pattern.n, pattern.m, self.in_features, self.compliant, kept
-            )
-            return y
-        if self.layout == "dense":
-            return F.linear(x, self.values, self.bias)
+        if self.shared is not None and (found := self.shared.product(self, x)) is not None:
+            return found
         values: Tensor = self.values
         bias: Tensor | None = self.bias
         if x.dtype == torch.float32 != values.dtype and not x.is_cuda:  # a model whose weights are narrow
             values, bias = values.float(), None if bias is None else bias.float()
-        return product(x, values, self.bitmask, bias, pattern.n, pattern.m, self.in_features)
+        return self.layout.product(
+            x, values, self.bitmask, bias, self.pattern, self.in_features, self.compliant, self.kept
+        )
 
     def extra_repr(self) -> str:
         return (
@@ -259,7 +232,7 @@ class SparseLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.layout != "rows":
+        if self.layout != ROWS:
             values, bitmask = self._canonical()
             destination[f"{prefix}values"], destination[f"{prefix}bitmask"] = values.detach(), bitmask
 
@@ -282,7 +255,7 @@ class SparseLinear(nn.Module):
             except MspError as error:
                 error_msgs.append(str(error))
                 return
-        self._set_layout("rows")
+        self._set_layout(ROWS)
         state = dict(state_dict)
         if _is_guard(state.get(f"{prefix}weight")):
             del state[f"{prefix}weight"]
@@ -303,7 +276,7 @@ class SharedInput:
     """Packed linears that a model calls with the same tensor, in this order: q/k/v, or gate/up.
 
     For a token or two without gradients the first call computes the products of all in one launch
-    (``nm_linear_group``), and each of the other calls takes its own.
+    (``group_op``), and each of the other calls takes its own.
     """
 
     def __init__(self, linears: Sequence[SparseLinear]) -> None:
@@ -335,7 +308,7 @@ class SharedInput:
         columns = self.linears[0].in_features
         if torch.is_grad_enabled() or not 0 < x.numel() <= MOST_TOKENS * columns:
             return None
-        first, *others = nm_linear_group(
+        first, *others = group_op(
             x,
             [linear.values for linear in self.linears],
             [linear.bitmask for linear in self.linears],
@@ -358,7 +331,7 @@ def fast_decode(model: nn.Module) -> int:
     Returns:
         The number of launches that a forward saves; 0 on a CPU, where the gain would be tiny.
     """
-    in_tiles = [linear for linear in model.modules() if isinstance(linear, SparseLinear) and linear.layout == "tiles"]
+    in_tiles = [linear for linear in model.modules() if isinstance(linear, SparseLinear) and linear.layout == TILES]
     if not in_tiles:
         return 0
     calls: list[tuple[SparseLinear, Tensor, int]] = []

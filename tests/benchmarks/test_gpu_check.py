@@ -195,8 +195,8 @@ def test_what_a_sanitizer_says(script: str, outcome: str, why: str, tmp_path: Pa
     arguments = (tmp_path / "arguments").read_text()
     assert "--tool racecheck" in arguments and "--port 50000" in arguments and "sanitized.py nm_keep" in arguments
     if "exit 99" in script:  # what synchronises itself in ways that racecheck cannot see
-        assert units.sanitizer("racecheck", "nm_spmm", False, 50000)(1.5)["outcome"] == "to be looked at"
-        assert units.sanitizer("memcheck", "nm_spmm", False, 50000)(1.5)["outcome"] == "failed"
+        assert units.sanitizer("racecheck", "nm_linear.fragments", False, 50000)(1.5)["outcome"] == "to be looked at"
+        assert units.sanitizer("memcheck", "nm_linear.fragments", False, 50000)(1.5)["outcome"] == "failed"
         assert "racecheck-detect-level" not in (tmp_path / "arguments").read_text()
 
 
@@ -256,7 +256,9 @@ def test_the_whole_of_it_without_a_gpu(tmp_path: Path):
     assert done.code == 0, done.tail()
     result = json.loads((tmp_path / "gpu-check.json").read_text())
     assert result["failed"] == [] and result["machine"]["versions"]["torch"] == torch.__version__
-    assert {"nm_spmm", "nm_linear_tiles", "nm_linear_group"} <= set(result["machine"]["kernels"]["backends"])
+    assert {"nm_linear", "nm_linear.tiles", "nm_linear.group", "nm_linear.fragments"} <= set(
+        result["machine"]["kernels"]["backends"]
+    )
     assert {entry["name"] for entry in result["units"]} == {"memcheck nm_keep", "racecheck nm_keep"}
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cubins import LIMITS, Kernel
 
-from msp.ops import nm_linear_plan
+from msp.ops.linear import plan as linear_plans
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ def select_shared(kernel: Kernel) -> int:
     return kernel.threads * max(8, group_size) * (4 if dtype == 0 else 2)
 
 
-# how nm_linear_plan calls what a kernel does
-LINEAR_FORMS: dict[str, nm_linear_plan.How] = {
+# how the plan of a product calls what a kernel does
+LINEAR_FORMS: dict[str, linear_plans.How] = {
     "nm_linear_gather_kernel": "gather",
     "nm_linear_group_kernel": "gather",
     "nm_linear_expand_kernel": "expand",
@@ -39,11 +39,11 @@ LINEAR_FORMS: dict[str, nm_linear_plan.How] = {
 def linear_plan(kernel: Kernel, columns: int = 4096) -> Plan:
     """As the host cuts a weight of so many columns on a GPU of the kernel's target, with rows enough to fill it."""
     how, at_once = LINEAR_FORMS[kernel.family], int(kernel.arguments[-1])
-    device = nm_linear_plan.Device(1, LIMITS[kernel.capability].shared_bytes)
-    splits = nm_linear_plan.cut(how, at_once, at_once, 4096, columns, device).splits
+    device = linear_plans.Device(1, LIMITS[kernel.capability].shared_bytes)
+    splits = linear_plans.cut(how, at_once, at_once, 4096, columns, device).splits
     return Plan(
-        nm_linear_plan.resident_blocks(how, at_once, columns, device),
-        nm_linear_plan.shared_bytes(how, at_once, columns, splits),
+        linear_plans.resident_blocks(how, at_once, columns, device),
+        linear_plans.shared_bytes(how, at_once, columns, splits),
     )
 
 

@@ -8,7 +8,7 @@ import cubins
 from plans import LINEAR_FORMS, linear_plan
 
 from msp.formats.patterns import GROUP_SIZES, NMPattern
-from msp.ops.nm_linear_plan import can_expand
+from msp.ops.linear.plan import can_expand
 
 
 def test_every_pattern_and_dtype_has_its_kernels(cuda_kernels) -> None:
@@ -18,7 +18,7 @@ def test_every_pattern_and_dtype_has_its_kernels(cuda_kernels) -> None:
         (8, 2 * n) if m == 4 else (m, n)
         for m in GROUP_SIZES
         for n in range(1, m)
-        if can_expand(NMPattern(n, m)) and msp._cuda.nm_linear_has(1, m, n, 8)
+        if can_expand(NMPattern(n, m)) and msp._cuda.nm_linear_has("expand", m, n, 8)
     }
     for arch in msp._cuda.archs():
         here = [kernel for kernel in cuda_kernels if kernel.target == f"sm_{arch}"]
@@ -37,7 +37,7 @@ def test_every_pattern_and_dtype_has_its_kernels(cuda_kernels) -> None:
 
 
 def test_blocks_fit_however_the_host_cuts_the_work(cuda_kernels) -> None:
-    """Two on one multiprocessor or one, as ``nm_linear_plan`` wants them on a GPU of each target."""
+    """Two on one multiprocessor or one, as ``msp.ops.linear.plan`` wants them on a GPU of each target."""
     for name in LINEAR_FORMS:
         for kernel in cubins.family(cuda_kernels, name):
             for columns in (256, 1024, 4096, 11008, 28672):

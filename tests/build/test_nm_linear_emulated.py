@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-import msp.ops.nm_linear_group as group_file
-import msp.ops.nm_linear_tiles as op_file
+from msp.errors import UsageError
+from msp.formats import positions as _positions
 from msp.formats.patterns import NMPattern
-from msp.ops import nm_select
-from msp.ops.layouts import has_tiles, to_tiles
-from msp.ops.nm_linear_plan import Device
+from msp.ops import _dispatch, force_backend, last_backend, nm_linear, nm_select
+from msp.ops.linear import TILES, compiled, group_op, tiles
+from msp.ops.linear import group as group_file
+from msp.ops.linear.plan import Device
+from msp.ops.linear.tile_order import has_tiles, to_tiles
 
 GATHER, EXPAND = 0, 1
 BANKS, BANK_BYTES = 32, 4
@@ -114,26 +116,27 @@ def device_replaced(monkeypatch, library, splits=1) -> Iterator[list[tuple[int, 
     """
     launches: list[tuple[int, int, int]] = []
 
-    def nm_linear(*arguments):
-        *pointers, dtype, tokens, rows, columns, group_size, n, form, at_once, stripes, splits, _ = arguments
-        sizes = (tokens, rows, columns, group_size, n, form, at_once, stripes, splits, dtype)
-        launches.append((form, 1, splits))
+    forms = {"gather": GATHER, "expand": EXPAND}
+
+    def sizes_of(weight, cut, tokens):
+        cut_sizes = (forms[cut.form], cut.tokens_at_once, cut.stripes, cut.splits)
+        return (tokens, weight.rows, weight.columns, weight.group_size, weight.n, *cut_sizes, weight.dtype_code)
+
+    def linear(weight, cut, x, bias, y, partials, tokens, _):
+        sizes = sizes_of(weight, cut, tokens)
+        launches.append((forms[cut.form], 1, cut.splits))
         found = emulated.call(
             library.emulated_nm_linear,
-            *(ctypes.c_void_p(pointer or None) for pointer in pointers),
+            *(ctypes.c_void_p(to or None) for to in (x, weight.values_ptr, weight.bitmask_ptr, bias, y, partials)),
             (ctypes.c_int * len(sizes))(*sizes),
             ctypes.c_uint64(0),
         )
         assert found == ""
 
-    def nm_linear_group(x, own, dtype, tokens, columns, stripes, splits, _):
-        pointers = [pointer or None for one in own for pointer in one[:5]]
-        sizes = [
-            size
-            for *_, rows, group_size, n in own
-            for size in (tokens, rows, columns, group_size, n, GATHER, tokens, stripes, splits, dtype)
-        ]
-        launches.append((GATHER, len(own), splits))
+    def linear_group(own, cut, x, tokens, _):
+        pointers = [to or None for weight, *rest in own for to in (weight.values_ptr, weight.bitmask_ptr, *rest)]
+        sizes = [size for weight, *_ in own for size in sizes_of(weight, cut, tokens)]
+        launches.append((forms[cut.form], len(own), cut.splits))
         found = emulated.call(
             library.emulated_nm_linear_group,
             ctypes.c_void_p(x),
@@ -144,16 +147,26 @@ def device_replaced(monkeypatch, library, splits=1) -> Iterator[list[tuple[int, 
         )
         assert found == ""
 
-    module = types.SimpleNamespace(nm_linear=nm_linear, nm_linear_group=nm_linear_group)
+    module = types.SimpleNamespace(
+        nm_linear=linear,
+        nm_linear_group=linear_group,
+        TiledWeight=types.SimpleNamespace,
+        LinearCut=types.SimpleNamespace,
+        usable=lambda: True,
+    )
     # as much as a block needs that has so few columns
     shared = (100 if splits == 1 else 35) << 10
     with monkeypatch.context() as patch:
-        for file in (op_file, group_file):
-            patch.setattr(file, "compiled_module", lambda name: module)
+        patch.setattr(compiled, "compiled_module", lambda name: module)
+        patch.setattr(_dispatch, "cuda_serves", lambda name: hasattr(module, name))
+        patch.setattr(_dispatch, "_serves_device", lambda backend, device: True)
+        for file in (tiles, group_file):
+            patch.setattr(file, "cuda_serves", lambda name: hasattr(module, name))
             patch.setattr(file, "device_limits", lambda device: Device(2, shared))
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
-        yield launches
+        with force_backend("cuda"):
+            yield launches
 
 
 @pytest.mark.parametrize(
@@ -176,13 +189,13 @@ def test_a_group_is_each_of_its_products(library, monkeypatch, tokens, patterns,
         torch.randn(count, generator=generator).to(dtype) if at % 2 == 0 else None for at, count in enumerate(rows)
     ]
     x = torch.randn(1, tokens, columns, generator=generator).to(dtype)
-    tiles = [tuple(map(aligned, to_tiles(one.values, one.bitmask))) for one in packed]
+    arranged = [tuple(map(aligned, to_tiles(one.values, one.bitmask))) for one in packed]
     n, m = [one.pattern.n for one in packed], [one.pattern.m for one in packed]
     with device_replaced(monkeypatch, library, splits) as launches:
-        found = group_file.cuda(x, [one[0] for one in tiles], [one[1] for one in tiles], biases, n, m)
+        found = group_op(x, [one[0] for one in arranged], [one[1] for one in arranged], biases, n, m, columns)
         assert launches == [(GATHER, len(patterns), splits)]
         for at, y in enumerate(found):
-            alone = op_file.cuda(x, *tiles[at], biases[at], n[at], m[at], False, None)
+            alone = TILES.product(x, *arranged[at], biases[at], packed[at].pattern, columns)
             assert y.shape == (1, tokens, rows[at]) and torch.equal(y, alone)
 
 
@@ -290,10 +303,62 @@ def test_the_op_calls_the_kernels_as_they_want_it(library, monkeypatch, tokens, 
     bias = torch.randn(96).bfloat16()
     # not contiguous, and in memory that starts off the 16 bytes
     x = torch.randn(2 * tokens * 1024 + 1).bfloat16()[1:].view(1, 2 * tokens, 1024)[:, ::2]
-    n, m = packed.pattern.n, packed.pattern.m
+    parts = to_tiles(packed.values, packed.bitmask)
     with device_replaced(monkeypatch, library) as launches:
-        y = op_file.cuda(x, *to_tiles(packed.values, packed.bitmask), bias, n, m, False, None)
+        y = TILES.product(x, *parts, bias, packed.pattern, 1024)
+        assert last_backend("nm_linear") == "cuda"
     assert launches == [(GATHER if tokens <= 2 or pattern == "5:16" else EXPAND, 1, launches[0][2])]
     assert y.shape == (1, tokens, 96) and y.dtype == torch.bfloat16
     exact = x.double() @ packed.unpack().double().T + bias.double()
     torch.testing.assert_close(y.double(), exact, rtol=1e-2, atol=1e-2 * float(exact.std()))
+
+
+def test_a_weight_in_rows_gets_tiles_once(library, monkeypatch) -> None:
+    """The one name serves it too: the same bits as in tiles, one copy until the values are written to."""
+    packed = nm_select(torch.randn(32, 512).half(), "2:8")
+    bias, x = torch.randn(32).half(), torch.randn(1, 512).half()
+    made = []
+    arrange = tiles.to_tiles
+
+    def arranging(values, bitmask):
+        made.append(values.data_ptr())
+        return arrange(values, bitmask)
+
+    monkeypatch.setattr(tiles, "to_tiles", arranging)
+    with device_replaced(monkeypatch, library) as launches:
+        in_tiles = TILES.product(x, *arrange(packed.values, packed.bitmask), bias, packed.pattern, 512)
+        for tokens in (1, 2, 5):
+            several = nm_linear(x.expand(tokens, 512), packed, bias)
+            assert last_backend("nm_linear") == "cuda" and several.shape == (tokens, 32)
+        assert [form for form, *_ in launches] == [GATHER, GATHER, GATHER, EXPAND] and len(made) == 1
+        without_bias = nm_linear(x, packed)
+        assert torch.equal(nm_linear(x, packed, bias), in_tiles) and len(made) == 1
+        packed.values.mul_(2)
+        assert torch.equal(nm_linear(x, packed), 2 * without_bias) and len(made) == 2
+        # the same bitmask with other values, at the same version, is another weight
+        other = type(packed)(torch.randn_like(packed.values), packed.bitmask, packed.pattern, packed.shape)
+        exact = x.double() @ other.unpack().double().T
+        torch.testing.assert_close(nm_linear(x, other).double(), exact, rtol=1e-2, atol=1e-2 * float(exact.std()))
+        # the copy goes with the values, though the bitmask stays
+        counted = _positions.check_positions(packed.bitmask, 2, 8, 512)
+        before = len(made)
+        assert counted.derived["tiles"].are_of(other.values)
+        # values that are trained get none, and leave that of others alone
+        trained = type(packed)(other.values.clone().requires_grad_(), packed.bitmask, packed.pattern, packed.shape)
+        y = nm_linear(x, trained)
+        assert len(made) == before and counted.derived["tiles"].are_of(other.values)
+        torch.testing.assert_close(y.double(), exact, rtol=1e-2, atol=1e-2 * float(exact.std()))
+        del other
+        assert "tiles" not in counted.derived
+        # torch does not count writes in inference mode
+        with torch.inference_mode():
+            unseen = type(packed)(packed.values.clone(), packed.bitmask, packed.pattern, packed.shape)
+            for count in (1, 2):
+                nm_linear(x, unseen)
+                assert len(made) == before + count and "tiles" not in counted.derived
+
+
+def test_a_weight_that_does_not_lie_in_tiles_is_not_for_these_kernels(library, monkeypatch) -> None:
+    for packed in (nm_select(torch.randn(32, 512), "2:8"), nm_select(torch.randn(8, 512).half(), "2:8")):
+        with device_replaced(monkeypatch, library), pytest.raises(UsageError, match="does not support these arguments"):
+            nm_linear(torch.randn(1, 512, dtype=packed.dtype), packed)

@@ -23,6 +23,7 @@ import msp  # noqa: F401
 from msp.errors import MspError
 from msp.formats.patterns import NMPattern
 from msp.ops import force_backend, nm_select
+from msp.ops.linear import DENSE, ROWS, TILES, Layout
 from msp.packed.checkpoint import save_packed
 from msp.packed.info import read_info, validate_packed
 from msp.packed.sparse_linear import SparseLinear
@@ -294,8 +295,8 @@ def test_half_precision_is_rounded_once_and_restored_exactly() -> None:
     assert all(torch.equal(layer.base_layer.values, before[name].values) for name, layer in layers.items())
 
 
-@pytest.mark.parametrize("layout", ["tiles", "dense"])
-def test_layouts_of_a_gpu_are_brought_to_rows(layout: Any) -> None:
+@pytest.mark.parametrize("layout", [TILES, DENSE])
+def test_layouts_of_a_gpu_are_brought_to_rows(layout: Layout) -> None:
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     linear = SparseLinear.from_packed(nm_select(weight, NMPattern(2, 8)))
     before = linear.packed
@@ -306,7 +307,7 @@ def test_layouts_of_a_gpu_are_brought_to_rows(layout: Any) -> None:
     (adapted_layer,) = sparse_layers(layer).values()
     layer.merge_adapter()
     change = adapted_layer.get_delta_weight("default").detach()[before.kept()].view(before.values.shape)
-    assert linear.layout == "rows"  # the best that a CPU has
+    assert linear.layout == ROWS  # the best that a CPU has
     assert torch.equal(linear.values, (before.values.float() + change).to(torch.bfloat16))
     linear._set_layout(layout)
     layer.unmerge_adapter()

@@ -13,22 +13,10 @@ extern "C" {
 // sizes: tokens, rows, columns, group_size, n, form, tokens_at_once, stripes, splits, dtype
 static msp::NmLinear allowed(const void* x, const void* values, const void* bitmask, const void* bias,
                              void* y, float* partials, const int* sizes) {
-    const msp::NmLinear op{x,
-                           values,
-                           bitmask,
-                           bias,
-                           y,
-                           partials,
-                           static_cast<msp::Dtype>(sizes[9]),
-                           sizes[0],
-                           sizes[1],
-                           sizes[2],
-                           sizes[3],
-                           sizes[4],
-                           static_cast<msp::LinearForm>(sizes[5]),
-                           sizes[6],
-                           sizes[7],
-                           sizes[8]};
+    const msp::TiledWeight weight{values,   bitmask, static_cast<msp::Dtype>(sizes[9]), sizes[1], sizes[2],
+                                  sizes[3], sizes[4]};
+    const msp::LinearCut cut{static_cast<msp::LinearForm>(sizes[5]), sizes[6], sizes[7], sizes[8]};
+    const msp::NmLinear op{weight, cut, x, bias, y, partials, sizes[0]};
     const auto weights = static_cast<size_t>(op.rows) * static_cast<size_t>(op.columns);
     emulation::allow(x, static_cast<size_t>(op.tokens) * static_cast<size_t>(op.columns) * 2, false);
     emulation::allow(values, weights / static_cast<size_t>(op.group_size) * static_cast<size_t>(op.n) * 2,
@@ -65,22 +53,11 @@ const char* emulated_nm_linear_group(const void* x, void* const* pointers, const
 
 int has(int form, int group_size, int n, int tokens_at_once) {
     const bool stated = msp::nm_linear_has(static_cast<msp::LinearForm>(form), group_size, n, tokens_at_once);
-    const msp::NmLinear op{nullptr,
-                           nullptr,
-                           nullptr,
-                           nullptr,
-                           nullptr,
-                           nullptr,
-                           msp::Dtype::kBFloat16,
-                           1,
-                           16,
-                           256,
-                           group_size,
-                           n,
-                           static_cast<msp::LinearForm>(form),
-                           tokens_at_once,
-                           1,
-                           1};
+    msp::NmLinear op{};
+    op.group_size = group_size;
+    op.n = n;
+    op.form = static_cast<msp::LinearForm>(form);
+    op.tokens_at_once = tokens_at_once;
     const bool compiled = msp::linear_kernel<msp::Dtype::kBFloat16>(op) != nullptr;
     return stated * 2 + compiled;
 }

@@ -11,7 +11,6 @@ from native_cases import (
     FLOAT32,
     GIVEN,
     KINDS,
-    MAGNITUDE,
     RELATIVE,
     SCALED,
     make_case,
@@ -154,19 +153,17 @@ def test_wrong_arguments_are_named(change: dict[str, int], message: str) -> None
     case = make_case(np.random.default_rng(0), 2, 48, 8, 2)
     for name, value in change.items():
         setattr(case, name, value)
-    rows, columns = case.stored.shape
     values, bitmask = np.zeros(4096, np.uint32), np.zeros(4096, np.uint8)
+    outputs = {"values_ptr": values.ctypes.data, "bitmask_ptr": bitmask.ctypes.data}
     with pytest.raises(ValueError, match=message):
-        native.nm_select(
-            case.stored.ctypes.data, case.dtype, rows, columns, case.group_size, case.n, case.compliant, case.kind,
-            0, 0, 0, 0, values.ctypes.data, bitmask.ctypes.data, 1,
-        )  # fmt: skip
+        native.nm_select(**case.scored, n=case.n, compliant=case.compliant, **outputs, threads=1)
 
 
 def test_misaligned_address_is_refused() -> None:
     case = make_case(np.random.default_rng(0), 2, 48, 8, 2)
     with pytest.raises(ValueError, match="weight_ptr is not a multiple of 2"):
-        native.nm_select(case.stored.ctypes.data + 1, case.dtype, 2, 48, 8, 2, False, 0, 0, 0, 0, 0, 64, 64, 1)
+        scored = {**case.scored, "weight_ptr": case.stored.ctypes.data + 1}
+        native.nm_select(**scored, n=2, compliant=False, values_ptr=64, bitmask_ptr=64, threads=1)
 
 
 @pytest.mark.parametrize("group_size", [4, 8, 16, 32])
@@ -190,9 +187,9 @@ def test_wrong_arguments_of_rank_and_keep_are_named() -> None:
     case = make_case(np.random.default_rng(0), 2, 48, 8, 2)
     weight, rank = case.stored.ctypes.data, np.zeros((2, 48), np.uint8).ctypes.data
     with pytest.raises(ValueError, match="48 columns are not a multiple of group_size 32"):
-        native.nm_rank(weight, BFLOAT16, 2, 48, 32, MAGNITUDE, 0, 0, 0, 0, rank, 1)
+        native.nm_rank(**{**case.scored, "group_size": 32}, rank_ptr=rank, threads=1)
     with pytest.raises(ValueError, match="rank_ptr is null"):
-        native.nm_rank(weight, BFLOAT16, 2, 48, 8, MAGNITUDE, 0, 0, 0, 0, 0, 1)
+        native.nm_rank(**case.scored, rank_ptr=0, threads=1)
     with pytest.raises(ValueError, match="dtype_code 3 is not one of"):
         native.nm_keep(weight, rank, weight, 3, 96, 2, 1)
     with pytest.raises(ValueError, match="n -1 is negative"):

@@ -166,17 +166,17 @@ for dtype in DTYPES.values():
                     case = make_case(rng, 3, columns, group_size, group_size // 2, dtype, kind)
                     expected = case.run()
                     values, bitmask = (guarded(np.zeros_like(out), at_end) for out in expected[:2])
+                    scored = case.scored
+                    for name, term in zip(list(scored)[-4:], case.terms):
+                        scored[name] = 0 if term is None else guarded(term, at_end)
+                    scored["weight_ptr"] = weight = guarded(case.stored, at_end)
                     native.nm_select(
-                        guarded(case.stored, at_end), dtype, 3, columns, group_size, case.n, False, kind,
-                        *(0 if term is None else guarded(term, at_end) for term in case.terms), values, bitmask, 1)
+                        **scored, n=case.n, compliant=False, values_ptr=values, bitmask_ptr=bitmask, threads=1)
                     for address, out in zip((values, bitmask), expected):
                         assert ctypes.string_at(address, out.nbytes) == out.tobytes()
                     ranks = case.run_rank()[0]
                     rank, kept = guarded(np.zeros_like(ranks), at_end), guarded(np.zeros_like(case.stored), at_end)
-                    weight = guarded(case.stored, at_end)
-                    native.nm_rank(
-                        weight, dtype, 3, columns, group_size, kind,
-                        *(0 if term is None else guarded(term, at_end) for term in case.terms), rank, 1)
+                    native.nm_rank(**scored, rank_ptr=rank, threads=1)
                     native.nm_keep(weight, rank, kept, dtype, case.stored.size, case.n, 1)
                     expected = ranks, case.run_keep(ranks, case.n)
                     for address, out in zip((rank, kept), expected):

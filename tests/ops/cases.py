@@ -18,6 +18,7 @@ from torch import Tensor
 from msp.formats.patterns import NMPattern
 from msp.ops import (
     PackedWeight,
+    _dispatch,
     fisher_diag_,
     fisher_trace,
     nm_keep,
@@ -27,10 +28,8 @@ from msp.ops import (
     nm_unpack,
     obs_prune,
 )
-from msp.ops.layouts import to_tiles
-from msp.ops.nm_linear_group import nm_linear_group
-from msp.ops.nm_linear_tiles import for_many_tokens, nm_linear_tiles
-from msp.ops.nm_spmm import nm_spmm
+from msp.ops.linear import FRAGMENTS, TILES, group_op
+from msp.ops.linear.tile_order import to_tiles
 
 Outputs = tuple[Tensor, ...]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -46,17 +45,24 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Case:
-    """One op on one shape and dtype. ``large`` ones would take long in Triton's interpreter."""
+    """One op on one shape and dtype. ``large`` ones would take long in Triton's interpreter.
 
-    op: str
+    ``kernels`` is the op, with the form of its weight after a dot if it is not the canonical one.
+    """
+
+    kernels: str
     name: str
     dtype: torch.dtype
     prepare: Callable[[torch.Generator, torch.dtype, torch.device], Prepared]
     large: bool = False
 
+    @property
+    def op(self) -> str:
+        return self.kernels.partition(".")[0]
+
 
 def every_case() -> Iterator[Case]:
-    for op, shaped in PREPARED.items():
+    for kernels, shaped in PREPARED.items():
         for large, shapes in ((False, shaped.small), (True, shaped.large)):
             for shape in shapes:
                 for label, dtype in DTYPES.items():
@@ -65,7 +71,14 @@ def every_case() -> Iterator[Case]:
                     def prepare(generator, dtype, device, shape=shape, make=shaped.make):
                         return make(generator, dtype, device, *shape)
 
-                    yield Case(op, f"{label}-{words}", dtype, prepare, large)
+                    yield Case(kernels, f"{label}-{words}", dtype, prepare, large)
+
+
+def backends_of(kernels: str) -> tuple[str, ...]:
+    """The backends that this machine can run for a weight in this form."""
+    op, _, form = kernels.partition(".")
+    found = _dispatch._ops[op]
+    return (found.forms[form] if form else found).available()
 
 
 def scaled_weight(generator, dtype, device, rows, columns):
@@ -194,16 +207,17 @@ def product(generator, dtype, device, tokens, rows, columns, pattern, compliant,
 
 
 def on_sparse_tensor_cores(x, packed, bias):
-    return nm_spmm(x, packed.values, packed.bitmask, bias, packed.pattern.n, packed.pattern.m)
+    parts = FRAGMENTS.arrange(packed.values, packed.bitmask, packed.pattern, packed.shape[1])
+    return FRAGMENTS.product(x, *parts, bias, packed.pattern, packed.shape[1])
 
 
 def in_tiles(x, packed, bias):
     """An odd number of tokens finds what many need made before, as ``fast_prefill`` does."""
-    (n, m), columns = (packed.pattern.n, packed.pattern.m), packed.shape[1]
-    tiles, compliant, kept = to_tiles(packed.values, packed.bitmask), n <= 2, None
+    weight = *to_tiles(packed.values, packed.bitmask), packed.pattern, packed.shape[1]
+    compliant, kept = packed.pattern.always_compliant, None
     if x.is_cuda and x.shape[0] % 2 and x.dtype != torch.float32:
-        kept = for_many_tokens(*tiles, columns, packed.pattern, compliant)
-    return nm_linear_tiles(x, *tiles, bias, n, m, columns, compliant, kept)
+        kept = TILES.for_many_tokens(*weight, compliant)
+    return TILES.product(x, *weight[:2], bias, *weight[2:], compliant, kept)
 
 
 def group(generator, dtype, device, tokens, columns, *weights):
@@ -218,7 +232,7 @@ def group(generator, dtype, device, tokens, columns, *weights):
     n, m = ([getattr(one.pattern, name) for one in packed] for name in ("n", "m"))
 
     def run():
-        return tuple(nm_linear_group(x, values, bitmasks, biases, n, m, columns))
+        return tuple(group_op(x, values, bitmasks, biases, n, m, columns))
 
     def check(outputs):
         for y, one, bias in zip(outputs, packed, biases, strict=True):
@@ -284,10 +298,12 @@ PREPARED = {
             *((tokens, 200, 1048, "4:8", True) for tokens in (1, 31, 192)),
             *((1, 301, 4104, pattern, False) for pattern in ("1:8", "3:8", "4:8", "5:8", "7:8")),
             *((3, 130, 2080, pattern, False) for pattern in ("1:4", "3:4", "1:16", "2:16", "11:32")),
+            # for few tokens CUDA makes tiles of the rows, and many are multiplied from rows
+            *((tokens, 144, 2816, pattern, False) for tokens in (1, 9, 257, 1025) for pattern in ("2:8", "5:8")),
         ],
     ),
-    # every line of nm_linear_plan, K split and whole
-    "nm_linear_tiles": Shaped(
+    # every line of the plan, K split and whole
+    "nm_linear.tiles": Shaped(
         functools.partial(product, compliant=False, multiply=in_tiles),
         [(1, 16, 256, "2:8"), (2, 48, 512, "3:16"), (9, 32, 256, "4:8")],
         [
@@ -298,7 +314,7 @@ PREPARED = {
             *((tokens, 80, 1280, pattern) for tokens in (1, 7) for pattern in ("1:8", "7:8", "1:4", "3:4", "4:32")),
         ],
     ),
-    "nm_linear_group": Shaped(
+    "nm_linear.group": Shaped(
         group,
         [(1, 256, 32, "2:8", 16, "1:8", 16, "3:8"), (2, 512, 16, "2:4", 48, "6:16")],
         [
@@ -309,7 +325,7 @@ PREPARED = {
         ],
     ),
     # every token tile of both kernels, K split and whole, and more tiles than a GPU has multiprocessors
-    "nm_spmm": Shaped(
+    "nm_linear.fragments": Shaped(
         functools.partial(product, compliant=True, multiply=on_sparse_tensor_cores),
         [(1, 5, 12, "2:4"), (3, 6, 40, "2:8"), (9, 7, 72, "4:8"), (70, 9, 48, "1:16")],
         [

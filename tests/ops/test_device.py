@@ -7,7 +7,7 @@ import zlib
 
 import pytest
 import torch
-from cases import Case, every_case
+from cases import Case, backends_of, every_case
 
 import msp.ops
 from msp.ops import _compiled, _dispatch, available_backends, force_backend, last_backend
@@ -19,10 +19,10 @@ SEED = int(os.environ.get("MSP_TEST_SEED") or int.from_bytes(os.urandom(4), "lit
 CASES = [case for case in every_case() if ON_GPU or not case.large]
 
 
-def backends(op: str) -> list[str]:
+def backends(kernels: str) -> list[str]:
     """Those of this device; on a CPU without the reference, which the other tests there run enough."""
     serving = ("cuda", "triton", "reference") if ON_GPU else ("cpu", "triton")
-    return [name for name in available_backends(op) if name in serving]
+    return [name for name in backends_of(kernels) if name in serving]
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -31,12 +31,16 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("case", "backend"),
-    [pytest.param(case, name, id=f"{case.op}-{name}-{case.name}") for case in CASES for name in backends(case.op)],
+    [
+        pytest.param(case, name, id=f"{case.kernels}-{name}-{case.name}")
+        for case in CASES
+        for name in backends(case.kernels)
+    ],
 )
 def test_computes_what_it_should_twice(case: Case, backend: str, device, record_property) -> None:
     if backend == "triton" and not ON_GPU and case.dtype == torch.bfloat16 and case.op.startswith("fisher"):
         pytest.skip("tl.dot on bfloat16 is wrong in Triton's interpreter")
-    seed = SEED ^ zlib.crc32(f"{case.op} {case.name}".encode())
+    seed = SEED ^ zlib.crc32(f"{case.kernels} {case.name}".encode())
     record_property("seed", SEED)
     print(f"MSP_TEST_SEED={SEED}")
     prepared = case.prepare(torch.Generator().manual_seed(seed), case.dtype, device)
@@ -58,10 +62,18 @@ def test_every_op_has_cases() -> None:
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
-@pytest.mark.parametrize("op", sorted({case.op for case in CASES}))
-def test_every_kernel_there_is_can_run(op: str) -> None:
+@pytest.mark.parametrize("kernels", sorted({case.kernels for case in CASES}))
+def test_every_kernel_there_is_can_run(kernels: str) -> None:
+    op, _, form = kernels.partition(".")
+    available, of = backends_of(kernels), _dispatch._ops[op]
     # sparse tensor cores are beyond Triton
-    assert "triton" in available_backends(op) or op == "nm_spmm"
+    assert "triton" in available or form == "fragments"
     assert _compiled.compiled_module("msp._cuda") is not None, "msp._cuda is not built"
-    if "cuda" in _dispatch._ops[op]._backends:
-        assert "cuda" in available_backends(op)
+    if "cuda" in (of.forms[form] if form else of)._backends:
+        assert "cuda" in available
+    assert set(available) <= set(available_backends(op))
+
+
+def test_every_form_of_a_weight_has_cases() -> None:
+    forms = {f"{name}.{form}" for name, op in _dispatch._ops.items() for form in op.forms}
+    assert "nm_linear.tiles" in forms and forms <= {case.kernels for case in CASES}

@@ -314,7 +314,7 @@ def test_cuda_kernels_serve_where_the_driver_is_new_enough_for_them(usable, comp
 def test_nm_select_calls_its_binding_as_agreed(compiled):
     calls = []
     module = types.ModuleType("msp._cpu")
-    module.nm_select = lambda *arguments: calls.append(arguments)
+    module.nm_select = lambda **arguments: calls.append(arguments)
     compiled(module)
     weight = torch.randn(3, 16).bfloat16()
     scale, row_term, column_term = torch.rand(16), torch.rand(3), torch.rand(16)
@@ -328,15 +328,27 @@ def test_nm_select_calls_its_binding_as_agreed(compiled):
     ]
     for terms, kind, pointers in cases:
         packed = nm_select(weight, NMPattern(3, 8), **terms, compliant=True)
-        expected = (weight.data_ptr(), 2, 3, 16, 8, 3, True, kind, *pointers)
-        expected += (packed.values.data_ptr(), packed.bitmask.data_ptr(), torch.get_num_threads())
-        assert calls.pop() == expected
+        names = ("column_scale_ptr", "row_term_ptr", "column_term_ptr", "matrix_ptr")
+        assert calls.pop() == {
+            "weight_ptr": weight.data_ptr(),
+            "dtype_code": 2,
+            "rows": 3,
+            "columns": 16,
+            "group_size": 8,
+            "n": 3,
+            "compliant": True,
+            "score_kind": kind,
+            **dict(zip(names, pointers, strict=True)),
+            "values_ptr": packed.values.data_ptr(),
+            "bitmask_ptr": packed.bitmask.data_ptr(),
+            "threads": torch.get_num_threads(),
+        }
     # up to 2 of a group no selection can break the rule, so the walk is not asked for
     nm_select(weight, NMPattern(2, 8), compliant=True)
-    assert calls.pop()[6] is False
+    assert calls.pop()["compliant"] is False
     for dtype, code in ((torch.float32, 0), (torch.float16, 1)):
         nm_select(weight.to(dtype), NMPattern(2, 8))
-        assert calls.pop()[1] == code
+        assert calls.pop()["dtype_code"] == code
 
 
 def test_a_forced_backend_is_checked_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:

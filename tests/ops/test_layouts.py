@@ -7,7 +7,7 @@ import torch
 
 from msp.formats.patterns import GROUP_SIZES, NMPattern
 from msp.ops import nm_select
-from msp.ops.layouts import from_tiles, has_tiles, to_tiles
+from msp.ops.linear.tile_order import from_tiles, has_tiles, to_tiles
 
 PATTERNS = [NMPattern(n, m) for m in GROUP_SIZES for n in range(1, m)]
 

@@ -9,7 +9,7 @@ from oracles import assert_product
 from msp.errors import MspError
 from msp.formats.patterns import NMPattern
 from msp.ops import PackedWeight, force_backend, last_backend, nm_linear, nm_select
-from msp.ops.nm_linear import inference_op, nm_linear_op
+from msp.ops.linear.rows import inference_op, nm_linear_op
 
 BACKENDS = ["reference", "triton", "cpu"]
 # rows, columns, pattern: one row, half a byte at the end, more groups than a program takes at once

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import sys
 import threading
 
 import pytest
@@ -15,6 +14,8 @@ from isas import every_linear_path
 from msp.formats.packed_weight import VALUE_DTYPES
 from msp.formats.patterns import NMPattern
 from msp.ops import PackedWeight, force_backend, nm_linear, nm_select
+from msp.ops.linear import rows as rows_file
+from msp.ops.linear.compiled import make_struct
 
 native = pytest.importorskip("msp._cpu", reason="the compiled module msp._cpu is not built")
 
@@ -25,39 +26,23 @@ def pack(rows: int, columns: int, n: int, m: int, dtype: torch.dtype) -> PackedW
     return nm_select(torch.randn(rows, columns, dtype=dtype), NMPattern(n, m))
 
 
+def packed_rows(packed):
+    return make_struct(
+        native.PackedRows, packed.values, packed.bitmask, packed.pattern.n, packed.pattern.m, packed.shape[1]
+    )
+
+
 def run(x, packed, bias=None, *, threads=1):
     """The kernel's product, into memory full of NaN."""
-    rows, columns = packed.shape
-    y = torch.full((len(x), rows), float("nan"), dtype=x.dtype)
-    native.nm_linear(
-        x.data_ptr(),
-        packed.values.data_ptr(),
-        packed.bitmask.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        VALUE_DTYPES.index(x.dtype),
-        len(x),
-        rows,
-        columns,
-        packed.pattern.m,
-        packed.pattern.n,
-        threads,
-    )
+    y = torch.full((len(x), packed.shape[0]), float("nan"), dtype=x.dtype)
+    offset = 0 if bias is None else bias.data_ptr()
+    native.nm_linear(packed_rows(packed), x.data_ptr(), offset, y.data_ptr(), len(x), threads)
     return y
 
 
 def unpacked(packed, *, threads=1):
     dense = torch.full(packed.shape, float("nan"), dtype=packed.dtype)
-    native.nm_unpack(
-        packed.values.data_ptr(),
-        packed.bitmask.data_ptr(),
-        dense.data_ptr(),
-        VALUE_DTYPES.index(packed.dtype),
-        *packed.shape,
-        packed.pattern.m,
-        packed.pattern.n,
-        threads,
-    )
+    native.nm_unpack(packed_rows(packed), dense.data_ptr(), threads)
     return dense
 
 
@@ -186,7 +171,7 @@ def test_many_threads_of_python_at_once(isa: str, tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [16, 17, 1030])
 def test_the_op_serves_any_number_of_tokens(isa: str, tokens: int, dtype: torch.dtype, monkeypatch) -> None:
     """Also by rows unpacked for torch, here in parts of fewer than there are."""
-    monkeypatch.setattr(sys.modules["msp.ops.nm_linear"], "UNPACKED_BYTES", 5000)
+    monkeypatch.setattr(rows_file, "UNPACKED_BYTES", 5000)
     packed = pack(37, 168, 3, 8, dtype)
     x, bias = torch.randn(tokens, 168, dtype=dtype), torch.randn(37, dtype=dtype)
     with force_backend("cpu"):
@@ -207,9 +192,8 @@ def test_the_op_serves_any_number_of_tokens(isa: str, tokens: int, dtype: torch.
     ],
 )
 def test_wrong_arguments_are_refused(change, message) -> None:
-    arguments = {
-        **dict.fromkeys(("x_ptr", "values_ptr", "bitmask_ptr", "y_ptr"), 64),
-        **{"bias_ptr": 0, "dtype_code": 0, "tokens": 1, "rows": 1, "columns": 8, "group_size": 8, "n": 2, "threads": 1},
-    }
+    weight = {"values_ptr": 64, "bitmask_ptr": 64, "dtype_code": 0, "rows": 1, "columns": 8, "group_size": 8, "n": 2}
+    call = {"x_ptr": 64, "bias_ptr": 0, "y_ptr": 64, "tokens": 1, "threads": 1}
+    changed = [{name: change.get(name, value) for name, value in given.items()} for given in (weight, call)]
     with pytest.raises(ValueError, match=message):
-        native.nm_linear(**arguments | change)
+        native.nm_linear(native.PackedRows(**changed[0]), **changed[1])

@@ -9,8 +9,8 @@ import torch
 
 from msp.formats.patterns import GROUP_SIZES, NMPattern
 from msp.ops import nm_select
-from msp.ops.nm_linear_group import MOST, MOST_TOKENS
-from msp.ops.nm_linear_plan import (
+from msp.ops.linear.group import MOST, MOST_TOKENS
+from msp.ops.linear.plan import (
     FEW_TILES,
     Device,
     can_expand,
@@ -123,36 +123,42 @@ def test_sizes_are_those_of_the_kernels():
     for how, at_once, columns, splits in itertools.product(
         ("gather", "expand"), (1, 2, 4, 8, 16, 32), (256, 11008), (1, 3)
     ):
-        form = ("gather", "expand").index(how)
-        if compiled.nm_linear_has(form, 8, 2, at_once) and splits <= columns // 256:
-            expected = compiled.nm_linear_shared_bytes(columns, form, at_once, splits)
+        if compiled.nm_linear_has(how, 8, 2, at_once) and splits <= columns // 256:
+            cut = compiled.LinearCut(form=how, tokens_at_once=at_once, stripes=1, splits=splits)
+            expected = compiled.nm_linear_shared_bytes(columns, cut)
             assert shared_bytes(how, at_once, columns, splits) == expected
     for pattern in PATTERNS:
-        if compiled.nm_linear_has(0, pattern.m, pattern.n, 1):
-            assert compiled.nm_linear_has(1, pattern.m, pattern.n, 8) == can_expand(pattern)
+        if compiled.nm_linear_has("gather", pattern.m, pattern.n, 1):
+            assert compiled.nm_linear_has("expand", pattern.m, pattern.n, 8) == can_expand(pattern)
 
 
 def test_binding_refuses_what_no_kernel_serves():
     compiled = pytest.importorskip("msp._cuda")
-    good = dict.fromkeys(("x_ptr", "values_ptr", "bitmask_ptr", "y_ptr"), 16)
-    good |= {"bias_ptr": 0, "partials_ptr": 0, "dtype_code": 2, "tokens": 1, "rows": 16, "columns": 256}
-    good |= {"group_size": 8, "n": 2, "form": 0, "tokens_at_once": 1, "stripes": 1, "splits": 1, "stream": 0}
+    weight = {"values_ptr": 16, "bitmask_ptr": 16, "dtype_code": 2, "rows": 16, "columns": 256}
+    weight |= {"group_size": 8, "n": 2}
+    cut = {"form": "gather", "tokens_at_once": 1, "stripes": 1, "splits": 1}
+    call = {"x_ptr": 16, "bias_ptr": 0, "y_ptr": 16, "partials_ptr": 0, "tokens": 1, "stream": 0}
     for change, message in (
         ({"dtype_code": 0}, "float32"),
         ({"rows": 8}, "not made of tiles"),
         ({"columns": 128}, "not made of tiles"),
         ({"x_ptr": 8}, "x_ptr is not a multiple of 16"),
+        ({"y_ptr": 0}, "y_ptr is null"),
+        ({"tokens": -1}, "tokens -1 is negative"),
         ({"values_ptr": 0}, "values_ptr is null"),
-        ({"tokens_at_once": 3}, "no kernel for 2:8 and 3 tokens"),
-        ({"form": 2}, "form 2"),
-        ({"form": 1, "tokens_at_once": 8, "group_size": 16, "n": 5}, "no kernel for 5:16"),
+        ({"tokens_at_once": 3}, "gather has no kernel for 2:8 and 3 tokens"),
+        ({"form": "scatter"}, "form 'scatter' is not one of gather, expand"),
+        ({"form": "expand", "tokens_at_once": 8, "group_size": 16, "n": 5}, "expand has no kernel for 5:16"),
         ({"group_size": 32, "n": 3}, "no kernel for 3:32"),
         ({"stripes": 3}, "stripes 3"),
+        ({"splits": 0}, "splits 0 is not positive"),
         ({"splits": 2}, "splits 2 is outside 1 ... 1"),
         ({"columns": 512, "splits": 2}, "partials_ptr is null"),
     ):
+        changed = [{name: change.get(name, value) for name, value in given.items()} for given in (weight, cut, call)]
+        assert sum(name in given for given in changed for name in change) == len(change)
         with pytest.raises(ValueError, match=message):
-            compiled.nm_linear(**{**good, **change})
+            compiled.nm_linear(compiled.TiledWeight(**changed[0]), compiled.LinearCut(**changed[1]), **changed[2])
 
 
 def test_what_is_kept_packed_is_smaller_than_dense():
@@ -167,16 +173,32 @@ def test_what_is_kept_packed_is_smaller_than_dense():
 
 def test_a_group_that_the_kernel_does_not_take_is_refused_before_any_work():
     compiled = pytest.importorskip("msp._cuda")
-    one = (16, 16, 0, 16, 0, 32, 8, 2)
 
-    def launch(own, tokens=1):
-        compiled.nm_linear_group(16, own, 2, tokens, 512, 1, 1, 0)
+    def weight(**change):
+        good = {"values_ptr": 16, "bitmask_ptr": 16, "dtype_code": 2, "rows": 32, "columns": 512}
+        return compiled.TiledWeight(**{**good, "group_size": 8, "n": 2, **change})
+
+    def launch(weights, tokens=1, y=16, **change):
+        cut = {"form": "gather", "tokens_at_once": tokens, "stripes": 1, "splits": 1, **change}
+        compiled.nm_linear_group([(one, 0, y, 0) for one in weights], compiled.LinearCut(**cut), 16, tokens, 0)
 
     with pytest.raises(ValueError, match=f"{MOST + 1} weights are not 1"):
-        launch([one] * (MOST + 1))
+        launch([weight()] * (MOST + 1))
+    with pytest.raises(ValueError, match="0 weights are not 1"):
+        launch([])
     with pytest.raises(ValueError, match=f"tokens {MOST_TOKENS + 1} is not one of 1"):
-        launch([one], tokens=MOST_TOKENS + 1)
+        launch([weight()], tokens=MOST_TOKENS + 1)
+    with pytest.raises(ValueError, match="must gather 1 tokens at once"):
+        launch([weight()], tokens_at_once=2)
+    with pytest.raises(ValueError, match="must gather 2 tokens at once"):
+        launch([weight()], tokens=2, form="expand")
     with pytest.raises(ValueError, match="rows 0 is not positive"):
-        launch([(*one[:5], 0, 8, 2)])
-    with pytest.raises(ValueError, match="values_ptr is null"):
-        launch([one, (0, *one[1:])])
+        launch([weight(rows=0)])
+    with pytest.raises(ValueError, match="differ in columns or dtype"):
+        launch([weight(), weight(columns=256)])
+    with pytest.raises(ValueError, match="differ in columns or dtype"):
+        launch([weight(), weight(dtype_code=1)])
+    with pytest.raises(ValueError, match="y_ptr is null"):
+        launch([weight()], y=0)
+    with pytest.raises(ValueError, match="a weight of the group is None"):
+        launch([None])

@@ -8,9 +8,9 @@ import torch
 
 from msp.formats.patterns import NMPattern
 from msp.ops import available_backends, force_backend, last_backend, nm_select
-from msp.ops.layouts import to_tiles
-from msp.ops.nm_linear_group import nm_linear_group
-from msp.ops.nm_linear_tiles import nm_linear_tiles
+from msp.ops.linear import TILES, group_op
+from msp.ops.linear.tile_order import to_tiles
+from msp.ops.linear.tiles import tiles_op
 
 BACKENDS = ["reference", "triton", "cuda"]
 # the second has more stripes than whole blocks, the third an odd number of tiles across
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def need(backend, device):
-    by_hand.need("nm_linear_tiles", backend, device)
+    by_hand.need("nm_linear", backend, device)
 
 
 def make(rows, columns, pattern, dtype, device):
@@ -33,8 +33,8 @@ def make(rows, columns, pattern, dtype, device):
 
 
 def multiply(x, packed, tiles, bias, compliant=False):
-    n, m = packed.pattern.n, packed.pattern.m
-    return nm_linear_tiles(x, *tiles, bias, n, m, packed.shape[1], compliant or n <= 2)
+    always = packed.pattern.always_compliant
+    return TILES.product(x, *tiles, bias, packed.pattern, packed.shape[1], compliant or always)
 
 
 def assert_product(y, x, packed, bias):
@@ -62,7 +62,7 @@ def test_is_the_product_with_the_unpacked_weight(backend, pattern, dtype, device
             with force_backend(backend):
                 y = multiply(x, packed, tiles, given)
                 again = multiply(x, packed, tiles, given)
-            assert last_backend("nm_linear_tiles") == backend
+            assert last_backend("nm_linear") == backend
             assert torch.equal(y, again)
             assert_product(y.cpu(), x.cpu(), packed.to("cpu"), None if given is None else given.cpu())
 
@@ -82,7 +82,7 @@ def test_a_group_is_each_of_its_products_to_the_last_bit(tokens, patterns, devic
     x = torch.randn(1, tokens, 2816, device=device).bfloat16()
     n, m = ([getattr(packed.pattern, name) for packed, _, _ in made] for name in ("n", "m"))
     values, bitmasks = zip(*(tiles for _, tiles, _ in made), strict=True)
-    found = nm_linear_group(x, values, bitmasks, [bias for _, _, bias in made], n, m, 2816)
+    found = group_op(x, values, bitmasks, [bias for _, _, bias in made], n, m, 2816)
     for y, (packed, tiles, bias) in zip(found, made, strict=True):
         assert torch.equal(y, multiply(x, packed, tiles, bias))
 
@@ -91,11 +91,11 @@ def test_a_group_that_no_launch_serves_is_refused(device):
     _, (values, bitmask), bias = make(16, 256, "2:8", torch.bfloat16, device)
     x = torch.randn(1, 256, device=device).bfloat16()
     with pytest.raises(ValueError, match="5 weights in a group: 1 to 4"):
-        nm_linear_group(x, [values] * 5, [bitmask] * 5, [bias] * 5, [2] * 5, [8] * 5, 256)
+        group_op(x, [values] * 5, [bitmask] * 5, [bias] * 5, [2] * 5, [8] * 5, 256)
     with pytest.raises(ValueError, match=r"shape \[3, 256\] has not 1 to 2 tokens"):
-        nm_linear_group(x.repeat(3, 1), [values], [bitmask], [bias], [2], [8], 256)
+        group_op(x.repeat(3, 1), [values], [bitmask], [bias], [2], [8], 256)
     with pytest.raises(ValueError, match="bias"):
-        nm_linear_group(x, [values], [bitmask], [bias[:5]], [2], [8], 256)
+        group_op(x, [values], [bitmask], [bias[:5]], [2], [8], 256)
 
 
 def test_zero_tokens_and_any_strides(device):
@@ -111,14 +111,14 @@ def test_zero_tokens_and_any_strides(device):
 def test_is_a_well_formed_torch_op(device):
     _, (values, bitmask), bias = make(16, 256, "2:8", torch.bfloat16, device)
     x = torch.randn(3, 256, device=device).bfloat16().requires_grad_()
-    torch.library.opcheck(nm_linear_tiles, (x, values, bitmask, bias, 2, 8, 256, True))
+    torch.library.opcheck(tiles_op, (x, values, bitmask, bias, 2, 8, 256, True))
     group = ([values, values], [bitmask, bitmask], [bias, None], [2, 2], [8, 8], 256)
-    torch.library.opcheck(nm_linear_group, (x[:1].detach(), *group))
+    torch.library.opcheck(group_op, (x[:1].detach(), *group))
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 16])
 def test_runs_in_a_cuda_graph(tokens, device):
-    if "cuda" not in available_backends("nm_linear_tiles"):
+    if "cuda" not in available_backends("nm_linear"):
         pytest.skip("needs a CUDA device and msp._cuda")
     packed, tiles, bias = make(1024, 4096, "2:8", torch.bfloat16, device)
     x = torch.randn(tokens, 4096, device=device).bfloat16()

@@ -1,4 +1,7 @@
-"""nm_spmm on the GPU where there is one, and everywhere its whole kernels, emulated on the CPU, for both chips."""
+"""The kernel nm_spmm, by which ``nm_linear`` multiplies fragments: on the GPU where there is one.
+
+Everywhere its whole kernels are emulated on the CPU, for both chips.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,12 @@ import pytest
 import torch
 
 from msp.formats.patterns import NMPattern
-from msp.ops import PackedWeight, nm_linear_tiles, nm_select
-from msp.ops import nm_spmm as module
-from msp.ops.layouts import to_tiles
-from msp.ops.nm_linear_plan import Device, kept_bytes
+from msp.ops import PackedWeight, _dispatch, force_backend, last_backend, nm_linear, nm_select
+from msp.ops.linear import FRAGMENTS, TILES, compiled, thresholds, tiles
+from msp.ops.linear import fragments as module
+from msp.ops.linear import plan as plan_file
+from msp.ops.linear.plan import Device, kept_bytes
+from msp.ops.linear.tile_order import to_tiles
 
 KERNELS = ["nm_spmm.cu", "nm_spmm_pack.cu", "nm_spmm_sm80.cu", "nm_spmm_sm90.cu", "nm_spmm_sum.cu"]
 DTYPES = [torch.float16, torch.bfloat16]
@@ -40,15 +45,18 @@ class EmulatedCuda:
     def nm_spmm_workspace_bytes(self, *shape):
         return self.library.nm_spmm_workspace(*map(ctypes.c_int64, shape), self.major, self.multiprocessors)
 
-    def nm_spmm_pack(self, values, bitmask, fragments, rows, columns, m, n, stream):
-        pointers, shape = map(ctypes.c_void_p, (values, bitmask, fragments)), map(ctypes.c_int64, (rows, columns))
-        self._call(self.library.nm_spmm_pack, *pointers, *shape, m, n)
+    def nm_spmm_pack(self, *, values_ptr, bitmask_ptr, fragments_ptr, rows, columns, group_size, n, stream):
+        pointers = map(ctypes.c_void_p, (values_ptr, bitmask_ptr, fragments_ptr))
+        self._call(self.library.nm_spmm_pack, *pointers, *map(ctypes.c_int64, (rows, columns)), group_size, n)
 
-    def nm_spmm(self, x, fragments, bias, y, workspace, dtype, tokens, rows, columns, stream):
+    def nm_spmm(self, *, dtype_code, tokens, rows, columns, stream, **pointers):
+        x, fragments, bias, y, workspace = (
+            pointers[f"{name}_ptr"] for name in ("x", "fragments", "bias", "y", "workspace")
+        )
         assert x % 16 == fragments % 16 == workspace % 16 == columns % 8 == 0
-        pointers = map(ctypes.c_void_p, (x, fragments, bias, y, workspace))
+        addresses = map(ctypes.c_void_p, (x, fragments, bias, y, workspace))
         shape = map(ctypes.c_int64, (tokens, rows, columns))
-        self._call(self.library.nm_spmm, *pointers, dtype, *shape, self.major, self.multiprocessors)
+        self._call(self.library.nm_spmm, *addresses, dtype_code, *shape, self.major, self.multiprocessors)
 
     def _call(self, function, *arguments):
         self.seed += 1
@@ -74,7 +82,9 @@ def emulate(library, monkeypatch):
 
     def emulate(major):
         chip = EmulatedCuda(library, major)
-        monkeypatch.setattr(module, "compiled_module", lambda name: chip)
+        monkeypatch.setattr(compiled, "compiled_module", lambda name: chip)
+        monkeypatch.setattr(module, "cuda_serves", lambda name: hasattr(chip, name))
+        monkeypatch.setitem(_dispatch.AUTOMATIC, "cpu", ("cuda", "cpu", "reference"))
         monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
         return chip
@@ -106,7 +116,9 @@ def make(rows, columns, pattern, dtype, seed=0, device="cpu", compliant=True):
 
 def multiply(x, packed, bias=None):
     fragments = module.pack(packed.values, packed.bitmask, packed.shape[1], packed.pattern.n, packed.pattern.m)
-    return module.nm_spmm_packed(x, fragments, bias, packed.shape[0])
+    y = module.multiply(x, fragments, bias, packed.shape[0])
+    assert last_backend("nm_linear") == "cuda"
+    return y
 
 
 def assert_product(y, x, packed, bias=None):
@@ -138,7 +150,7 @@ def test_is_the_product_with_the_unpacked_weight(chip, case, on, request):
     (tokens, rows, columns, pattern, multiprocessors), *cuts = case
     device = on(chip)
     if chip != "cuda":
-        emulated_chip = module.compiled_module("msp._cuda")
+        emulated_chip = compiled.compiled_module("msp._cuda")
         emulated_chip.multiprocessors = multiprocessors
         assert emulated_chip.cut(tokens, rows, columns) == cuts[chip - 8]
     index = CASES.index(case)
@@ -174,7 +186,7 @@ def test_every_column_meets_its_own(chip, on):
 def test_splits_are_summed_the_same_way_every_time(chip, on):
     device = on(chip)
     if chip != "cuda":
-        module.compiled_module("msp._cuda").multiprocessors = 132
+        compiled.compiled_module("msp._cuda").multiprocessors = 132
     packed, bias, generator = make(100, 2304, "2:4", torch.float16, 1, device)
     x = torch.randn(9, 2304, generator=generator).to(device, torch.float16)
     first, second = multiply(x, packed, bias), multiply(x, packed, bias)
@@ -238,6 +250,11 @@ def test_fragments_hold_the_weight(pattern, emulate):
     dense = unpack_fragments(fragments, rows, columns)
     assert torch.equal(dense[:rows, :columns], packed.unpack().view(torch.int16))
     assert not dense[rows:].any() and not dense[:, columns:].any()
+    # the op's own way back, and so the layout's
+    assert torch.equal(module.unpack_fragments(fragments, rows, columns, torch.bfloat16), packed.unpack())
+    arranged = FRAGMENTS.arrange(packed.values, packed.bitmask, packed.pattern, columns)
+    values, bitmask = FRAGMENTS.restore(*arranged, packed.pattern, columns)
+    assert torch.equal(values, packed.values) and torch.equal(bitmask, packed.bitmask)
 
 
 def test_rows_that_end_inside_a_byte_of_the_bitmask(emulate):
@@ -255,7 +272,7 @@ def test_a_buffer_can_be_used_again(emulate):
         fragments = module.pack(packed.values, packed.bitmask, 64, 2, 8, out=scratch)
         assert fragments is scratch
         x = torch.randn(4, 64, generator=generator).half()
-        assert_product(module.nm_spmm_packed(x, scratch, bias, rows), x, packed, bias)
+        assert_product(module.multiply(x, scratch, bias, rows), x, packed, bias)
 
 
 def test_knows_which_weights_are_compliant():
@@ -273,26 +290,56 @@ def test_knows_which_weights_are_compliant():
         module.is_compliant(torch.zeros(1, 3, dtype=torch.uint8), 6)
 
 
-def test_serves_compliant_half_precision_weights():
-    assert module.serves(NMPattern(2, 8), torch.bfloat16, compliant=False)
-    assert module.serves(NMPattern(4, 8), torch.float16, compliant=True)
-    assert not module.serves(NMPattern(4, 8), torch.float16, compliant=False)
-    assert not module.serves(NMPattern(2, 8), torch.float32, compliant=True)
-    assert not module.serves(NMPattern(0, 8), torch.float16, compliant=True)
+def test_serves_compliant_half_precision_weights_on_a_gpu(emulate):
+    emulate(8)
+
+    def serves(pattern, dtype, compliant, device="cuda"):
+        return FRAGMENTS.serves(NMPattern.parse(pattern), 16, 64, dtype, torch.device(device), compliant)
+
+    assert serves("2:8", torch.bfloat16, False) and serves("4:8", torch.float16, True)
+    assert not serves("4:8", torch.float16, False) and not serves("2:8", torch.float32, True)
+    assert not serves("0:8", torch.float16, True) and not serves("2:8", torch.bfloat16, False, "cpu")
 
 
-def test_without_a_gpu_the_reference_serves():
+def test_the_reference_multiplies_by_fragments_too(emulate):
+    emulate(8)
     packed, bias, generator = make(6, 40, "2:8", torch.bfloat16)
     x = torch.randn(2, 3, 40, generator=generator).bfloat16()
-    y = module.nm_spmm(x, packed.values, packed.bitmask, bias, 2, 8)
-    assert module.op.last() == "reference" and y.shape == (2, 3, 6)
+    values, bitmask = FRAGMENTS.arrange(packed.values, packed.bitmask, packed.pattern, 40)
+    with force_backend("reference"):
+        y = FRAGMENTS.product(x, values, bitmask, bias, packed.pattern, 40)
+    assert last_backend("nm_linear") == "reference"
+    assert torch.equal(y, torch.nn.functional.linear(x, packed.unpack(), bias))
+    assert_product(FRAGMENTS.product(x, values, bitmask, bias, packed.pattern, 40), x, packed, bias)
+    assert last_backend("nm_linear") == "cuda"
+    with pytest.raises(TypeError, match=r"x is torch\.float16, but the fragments are those of torch\.bfloat16"):
+        FRAGMENTS.product(x.half(), values, bitmask, None, packed.pattern, 40)
+
+
+def test_many_tokens_of_a_weight_in_rows_go_over_sparse_tensor_cores(emulate, monkeypatch):
+    """By the one name: no tiles are made on the way."""
+    emulate(9)
+    monkeypatch.setattr(tiles, "device_limits", lambda device: Device(4, 228 << 10))
+    monkeypatch.setattr(tiles, "cuda_serves", lambda name: True)
+    monkeypatch.setattr(tiles, "to_tiles", None)
+    monkeypatch.setattr(plan_file, "EXPAND_TOKENS", 8)
+    monkeypatch.setattr(plan_file, "SPMM_TOKENS", 12)
+    plan_file.plan.cache_clear()
+    assert thresholds.SPMM_TOKENS == 1024  # what is replaced here for the sake of speed
+    packed, bias, generator = make(48, 512, "2:8", torch.bfloat16)
+    x = torch.randn(20, 512, generator=generator).bfloat16()
+    try:
+        assert_product(nm_linear(x, packed, bias), x, packed, bias)
+    finally:
+        plan_file.plan.cache_clear()
+    assert last_backend("nm_linear") == "cuda"
 
 
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
-        (TypeError, "x is torch.float32", lambda f: module.nm_spmm_packed(torch.zeros(2, 64), f, None, 9)),
-        (ValueError, r"a \[9, 512\] weight", lambda f: module.nm_spmm_packed(torch.zeros(2, 512).half(), f, None, 9)),
+        (TypeError, "x is torch.float32", lambda f: module.multiply(torch.zeros(2, 64), f, None, 9)),
+        (ValueError, r"a \[9, 512\] weight", lambda f: module.multiply(torch.zeros(2, 512).half(), f, None, 9)),
         (ValueError, "out must be 36864", lambda f: module.pack(*PARTS, 64, 2, 4, out=f[:-1])),
         (TypeError, "values are torch.float32", lambda f: module.pack(PARTS[0].float(), PARTS[1], 64, 2, 4)),
     ],
@@ -309,11 +356,13 @@ PARTS = torch.zeros(9, 32).half(), torch.full((9, 8), 0x33, dtype=torch.uint8)
 @pytest.mark.parametrize("pattern", ["2:8", "5:8"])
 def test_what_was_kept_for_many_tokens_serves_them(pattern, emulate, monkeypatch):
     emulate(9)
-    monkeypatch.setattr(nm_linear_tiles, "device_limits", lambda device: Device(4, 228 << 10))
+    monkeypatch.setattr(tiles, "device_limits", lambda device: Device(4, 228 << 10))
+    monkeypatch.setattr(tiles, "cuda_serves", lambda name: True)
     packed, bias, generator = make(48, 512, pattern, torch.bfloat16, compliant=pattern == "2:8")
-    tiles, compliant = to_tiles(packed.values, packed.bitmask), pattern == "2:8"
-    kept = nm_linear_tiles.for_many_tokens(*tiles, 512, packed.pattern, compliant)
+    parts, compliant = to_tiles(packed.values, packed.bitmask), pattern == "2:8"
+    kept = TILES.for_many_tokens(*parts, packed.pattern, 512, compliant)
     assert kept.nbytes <= kept_bytes(packed.pattern, 48, 512)
     x = torch.randn(100, 512, generator=generator).bfloat16()
-    y = nm_linear_tiles.cuda(x, *tiles, bias, packed.pattern.n, 8, compliant, kept)
+    y = TILES.product(x, *parts, bias, packed.pattern, 512, compliant, kept)
+    assert last_backend("nm_linear") == "cuda"
     assert_product(y, x, packed, bias)

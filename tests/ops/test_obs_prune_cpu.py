@@ -140,9 +140,11 @@ def test_packs_kept_zeros(isa, dtype):
 
 
 def call(weight, factor, updated, kept, group_size=8, n=2, rows=None, columns=None, threads=2):
-    pointers = (0 if tensor is None else tensor.data_ptr() for tensor in (weight, factor, updated, kept))
+    tensors = {"weight_ptr": weight, "factor_ptr": factor, "updated_ptr": updated, "kept_ptr": kept}
+    pointers = {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
     rows, columns = (given or size for given, size in zip((rows, columns), weight.shape, strict=True))
-    compiled_module("msp._cpu").obs_prune(*pointers, rows, columns, group_size, n, threads)
+    sizes = {"rows": rows, "columns": columns, "group_size": group_size, "n": n, "threads": threads}
+    compiled_module("msp._cpu").obs_prune(**pointers, **sizes)
 
 
 def test_writes_only_its_outputs(isa):

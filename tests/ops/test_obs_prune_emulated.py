@@ -42,7 +42,19 @@ def prune_block(tmp_path_factory: pytest.TempPathFactory):
     function = ctypes.CDLL(str(library)).obs_prune_block_emulated
     function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 6
     function.restype = None
-    return function
+    names = (
+        "weight_ptr",
+        "factor_ptr",
+        "errors_ptr",
+        "kept_ptr",
+        "rows",
+        "columns",
+        "start",
+        "width",
+        "group_size",
+        "n",
+    )
+    return lambda **arguments: function(*(arguments[name] for name in names))
 
 
 def make(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,8 +115,9 @@ def test_writes_its_own_columns_only(prune_block) -> None:
     weight, factor = make(rows, columns, seed=1)
     updated, kept = weight.clone(), torch.full((rows, columns), 7, dtype=torch.uint8)
     errors = torch.full((width + 1, rows), float("nan"))
-    pointers = [tensor.data_ptr() for tensor in (updated, factor, errors, kept)]
-    prune_block(*pointers, rows, columns, start, width, 8, 3)
+    tensors = {"weight_ptr": updated, "factor_ptr": factor, "errors_ptr": errors, "kept_ptr": kept}
+    pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    prune_block(**pointers, rows=rows, columns=columns, start=start, width=width, group_size=8, n=3)
     mine = torch.zeros(columns, dtype=torch.bool)
     mine[start : start + width] = True
     assert torch.equal(updated[:, ~mine], weight[:, ~mine]) and (kept[:, ~mine] == 7).all()

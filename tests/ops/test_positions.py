@@ -15,11 +15,10 @@ from msp.errors import MspError
 from msp.formats import positions as _positions
 from msp.formats.patterns import NMPattern
 from msp.ops import PackedWeight, force_backend, nm_linear, nm_select, nm_unpack
-from msp.ops.layouts import to_tiles
-from msp.ops.nm_linear import inference_op, nm_linear_op
-from msp.ops.nm_linear_group import nm_linear_group
-from msp.ops.nm_linear_tiles import nm_linear_tiles
-from msp.ops.nm_spmm import nm_spmm
+from msp.ops.linear import group_op
+from msp.ops.linear.rows import inference_op, nm_linear_op
+from msp.ops.linear.tile_order import to_tiles
+from msp.ops.linear.tiles import tiles_op
 from msp.packed.sparse_linear import SparseLinear
 
 COLUMNS, ROWS = 64, 16
@@ -204,8 +203,6 @@ def test_ops_that_are_called_directly_check_their_arguments() -> None:
         torch.ops.msp.nm_unpack_(packed.values, wrong, 1, 8, torch.empty(ROWS, COLUMNS))
     with pytest.raises(ValueError, match="out is"):
         torch.ops.msp.nm_unpack_(packed.values, packed.bitmask, 1, 8, torch.empty(ROWS + 1, COLUMNS))
-    with pytest.raises(MspError, match="bitmask"):
-        nm_spmm(x.half(), packed.values.half(), wrong, None, 1, 8)
     with pytest.raises(ValueError, match="rank has shape"):
         torch.ops.msp.nm_keep(torch.ones(4, 8), torch.zeros(4, 4, dtype=torch.uint8), 2)
     with pytest.raises(ValueError, match="column_scale has shape"):
@@ -223,17 +220,17 @@ def test_tiles_are_checked_too() -> None:
     values, bitmask = to_tiles(packed.values, packed.bitmask)
     x = torch.randn(1, 256).half()
     wrong = torch.full_like(bitmask, 255)
-    nm_linear_tiles(x, values, bitmask, None, 2, 8, 256, True)
+    tiles_op(x, values, bitmask, None, 2, 8, 256, True)
     with pytest.raises(MspError, match="bitmask"):
-        nm_linear_tiles(x, values, wrong, None, 2, 8, 256, True)
+        tiles_op(x, values, wrong, None, 2, 8, 256, True)
     with pytest.raises(MspError, match="bitmask"):
-        nm_linear_group(x, [values, values], [bitmask, wrong], [None, None], [2, 2], [8, 8], 256)
+        group_op(x, [values, values], [bitmask, wrong], [None, None], [2, 2], [8, 8], 256)
     with pytest.raises(ValueError, match="contiguous"):
-        nm_linear_tiles(x, values.t().contiguous().t(), bitmask, None, 2, 8, 256, True)
+        tiles_op(x, values.t().contiguous().t(), bitmask, None, 2, 8, 256, True)
     four = nm_select(torch.randn(16, 256).half(), NMPattern(4, 8))
     values, bitmask = to_tiles(four.values, four.bitmask)
     with pytest.raises(MspError, match="more than 2 of some 4"):
-        nm_linear_tiles(x, values, bitmask, None, 4, 8, 256, True)
+        tiles_op(x, values, bitmask, None, 4, 8, 256, True)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton", "cpu"])

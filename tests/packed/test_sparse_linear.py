@@ -18,8 +18,9 @@ import msp
 from msp.errors import MspError
 from msp.formats.patterns import NMPattern
 from msp.formats.storage import Storage
-from msp.ops import force_backend, last_backend, nm_linear_tiles, nm_select
-from msp.ops.layouts import from_tiles
+from msp.ops import force_backend, nm_select
+from msp.ops.linear import DENSE, ROWS, TILES, Layout, tiles
+from msp.ops.linear.tile_order import from_tiles
 from msp.packed.checkpoint import replace_linears
 from msp.packed.sparse_linear import SparseLinear, find_linear, storages_of
 
@@ -180,20 +181,20 @@ def test_compiles_without_a_graph_break(pattern: str, bias: bool) -> None:
         torch.testing.assert_close(compiled(x), module(x))
 
 
-LAYOUTS = [("2:8", "tiles"), ("4:8", "tiles"), ("3:16", "tiles"), ("1:4", "tiles"), ("7:8", "dense")]
+LAYOUTS = [("2:8", TILES), ("4:8", TILES), ("3:16", TILES), ("1:4", TILES), ("7:8", DENSE)]
 
 
-def settled(pattern: str, layout: str, **options: Any) -> tuple[SparseLinear, SparseLinear]:
+def settled(pattern: str, layout: Layout, **options: Any) -> tuple[SparseLinear, SparseLinear]:
     """A module as it was made, and its copy in the layout that a CUDA device would give it."""
     module = make(pattern, 512, 32, dtype=torch.bfloat16, **options)
     other = copy.deepcopy(module)
-    other._set_layout(layout)  # type: ignore[arg-type]
-    assert other.layout == layout and module.layout == "rows"
+    other._set_layout(layout)
+    assert other.layout == layout and module.layout == ROWS
     return module, other
 
 
 @pytest.mark.parametrize(("pattern", "layout"), LAYOUTS)
-def test_a_layout_shows_neither_in_results_nor_in_what_is_saved(pattern: str, layout: str) -> None:
+def test_a_layout_shows_neither_in_results_nor_in_what_is_saved(pattern: str, layout: Layout) -> None:
     module, other = settled(pattern, layout)
     assert not torch.equal(other.values.flatten()[:999], module.values.flatten()[:999])
     x = torch.randn(3, 512).bfloat16()
@@ -204,15 +205,15 @@ def test_a_layout_shows_neither_in_results_nor_in_what_is_saved(pattern: str, la
     expected = module.state_dict()
     assert list(other.state_dict()) == list(expected)
     assert all(torch.equal(found, expected[name]) for name, found in other.state_dict().items())
-    if layout == "tiles":
+    if layout == TILES:
         assert sum(part.nbytes for part in (other.values, other.bitmask)) == module.packed.nbytes
 
 
 @pytest.mark.parametrize(("pattern", "layout"), LAYOUTS)
-def test_a_layout_ends_where_the_module_is_cast_moved_or_loaded(pattern: str, layout: str) -> None:
+def test_a_layout_ends_where_the_module_is_cast_moved_or_loaded(pattern: str, layout: Layout) -> None:
     module, other = settled(pattern, layout)
     other.to(torch.float32)
-    assert other.layout == "rows" and torch.equal(other.values, module.values.float())
+    assert other.layout == ROWS and torch.equal(other.values, module.values.float())
     assert torch.equal(other.bitmask, module.bitmask)
     _, other = settled(pattern, layout)
     changed = make(pattern, 512, 32, dtype=torch.bfloat16, seed=9)
@@ -221,7 +222,7 @@ def test_a_layout_ends_where_the_module_is_cast_moved_or_loaded(pattern: str, la
 
 
 def test_gradients_pass_through_tiles() -> None:
-    module, other = settled("2:8", "tiles")
+    module, other = settled("2:8", TILES)
     x, upstream = torch.randn(3, 512).bfloat16(), torch.randn(3, 32).bfloat16()
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     for one, leaf in zip((module, other), inputs, strict=True):
@@ -234,14 +235,16 @@ def test_gradients_pass_through_tiles() -> None:
 
 
 def test_what_many_tokens_need_is_kept_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nm_linear_tiles, "serves", lambda *size: True)
+    monkeypatch.setattr(type(TILES), "serves", lambda *size: True)
     seen = []
+    tiles_op = tiles.tiles_op
 
     def product(*arguments: Any) -> torch.Tensor:
         seen.append(arguments[-1])
-        return nm_linear_tiles.op(*arguments[:6], *arguments[7:])
+        result: torch.Tensor = tiles_op(*arguments)
+        return result
 
-    monkeypatch.setattr(nm_linear_tiles, "nm_linear_tiles", product)
+    monkeypatch.setattr(tiles, "tiles_op", product)
     weight = torch.randn(32, 512).bfloat16()
     module = SparseLinear.from_packed(nm_select(weight, NMPattern(5, 8)))
     dense, x = module.weight, torch.randn(3, 512).bfloat16()
@@ -287,7 +290,7 @@ def attending() -> Attending:
     model = Attending()
     for module in model.modules():
         if isinstance(module, SparseLinear):
-            module._set_layout("tiles")
+            module._set_layout(TILES)
     return model
 
 
@@ -313,7 +316,7 @@ def test_linears_of_one_input_are_multiplied_in_one_launch(attending: Attending)
         assert attending.early.shared is attending.twice.shared is None
         for count, expected in enumerate(alone, start=1):
             assert torch.equal(attending(ids.repeat(1, count)), expected)
-        assert last_backend("nm_linear_group") == "reference" and attending.q.shared.waiting is None
+        assert attending.q.shared.waiting is None
         names = launches(attending, ids)
     assert names == ["nm_linear_group"] + 4 * ["nm_linear_tiles"]
     with force_backend("reference"):  # gradients go the usual way
@@ -354,12 +357,12 @@ def test_an_input_that_is_changed_between_calls_is_shared_by_none(attending: Att
 def test_knows_whether_sparse_tensor_cores_can_multiply(pattern: str, compliant: bool, expected: bool) -> None:
     weight = torch.randn(32, 512).bfloat16()
     module = SparseLinear.from_packed(nm_select(weight, NMPattern.parse(pattern), compliant=compliant))
-    module._set_layout("tiles")
+    module._set_layout(TILES)
     assert module.compliant == expected
 
 
 def test_is_compiled_in_tiles_too() -> None:
-    _, other = settled("2:8", "tiles")
+    _, other = settled("2:8", TILES)
     x = torch.randn(2, 512).bfloat16()
     with force_backend("reference"):
         torch.testing.assert_close(torch.compile(other, fullgraph=True, backend="aot_eager")(x), other(x))

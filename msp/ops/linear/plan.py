@@ -1,6 +1,6 @@
 """The plan of an ``nm_linear`` product on a CUDA device, for a weight in tiles: which kernel runs, on which blocks.
 
-Every threshold here is chosen by arithmetic (``docs/kernels/nm_linear.md``); none is measured yet.
+The numbers of tokens come from ``thresholds``.
 """
 
 from __future__ import annotations
@@ -14,25 +14,19 @@ import torch
 
 from msp.formats.patterns import NMPattern
 from msp.formats.storage import DENSE, Storage
-from msp.ops.layouts import TILE_COLUMNS, TILE_ROWS
+from msp.ops.linear.thresholds import (
+    DENSE_SHARE,
+    EXPAND_TOKENS,
+    EXPAND_TOKENS_BEFORE_DENSE,
+    EXPAND_TOKENS_BEFORE_SPMM,
+    GATHER_PASS,
+    GATHER_TOKENS,
+    SLOWER_TOKENS,
+    SPMM_TOKENS,
+)
+from msp.ops.linear.tile_order import TILE_COLUMNS, TILE_ROWS
 
 How = Literal["gather", "expand", "spmm", "unpack"]
-
-# The gather loads an activation for each kept weight and token, so its cost grows with the number of tokens.
-GATHER_TOKENS = 2
-# Patterns without an expansion gather in several passes over the weight, of this many tokens each, as long as the
-# passes read fewer bytes than a dense product.
-GATHER_PASS = 4
-# The weight is expanded once for every 32 tokens. Above the first number of tokens, unpacking the whole weight is
-# cheaper. If ``fast_prefill`` kept fragments for sparse tensor cores, or the dense weight, their product is cheaper
-# above the second or the third number.
-EXPAND_TOKENS, EXPAND_TOKENS_BEFORE_SPMM, EXPAND_TOKENS_BEFORE_DENSE = 192, 64, 96
-# At 115 tokens an expansion takes as long as reading a dense weight. From this number on it takes 5 % longer.
-SLOWER_TOKENS = 120
-# Sparse tensor cores need their own fragment order. If it is made for each product, it pays from this number on.
-SPMM_TOKENS = 1024
-# A weight is kept dense on the device if its packed form takes more than this share of the dense bytes.
-DENSE_SHARE = 0.85
 
 WARPS = 8
 # A block with fewer tiles than this spends a noticeable share of its time on the work that it does once.
@@ -54,7 +48,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a product is computed. The sizes are arguments of ``msp._cuda.nm_linear``, or 0 if it is not called."""
+    """How a product is computed. The sizes are those of ``msp._cuda.LinearCut``, or 0 if it is not called."""
 
     how: How
     tokens_at_once: int = 0
@@ -81,7 +75,7 @@ def stays_dense(pattern: NMPattern, dtype: torch.dtype = torch.bfloat16) -> bool
 
 
 def kept_bytes(pattern: NMPattern, rows: int, columns: int) -> int:
-    """The most bytes that ``nm_linear_tiles.for_many_tokens`` returns for a ``[rows, columns]`` weight of 16 bits.
+    """The most bytes that ``TILES.for_many_tokens`` returns for a ``[rows, columns]`` weight of 16 bits.
 
     Fragments have 9 bits a weight and are padded to 128 x 256. A weight that is compliant only by the choice of its
     values also gets fragments, but this function returns the dense size for its pattern.
@@ -114,7 +108,7 @@ def plan(
         tokens: the number of tokens that are multiplied with the weight.
         rows, columns: the shape of the weight.
         compliant: whether 2:4 sparse tensor cores can multiply with the weight and their kernel is installed.
-        kept: whether the device already holds the result of ``nm_linear_tiles.for_many_tokens``.
+        kept: whether the device already holds the result of ``TILES.for_many_tokens``.
     """
     passes = math.ceil(tokens / GATHER_PASS)
     before = EXPAND_TOKENS_BEFORE_SPMM if compliant else EXPAND_TOKENS_BEFORE_DENSE

@@ -1,27 +1,32 @@
 """``y_i = x W_i^T + b_i`` of several weights in tiles, such as q/k/v or gate/up, for one or two tokens in one launch.
 
 A small product ends before the GPU is full, and each launch waits for the last block of the one before it. The weights
-may differ in rows and pattern. Every ``y_i`` is, to the last bit, what ``nm_linear_tiles`` computes.
+may differ in rows and pattern. Every ``y_i`` is, to the last bit, what the product in tiles alone computes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from msp.formats.packed_weight import VALUE_DTYPES
 from msp.formats.patterns import NMPattern
-from msp.ops import nm_linear_tiles as single
-from msp.ops._compiled import compiled_module
-from msp.ops._dispatch import Op, cuda_serves, define
-from msp.ops.nm_linear import check
-from msp.ops.nm_linear_plan import GATHER_TOKENS, device_limits, plan
+from msp.formats.positions import Counted
+from msp.ops._dispatch import cuda_serves, define
+from msp.ops.linear import rows
+from msp.ops.linear import tiles as single
+from msp.ops.linear.checks import check
+from msp.ops.linear.compiled import compiled, struct_of
+from msp.ops.linear.plan import device_limits, plan
+from msp.ops.linear.thresholds import GATHER_TOKENS
 
 # Weights that a launch takes: ``NmLinearGroup::kMost`` of the kernel.
 MOST = 4
 MOST_TOKENS = GATHER_TOKENS
+
+T = TypeVar("T")
 
 
 def reference(
@@ -31,11 +36,13 @@ def reference(
     biases: Sequence[Tensor | None],
     n: Sequence[int],
     m: Sequence[int],
+    counted: Sequence[Counted],
 ) -> list[Tensor]:
-    return [single.reference(x, *own, False, None) for own in zip(values, bitmasks, biases, n, m, strict=True)]
+    own = zip(zip(values, bitmasks, biases, n, m, strict=True), counted, strict=True)
+    return [single.reference(x, *one, False, None, known) for one, known in own]
 
 
-op = Op("nm_linear_group", reference)
+op = rows.op.form("group", reference)
 
 
 @op.backend("triton")
@@ -46,14 +53,16 @@ def triton(
     biases: Sequence[Tensor | None],
     n: Sequence[int],
     m: Sequence[int],
+    counted: Sequence[Counted],
 ) -> list[Tensor]:
-    return [single.triton(x, *own, False, None) for own in zip(values, bitmasks, biases, n, m, strict=True)]
+    own = zip(zip(values, bitmasks, biases, n, m, strict=True), counted, strict=True)
+    return [single.triton(x, *one, False, None, known) for one, known in own]
 
 
 @op.backend(
     "cuda",
     available=lambda: cuda_serves("nm_linear_group"),
-    supports=lambda x, values, bitmasks, biases, n, m: x.dtype.itemsize == 2,
+    supports=lambda x, values, bitmasks, biases, n, m, counted: x.dtype.itemsize == 2,
 )
 def cuda(
     x: Tensor,
@@ -62,6 +71,7 @@ def cuda(
     biases: Sequence[Tensor | None],
     n: Sequence[int],
     m: Sequence[int],
+    counted: Sequence[Counted],
 ) -> list[Tensor]:
     flat = single.flattened(x)
     tokens, columns = flat.shape
@@ -70,29 +80,23 @@ def cuda(
     biases = [None if bias is None else bias.contiguous() for bias in biases]
     results = [x.new_empty(*x.shape[:-1], part.shape[0]) for part in values]
     partials = [single.partial_sums(flat, part.shape[0], chosen) for part in values]
-    tensors = zip(values, bitmasks, biases, results, partials, strict=True)
-    own = [
-        (*(0 if tensor is None else tensor.data_ptr() for tensor in of_one), of_one[0].shape[0], group_size, kept)
-        for of_one, group_size, kept in zip(tensors, m, n, strict=True)
+    module = compiled("msp._cuda")
+    weights = [
+        struct_of(module.TiledWeight, part, bitmask, kept, group_size, columns, known)
+        for part, bitmask, kept, group_size, known in zip(values, bitmasks, n, m, counted, strict=True)
     ]
-    compiled = compiled_module("msp._cuda")
-    assert compiled is not None
+    own = [
+        (weight, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
+        for weight, *tensors in zip(weights, biases, results, partials, strict=True)
+    ]
     with torch.cuda.device(x.device):
-        compiled.nm_linear_group(
-            flat.data_ptr(),
-            own,
-            VALUE_DTYPES.index(x.dtype),
-            tokens,
-            columns,
-            chosen.stripes,
-            chosen.splits,
-            torch.cuda.current_stream().cuda_stream,
-        )
+        stream = torch.cuda.current_stream().cuda_stream
+        module.nm_linear_group(own, single.cut_of(module.LinearCut, chosen), flat.data_ptr(), tokens, stream)
     return results
 
 
 def _check(
-    check_one: Callable[..., None],
+    check_one: Callable[..., T],
     x: Tensor,
     values: Sequence[Tensor],
     bitmasks: Sequence[Tensor],
@@ -100,15 +104,16 @@ def _check(
     n: Sequence[int],
     m: Sequence[int],
     columns: int,
-) -> None:
+) -> list[T]:
+    """Raise unless the group can be served; otherwise return what ``check_one`` does for each weight."""
     if not len(values) == len(bitmasks) == len(biases) == len(n) == len(m):
         raise ValueError("a group has as many bitmasks, biases and patterns as values")
     if not 1 <= len(values) <= MOST:
         raise ValueError(f"{len(values)} weights in a group: 1 to {MOST} are served")
-    for own in zip(values, bitmasks, biases, n, m, strict=True):
-        check_one(x, *own, columns)
+    found = [check_one(x, *own, columns) for own in zip(values, bitmasks, biases, n, m, strict=True)]
     if not 1 <= x.numel() // columns <= MOST_TOKENS:
         raise ValueError(f"x of shape {list(x.shape)} has not 1 to {MOST_TOKENS} tokens of {columns}")
+    return found
 
 
 def _implementation(
@@ -120,8 +125,8 @@ def _implementation(
     m: Sequence[int],
     columns: int,
 ) -> list[Tensor]:
-    _check(single.check_tiles, x, values, bitmasks, biases, n, m, columns)
-    return op(x, values, bitmasks, biases, n, m)
+    counted = _check(single.check_tiles, x, values, bitmasks, biases, n, m, columns)
+    return op(x, values, bitmasks, biases, n, m, counted)
 
 
 def _fake(
@@ -137,7 +142,7 @@ def _fake(
     return [x.new_empty(*x.shape[:-1], part.shape[0]) for part in values]
 
 
-nm_linear_group = define(
+group_op = define(
     "nm_linear_group(Tensor x, Tensor[] values, Tensor[] bitmasks, Tensor?[] biases, int[] n, int[] m, int columns) "
     "-> Tensor[]",
     _implementation,
