@@ -22,7 +22,7 @@ import torch
 from quality_cells import SHARED, TESTBEDS, Cell, token_sets
 from runner import seconds_of, take_turns
 
-from msp.allocators import Allocated, SearchSettings, get_allocator
+from msp.allocators import Allocated, get_allocator
 from msp.allocators.evolution import search
 from msp.base.progress import NoProgress
 from msp.engine.candidates import CandidateModel, LocalRunner, forward_in_bf16
@@ -33,6 +33,7 @@ from msp.models.loading import load_model
 from msp.models.structure import find_structure
 from msp.plan.plans import Goal, PatternRules, make_plan
 from msp.pruners import get_pruner
+from msp.session.options import Options
 from msp.session.workbench import Workbench
 from msp.text.token_sets import TokenSets
 
@@ -127,7 +128,7 @@ def measure_search(model: Any, tokens: TokenSets, *, turns: int = TURNS) -> dict
     plan = make_plan(structure, Goal(Fraction(3, 4)), PatternRules.parse(8))
     options = {"name": "bench", "stored": FLOAT32, "device": torch.device("cpu"), "progress": NoProgress()}
     bench = Workbench(model, structure, plan, tokens, **options)
-    problem = bench.problem(get_pruner("wanda"), seed=0, fitness="kl", search=SearchSettings())
+    problem = bench.problem(Options.parse(sparsity=0.75), get_pruner("wanda"))
     reference, ranks = bench.reference(), problem.evidence.ranks()
     seeds = [get_allocator("uniform").allocate(problem).levels]
 

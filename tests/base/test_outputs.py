@@ -22,7 +22,7 @@ from folders import contents, listing, small_files
 from verbs import msp_run
 
 import msp
-from msp import compare, measure, pareto, search
+from msp import measure, pareto, search
 from msp.base import outputs
 from msp.base.files import replacing, write_tensors, write_text
 from msp.base.outputs import MARK, check_room, new_folder, reserved, working_folder, write_results
@@ -221,7 +221,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def loads(*_: object, **__: object) -> None:
         raise AssertionError("work has begun")
 
-    monkeypatch.setattr("msp.verbs.prune.open_model", loads)
+    for verb in ("prune", "search", "compare", "sensitivity"):
+        monkeypatch.setattr(f"msp.verbs.{verb}.open_model", loads)
     monkeypatch.setattr("msp.verbs.measure.read_config", loads)
 
 
@@ -341,7 +342,6 @@ def test_a_second_run_says_who_is_there(tmp_path: Path, holder: subprocess.Popen
         lambda: save_packed(packed_model("llama"), None, tmp_path / "out", recipe={}),
         lambda: search("absent", sparsity=0.5, work_dir=tmp_path / "work"),
         lambda: search("absent", sparsity=0.5, output=tmp_path / "work"),
-        lambda: compare("absent", sparsity=0.5, allocators=["uniform"], work_dir=tmp_path / "work"),
     ]
     for write in refused:
         with pytest.raises(MspError, match=told):
