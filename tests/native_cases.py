@@ -73,7 +73,7 @@ class Case:
 
     @property
     def scored(self) -> dict[str, int]:
-        """What ``nm_select`` and ``nm_rank`` are told of the weight and its scores."""
+        """The arguments of ``nm_select`` and ``nm_rank`` for the weight and its scores."""
         names = ("column_scale_ptr", "row_term_ptr", "column_term_ptr", "matrix_ptr")
         terms = (0 if term is None else term.ctypes.data for term in self.terms)
         rows, columns = self.stored.shape
@@ -88,7 +88,7 @@ class Case:
         }
 
     def packed_rows(self, values: NDArray[np.generic], bitmask: NDArray[np.generic], **change: int) -> object:
-        """What ``nm_linear`` and ``nm_unpack`` are told of a packed weight; it holds addresses only."""
+        """The struct by which ``nm_linear`` and ``nm_unpack`` know a packed weight; it holds addresses only."""
         rows, columns = self.stored.shape
         arguments = {
             "values_ptr": values.ctypes.data,

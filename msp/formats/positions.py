@@ -85,7 +85,7 @@ def check_positions(bitmask: Tensor, n: int, m: int, columns: int, name: str = "
         name: the name of the linear, which starts the message.
 
     Returns:
-        What is remembered of it: the same in every call, until something else comes in.
+        The record of the bitmask, the same object in every call until the bitmask changes.
 
     Raises:
         MspError: gives the number of wrong groups, and the first of them.

@@ -14,7 +14,7 @@ from msp.formats.patterns import NMPattern
 
 @dataclass(frozen=True)
 class Layout(ABC):
-    """What a module that holds a weight asks of a layout; objects of one class are equal.
+    """The questions that a module asks of the layout of its weight; objects of one class are equal.
 
     A weight ``[R, K]`` is its values, its bitmask and its pattern. In *rows*, the canonical form that files have, the
     values are ``[R, K/M*N]`` and the bitmask is uint8 ``[R, ceil(K/8)]``.
