@@ -22,7 +22,7 @@ from msp.base.finite import check_figures
 from msp.base.host_memory import give_back, peak
 from msp.base.outputs import check_results, check_room, check_temporary, reserved, working_folder
 from msp.base.progress import NoProgress, Progress
-from msp.engine.database import DATABASE
+from msp.compressions.nm_database import DATABASE
 from msp.engine.fitness import key_of
 from msp.engine.state import read_checkpoint
 from msp.errors import MspError, UsageError
@@ -149,7 +149,7 @@ def _prune(
             reference = bench.predictions(tokens.test, "Dense test predictions")
         with clock("allocate"):
             found = _allocate(problem, settings)
-            allocation = problem.allocation(found.levels)
+            allocation = plan.allocation(found.levels)
         stored, origin = opened.loaded.stored, opened.loaded.folder
         problem.evidence.release()
         fitness = bench.reference(settings.measure) if found.history else None
@@ -280,7 +280,7 @@ def _search_all(
             found = _allocate(problem, each)
             loss = _loss(problem, found) if measured or found.history else None
         relative = [density / problem.density for density in problem.densities(found.levels)]
-        allocation = problem.allocation(found.levels)
+        allocation = plan.allocation(found.levels)
         yield SearchResult(
             **_spending(plan, problem, found),
             allocation=allocation,
@@ -434,7 +434,7 @@ def _compare(
                 for name, allocator in chosen:
                     start = time.perf_counter()
                     found = allocate(allocator, problem)
-                    with bench.pruned(problem.allocation(found.levels), pruner) as pruned:
+                    with bench.pruned(plan.allocation(found.levels), pruner) as pruned:
                         seconds = time.perf_counter() - start
                         quality = reference.measure(pruned, progress=listener)
                     rows.append(

@@ -17,7 +17,7 @@ from families import SMALL, build, save, save_text
 from safetensors.torch import load_file, save_file
 
 from msp.base.identity import differences, hashed, hashed_code, hashed_data, hashed_tensors
-from msp.engine.database import LevelDatabase
+from msp.compressions.nm_database import LevelDatabase
 from msp.errors import MspError
 from msp.verbs import pipeline
 from msp.verbs.pareto_curve import pareto
