@@ -49,7 +49,7 @@ def make(folder: Path) -> None:
     structure = find_structure(model)
     plan = make_plan(structure, Goal(Fraction(3, 4)), PatternRules.parse(8))
     problem = Problem(plan.units, plan.budget, evidence=None)  # type: ignore[arg-type]  # a ramp asks for none
-    allocation = problem.allocation(get_allocator("ramp").allocate(problem).levels)
+    allocation = plan.allocation(get_allocator("ramp").allocate(problem).levels)
     linears = {linear.name: linear for linear in structure.linears}
     packed = {name: nm_select(linears[name].weight, pattern) for name, pattern in allocation.items()}
     replace_linears(model, packed)

@@ -31,7 +31,7 @@ from msp.evidence.evaluate import DenseReference
 from msp.models.as_loaded import FLOAT32
 from msp.models.loading import load_model
 from msp.models.structure import find_structure
-from msp.plan.plans import Goal, PatternRules, make_plan
+from msp.plan.plans import Goal, PatternRules, make_plan, patterns_of
 from msp.pruners import get_pruner
 from msp.session.options import Options
 from msp.session.workbench import Workbench
@@ -114,7 +114,7 @@ def masked_kl(bench: Workbench, found: Allocated, ranks: Any) -> float:
     dense = {linear.name: linear.weight.clone() for linear in bench.linears}
     for unit, level in zip(bench.plan.units, found.levels, strict=True):
         for linear in (linear for linear in bench.linears if linear.name in unit.linears):
-            pattern = unit.patterns[level]
+            pattern = patterns_of(unit)[level]
             linear.weight.mul_(ranks[linear.name][pattern.m] < pattern.n)
     kl = bench.reference().measure(bench.model).kl
     for linear in bench.linears:

@@ -6,6 +6,7 @@ Needs the model in ``../shared`` (or ``$MSP_SHARED``) and Ray.
 from __future__ import annotations
 
 import os
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from runner import ROOT, measure
 
 from msp import ops
 from msp.base.progress import NoProgress
+from msp.compressions.nm import NMCompression
 from msp.engine.distributed import Workers, ray_runner
 from msp.engine.fitness import Job
 from msp.engine.runners import Setting
 from msp.evidence.evaluate import DenseReference
 from msp.models.loading import load_model
 from msp.models.structure import find_structure
-from msp.plan.budget import Unit
+from msp.plan.plans import Goal, PatternRules, make_plan
 
 MODEL = Path(os.environ.get("MSP_SHARED", ROOT.parent / "shared")) / "models" / "wiki6m"
 GROUP, CANDIDATES, WINDOW, WINDOWS = 8, 8, 256, 8
@@ -34,11 +36,11 @@ def setting() -> Setting:
     structure = find_structure(model)
     linears = structure.linears
     ranks = {linear.name: {GROUP: ops.nm_rank(linear.weight.contiguous(), GROUP)} for linear in linears}
-    units = [
-        Unit(linear.name, (linear.name,), linear.weight.numel(), GROUP, linear.block, linear.kind) for linear in linears
-    ]
+    units = make_plan(structure, Goal(Fraction(1, 2)), PatternRules.parse(GROUP)).units
     windows = torch.randint(3, model.config.vocab_size, (WINDOWS, WINDOW))
-    return Setting(model, structure, ranks, units, DenseReference(model, windows, batch_size=WINDOWS))
+    return Setting(
+        model, structure, NMCompression(structure, ranks), units, DenseReference(model, windows, batch_size=WINDOWS)
+    )
 
 
 def test_two_workers(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ def rows() -> Iterator[dict[str, Any]]:
             levels = get_allocator(allocator).allocate(problem).levels
             predicted = problem.cost(levels)
             linears = {linear.name: linear for linear in find_structure(model).linears}
-            patterns = {name: p for name, p in problem.allocation(levels).items() if not p.is_dense}
+            patterns = {name: p for name, p in plan.allocation(levels).items() if not p.is_dense}
             replace_linears(model, {name: nm_select(linears[name].weight, p) for name, p in patterns.items()})
         measured = {"alone": one_after_another(model, names), "in_a_step": in_a_step(model, names)}
         yield {"allocator": allocator or "dense", "predicted_ms": predicted / 1e6} | {

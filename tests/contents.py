@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from msp.engine.state import State, Step
-from msp.plan.budget import Budget, Unit
+from families import nm_unit
 
-UNITS = [Unit(f"u{i}", (f"u{i}",), 64 * (1 + i % 3), 8, i // 2, "k") for i in range(6)]
+from msp.engine.state import State, Step
+from msp.plan.budget import Budget
+
+UNITS = [nm_unit(f"u{i}", 64 * (1 + i % 3), 8, i // 2, "k") for i in range(6)]
 BUDGET = Budget.for_units(UNITS, sum(unit.weights for unit in UNITS) // 2)
 STAGES = 2
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
@@ -49,3 +52,25 @@ def anchors(text: str) -> set[str]:
         plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").replace("*", "")
         found.add(re.sub(r"[^\w\- ]", "", plain.strip().lower()).replace(" ", "-"))
     return found
+
+
+def example(name: str) -> str:
+    """The code of an example in CONTRIBUTING.md."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    match = re.search(rf"<!-- example:{name} -->\n```python\n(.*?)```", text, re.DOTALL)
+    assert match, name
+    code = match[1]
+    assert len(code.splitlines()) < 60
+    return code
+
+
+def load(name: str, code: str, folder: Path) -> ModuleType:
+    """Import ``code`` as module ``name``, from a file: Triton reads a kernel's source from there."""
+    path = folder / f"{name}.py"
+    path.write_text(code, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

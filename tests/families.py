@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from msp.formats.patterns import NMPattern
-from msp.models.structure import find_structure
+from msp.models.structure import Linear, find_structure
 from msp.ops import PackedWeight, nm_select
 from msp.packed.checkpoint import replace_linears
+from msp.plan.budget import Level, Unit
 
 VOCABULARY = 96
 # Token sets that a pipeline gets through in a moment.
@@ -208,6 +209,19 @@ def shared(*parts: str) -> Path:
 def shared_model(name: str) -> Path:
     """The folder of a real model: ``char-gpt2``, ``stories260k`` or ``wiki6m``."""
     return shared("models", name)
+
+
+def nm_unit(name: str, weights: int, group_size: int, block: int, kind: str, costs: Sequence[int] = ()) -> Unit:
+    """A unit of one linear with the levels 0:M, 1:M ...; a level costs what it keeps, unless ``costs`` says more."""
+    kept = costs or [weights // group_size * n for n in range(group_size + 1)]
+    patterns = [NMPattern(n, group_size) for n in range(len(kept))]
+    levels = [Level(cost, pattern.density, str(pattern)) for cost, pattern in zip(kept, patterns, strict=True)]
+    return Unit(name, (name,), weights, block, kind, tuple(levels))
+
+
+def nm_units(linears: Iterable[Linear], group_size: int = 8) -> list[Unit]:
+    """A unit for every linear, with every pattern of groups of ``group_size``."""
+    return [nm_unit(each.name, each.weight.numel(), group_size, each.block, each.kind) for each in linears]
 
 
 def pack(model: PreTrainedModel, patterns: Sequence[str] = MIXED) -> dict[str, PackedWeight]:

@@ -18,7 +18,7 @@ FOLDERS = "msp|triton_kernels|csrc|tests|benchmarks|docs|examples|[.]ci|[.]githu
 PATH = re.compile(rf"(?:{FOLDERS})/[\w./*<>-]*")
 SOURCES = (".py", ".cpp", ".h", ".cu", ".txt", ".toml")
 # CONTRIBUTING shows how to write these.
-INVENTED = re.compile(r"/(?:nm_energy|balanced|ends|fp8_values)\.(?:py|cpp|cu)$")
+INVENTED = re.compile(r"/(?:nm_energy|balanced|ends|scaling|fp8_values)\.(?:py|cpp|cu)$")
 # A run writes these.
 WRITTEN = re.compile(r"^benchmarks/results/gpu-check-")
 # Of other programs than msp.

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import re
 import shlex
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 import typer.main
-from documents import DOCUMENTS, ROOT, document_name
-from families import SMALL, build, packed_model, same_state, save, save_text, tokenizer
+from documents import DOCUMENTS, ROOT, document_name, example, load
+from families import SMALL, build, packed_model, same_state, save, save_text, tokenizer, tokens
 from transformers import AutoModelForCausalLM
 from verbs import SMALL as VERB_SIZES
 from verbs import msp_run, one_object
@@ -30,27 +27,6 @@ from msp.ops import _dispatch, available_backends, force_backend, last_backend, 
 from msp.packed.checkpoint import replace_linears, save_packed
 from msp.packed.info import read_info, validate_packed
 from msp.pruners import base
-
-
-def example(name: str) -> str:
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    match = re.search(rf"<!-- example:{name} -->\n```python\n(.*?)```", text, re.DOTALL)
-    assert match, name
-    code = match[1]
-    assert len(code.splitlines()) < 60
-    return code
-
-
-def load(name: str, code: str, folder: Path) -> ModuleType:
-    """Import ``code`` as module ``name``, from a file: Triton reads a kernel's source from there."""
-    path = folder / f"{name}.py"
-    path.write_text(code, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -142,6 +118,14 @@ def test_the_allocator_allocates(workplace: Path, monkeypatch: pytest.MonkeyPatc
     load("ends", example("allocator"), workplace)
     result = msp.prune("path/to/model", sparsity=0.6, allocator="ends", calibration="notes.txt", **SMALL)
     assert 0.39 < result.density <= 0.4
+
+
+def test_the_compression_compresses(tmp_path: Path):
+    model = build("llama")
+    together = example("compression") + "\n\n" + example("compression-search")
+    labels = load("scaling", together, tmp_path).search(model, tokens(8, 17, seed=1), 0.5)
+    assert labels.keys() == {linear.name for linear in find_structure(model).linears}
+    assert set(labels.values()) <= {"x0", "x1/2", "x1"} and len(set(labels.values())) > 1
 
 
 def test_the_way_of_storing_values_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

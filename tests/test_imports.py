@@ -78,6 +78,14 @@ def test_a_room_imports_only_from_those_below_it() -> None:
     assert not upward(order, "", imported(ROOT / "msp" / "errors.py"))
 
 
+def test_engine_and_allocators_know_only_the_interface_of_compressions() -> None:
+    for room in ("engine", "allocators"):
+        for path in (ROOT / "msp" / room).glob("*.py"):
+            modules = imported(path)
+            assert not [name for name in modules if re.match(r"msp\.(compressions\.(?!base\b)|formats)", name)], path
+            assert not {"msp.ops", "msp.packed"} & {".".join(name.split(".")[:2]) for name in modules}, path
+
+
 def test_no_test_imports_another() -> None:
     """What several tests need is a module of its own, so that each test file can go or change by itself."""
     for path in Path(__file__).parent.rglob("*.py"):

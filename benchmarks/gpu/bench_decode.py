@@ -90,7 +90,7 @@ def pack(model: Any) -> None:
     structure = find_structure(model)
     plan = make_plan(structure, Goal(Fraction(3, 4)), PatternRules.parse(8))
     problem = Problem(plan.units, plan.budget, evidence=None)  # type: ignore[arg-type]  # a ramp asks for none
-    allocation = problem.allocation(get_allocator("ramp").allocate(problem).levels)
+    allocation = plan.allocation(get_allocator("ramp").allocate(problem).levels)
     linears = {linear.name: linear for linear in structure.linears}
     for name, pattern in allocation.items():  # one by one: the dense weight goes before the next is packed
         replace_linears(model, {name: nm_select(linears.pop(name).weight, pattern)})

@@ -28,7 +28,6 @@ from msp.base.progress import NoProgress, Progress
 from msp.base.registry import Registry
 from msp.engine.evolution import EvolutionOptions, Fitness, asked
 from msp.engine.state import Step
-from msp.formats.patterns import Allocation
 from msp.plan.budget import Budget, Unit
 from msp.plan.levels import Levels, cost, kept_weights, levels_from_densities, uniform_density
 
@@ -120,19 +119,9 @@ class Problem:
         wished = np.asarray(relative, dtype=np.float64) * self.density
         return Allocated(levels_from_densities(wished.tolist(), self.units, self.budget))
 
-    def allocation(self, levels: Levels) -> Allocation:
-        """The pattern of every linear of every unit."""
-        return Allocation(
-            {
-                name: unit.patterns[level]
-                for unit, level in zip(self.units, levels, strict=True)
-                for name in unit.linears
-            }
-        )
-
     def densities(self, levels: Levels) -> list[float]:
-        """The density of every unit."""
-        return [float(unit.patterns[level].density) for unit, level in zip(self.units, levels, strict=True)]
+        """The density of every unit: the size of its level."""
+        return [unit.sizes[level] for unit, level in zip(self.units, levels, strict=True)]
 
     def kept(self, levels: Levels) -> int:
         """The number of weights that ``levels`` keep."""
@@ -155,7 +144,7 @@ class Allocated:
 
 
 class Allocator(Protocol):
-    """Decides the number of weights that each unit keeps of every M."""
+    """Decides the level of every unit."""
 
     name: ClassVar[str]
 

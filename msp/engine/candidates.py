@@ -1,191 +1,74 @@
-"""Puts candidate allocations into a live model and runs them.
+"""Puts candidates into a live model and runs them.
 
-A candidate costs a forward, and one pass over the weights of the linears whose level changed.
+A candidate costs a forward, and the change of the units whose level changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence, Set
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from msp import ops
-from msp.engine.database import PackedLevels
+from msp.compressions.base import Compression, Switch
 from msp.engine.fitness import Job, Key
 from msp.evidence.evaluate import Reference, Sums
-from msp.formats.patterns import NMPattern
 from msp.models.gates import GatedModel, State
-from msp.models.narrow import computed_dtype, product_of_rows, scratch
-from msp.models.structure import Linear, Structure, device_of
+from msp.models.narrow import computed_dtype
+from msp.models.structure import Structure, device_of
 from msp.plan.budget import Unit
 from msp.plan.levels import Levels
 
 # The most bytes of hidden states that are kept, by default.
 HIDDEN_BYTES = 4_000_000_000
-# The most bytes of copies of the kept weights, on a CPU. A linear without a copy selects its weights at each product.
-COPIED_BYTES = 32 << 20
 
 Point = tuple[int, int]
 """The number of a batch, and the number of blocks that it has passed."""
-Ranks = Mapping[int, Tensor]
-"""The rank codes of one linear, for every M it may have: uint8 ``[R, K]`` from ``ops.nm_rank``."""
-Candidates = Mapping[str, Ranks] | Mapping[str, PackedLevels]
-"""The source of candidates for each linear: its ranks, or its packed weights at every level."""
 
 
-class Room:
-    """A limited amount of memory that several objects share.
-
-    Args:
-        nbytes: the number of bytes; None sets no limit.
-    """
-
-    def __init__(self, nbytes: int | None) -> None:
-        self._left = nbytes
-
-    def take(self, nbytes: int) -> bool:
-        """Take ``nbytes`` if they are left; returns whether they were."""
-        if self._left is None:
-            return True
-        if nbytes > self._left:
-            return False
-        self._left -= nbytes
-        return True
-
-
-class RankedWeight:
-    """A weight with a pattern that decides which of its values are kept; the pattern can change at any time.
-
-    Args:
-        linear: the dense linear, which is not changed.
-        ranks: the ranks for every M of the patterns that the linear will have, or its packed weights at these patterns.
-        room: the memory for a copy of the kept weights. If it is spent, each product selects the kept weights again, a
-            few rows at a time.
-    """
-
-    def __init__(self, linear: Linear, ranks: Ranks | PackedLevels, room: Room) -> None:
-        self.pattern = NMPattern(4, 4)  # all weights, until ``keep`` is called
-        self.dense = linear.weight.contiguous()
-        self._ranks = ranks
-        self._room = room
-        self._copy: Tensor | None = None
-        self._copied: NMPattern | None = None
-
-    def keep(self, pattern: NMPattern) -> None:
-        """Keep N of every M weights from now on."""
-        self.pattern = pattern
-        if pattern.is_dense or pattern.is_empty or pattern == self._copied:
-            return
-        always = isinstance(self._ranks, PackedLevels)  # each selection would read a file again
-        if self._copy is None and (self._room.take(self.dense.nbytes) or always):
-            self._copy = torch.empty_like(self.dense)
-        if self._copy is not None:
-            self._select(self._copy)
-            self._copied = pattern
-
-    def _select(self, out: Tensor) -> None:
-        if isinstance(self._ranks, PackedLevels):
-            ops.nm_unpack(self._ranks[self.pattern], out=out)
-        else:
-            ops.nm_keep(self.dense, self._ranks[self.pattern.m], self.pattern.n, out=out)
-
-    @property
-    def kept(self) -> Tensor:
-        """The weight ``[R, K]`` with zeros in the place of the weights that are not kept."""
-        if self.pattern.is_dense:
-            return self.dense
-        if self.pattern.is_empty:
-            return torch.zeros_like(self.dense)
-        if self._copy is not None:
-            return self._copy
-        kept = torch.empty_like(self.dense)
-        self._select(kept)
-        return kept
-
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``x W^T + b`` ``[..., R]`` with the kept weights W; a copy of the weights does not change the bits."""
-        if self.pattern.is_empty:
-            empty = x.new_zeros(*x.shape[:-1], len(self.dense))
-            return empty if bias is None else empty + bias
-        if x.device.type != "cpu":
-            return functional.linear(x, self.kept, bias)
-        return product_of_rows(x, len(self.dense), self._rows, bias)
-
-    def _rows(self, rows: slice) -> Tensor:
-        if self._copy is not None or self.pattern.is_dense:
-            return self.kept[rows]
-        assert not isinstance(self._ranks, PackedLevels)
-        dense = self.dense[rows]
-        out = scratch("kept", dense, dense.dtype)
-        return ops.nm_keep(dense, self._ranks[self.pattern.m][rows], self.pattern.n, out=out)
-
-    def modules(self, linear: Linear) -> list[RankedLinear]:
-        """One module for each place of the linear in the model."""
-        return [RankedLinear(self, place.bias) for place in linear.places]
-
-
-class RankedLinear(nn.Module):
-    """A linear with the kept weights of ``ranked``, and the bias of its own place in the model."""
-
-    def __init__(self, ranked: RankedWeight, bias: Tensor | None) -> None:
-        super().__init__()
-        self._ranked = ranked
-        self.bias = bias
-        self.out_features, self.in_features = ranked.dense.shape
-
-    @property
-    def weight(self) -> Tensor:
-        """``[out_features, in_features]``, for model code that reads the weight and does not call the linear."""
-        return self._ranked.kept
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._ranked.product(x, self.bias)
-
-
-def room_for_copies(device: torch.device) -> Room:
-    """The memory for copies of the weights of a model, or of a block if the model is streamed."""
-    return Room(COPIED_BYTES if device.type == "cpu" else None)
+@contextmanager
+def switched(structure: Structure, compression: Compression, units: Sequence[Unit]) -> Iterator[list[Switch]]:
+    """Within the context the switches of ``units`` stand in the model; yields them in the order of the units."""
+    switches = [compression.switch(unit) for unit in units]
+    modules = {name: module for switch in switches for name, module in switch.modules.items()}
+    with structure.replaced(modules):
+        try:
+            yield switches
+        finally:
+            switches.clear()  # a caller that still holds the list must not keep this block in memory
 
 
 class CandidateModel(AbstractContextManager["CandidateModel"]):
-    """Within the context the linears of the units are ``RankedLinear``; ``apply`` sets the level of every unit.
+    """Within the context a switch stands at every unit; ``apply`` sets the level of every unit.
 
-    Memory beyond the model: one byte a weight for the ranks of each M, and a second copy of the weights of each linear
-    at a level between empty and dense. On a CPU the copies take at most ``COPIED_BYTES``. Weights from a database stay
-    on disk, and their linears always have a copy.
+    Args:
+        model: the dense model, which is not changed.
+        structure: the blocks of the model.
+        compression: makes the switches.
+        units: the units, in order of depth.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        structure: Structure,
-        ranks: Candidates,
-        units: Sequence[Unit],
-    ) -> None:
+    def __init__(self, model: nn.Module, structure: Structure, compression: Compression, units: Sequence[Unit]) -> None:
         self.model = model
         self._structure = structure
-        self._linears = [linear for linear in structure.linears if linear.name in ranks]
+        self._compression = compression
         self._units = units
-        room = room_for_copies(device_of(model))
-        self._ranked = {linear.name: RankedWeight(linear, ranks[linear.name], room) for linear in self._linears}
+        self._entered = ExitStack()
+        self._switches: list[Switch] = []
 
     def __enter__(self) -> CandidateModel:
-        for linear in self._linears:
-            self._structure.put(linear, self._ranked[linear.name].modules(linear))
+        self._switches = self._entered.enter_context(switched(self._structure, self._compression, self._units))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for linear in self._linears:
-            self._structure.put(linear, [place.module for place in linear.places])
+        self._entered.close()
 
     def blocks_alike(self, one: Key, two: Key) -> int:
         """The number of leading blocks in which two candidates have the same levels."""
@@ -195,9 +78,8 @@ class CandidateModel(AbstractContextManager["CandidateModel"]):
         return self._units[-1].block + 1
 
     def apply(self, levels: Sequence[int] | Levels) -> None:
-        for unit, level in zip(self._units, levels, strict=True):
-            for name in unit.linears:
-                self._ranked[name].keep(unit.patterns[level])
+        for switch, level in zip(self._switches, levels, strict=True):
+            switch.take(level)
 
 
 def forward_in_bf16(model: nn.Module) -> bool:
@@ -221,7 +103,7 @@ class LocalRunner:
     until the last candidate that begins with the same levels.
 
     Args:
-        candidates: the model with ranked linears, whose context is entered.
+        candidates: the model with its switches, whose context is entered.
         reference: the dense model's predictions on all fitness tokens, or the user's loss on them.
         structure: the blocks of the model.
         hidden_bytes: the most bytes of hidden states; if they do not fit, blocks run again.

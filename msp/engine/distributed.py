@@ -1,6 +1,6 @@
 """Runs candidates on several workers through Ray; each worker is a process with the model.
 
-Ray is imported only when a runner is opened. The workers get the model, the rank codes and the dense predictions from
+Ray is imported only when a runner is opened. The workers get the model, the compression and the dense predictions from
 Ray's object store, so all workers of a machine read the same memory.
 """
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from msp.base.progress import Progress
+from msp.compressions.base import Compression
 from msp.engine.candidates import forward_in_bf16
 from msp.engine.fitness import Job, Key
 from msp.engine.runners import Setting, open_runner
@@ -101,8 +102,7 @@ class CandidateWorker:
     def __init__(self, setting: Setting, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
         self._model = setting.model.to(device)
-        ranks: Any = {name: _to(device, own) for name, own in setting.ranks.items()}
-        self._opened = open_runner(replace(setting, ranks=ranks))
+        self._opened = open_runner(replace(setting, compression=setting.compression.to(device)))
         self._runner = self._opened.__enter__()
 
     def kind(self) -> str:
@@ -229,11 +229,6 @@ class RayRunner:
         self._kinds.add(kind)
 
 
-def _to(device: str, own: Any) -> Any:
-    """The rank codes of one linear, or its packed weights, on ``device``."""
-    return type(own)({key: codes.to(device) for key, codes in own.items()})
-
-
 @contextmanager
 def ray_runner(setting: Setting, workers: Workers, progress: Progress) -> Iterator[RayRunner]:
     """Yield a runner on ``workers``, each on the kind of device that holds the model.
@@ -321,7 +316,7 @@ def _count(ray: Any, workers: Workers, needs: Mapping[str, int]) -> int:
 
 def _put(ray: Any, setting: Setting) -> Any:
     """The reference of ``setting`` in the object store; the workers read its tensors there without a copy."""
-    kinds, code = (Tensor, nn.Parameter), _own_code()
+    kinds, code = (Tensor, nn.Parameter), _own_code(setting.compression)
     for kind in kinds:
         ray.util.register_serializer(kind, serializer=_bytes, deserializer=_tensor)
     for module in code:
@@ -331,8 +326,8 @@ def _put(ray: Any, setting: Setting) -> Any:
         return ray.put(setting)
     except (errors.ObjectStoreFullError, errors.OutOfDiskError, OSError) as error:
         raise MspError(
-            f"Ray's object store has no room for the model and its rank codes: {first_line(error)}; free memory, and "
-            "disk in Ray's temporary folder, or search without workers"
+            f"Ray's object store has no room for the model and its candidates: {first_line(error)}; free "
+            "memory, and disk in Ray's temporary folder, or search without workers"
         ) from error
     finally:
         for kind in kinds:
@@ -341,10 +336,12 @@ def _put(ray: Any, setting: Setting) -> Any:
             ray.cloudpickle.unregister_pickle_by_value(module)
 
 
-def _own_code() -> list[ModuleType]:
-    """The modules with the code of models that bring their own; workers cannot import them from disk."""
+def _own_code(compression: Compression) -> list[ModuleType]:
+    """The modules that workers may not find on disk: the code of models that bring their own, and of a compression."""
     prefix = "transformers_modules."  # as transformers calls their package
-    return [module for name, module in list(sys.modules.items()) if name.startswith(prefix)]
+    found = [module for name, module in list(sys.modules.items()) if name.startswith(prefix)]
+    of_compression = type(compression).__module__
+    return found if of_compression.startswith("msp.") else [*found, sys.modules[of_compression]]
 
 
 def _bytes(tensor: Tensor) -> tuple[Any, ...]:

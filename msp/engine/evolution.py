@@ -211,7 +211,7 @@ class Evolution:
 
     def _without(self, key: Key, blocks: Sequence[int]) -> Key:
         densities = [
-            -EMPTY if unit.block in blocks or not level else float(unit.patterns[level].density)
+            -EMPTY if unit.block in blocks or not level else unit.sizes[level]
             for unit, level in zip(self._units, key, strict=True)
         ]
         return key_of(levels_from_densities(densities, self._units, self._budget))
@@ -325,10 +325,12 @@ class Evolution:
 
 def asked(units: Sequence[Unit], budget: Budget, seed: int) -> Identity:
     """The part of a search's identity that is known before any work."""
+    labels = [[unit.name, unit.linears, [level.label for level in unit.levels]] for unit in units]
     return {
         "seed": str(seed),
         "budget": str(budget.limit),
-        "patterns": hashed_data([[unit.name, unit.linears, list(map(str, unit.patterns))] for unit in units]),
+        # The names of these two entries stay, so that older checkpoints can be resumed.
+        "patterns": hashed_data(labels),
         "costs of the patterns": hashed_data([unit.costs for unit in units]),
     }
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from msp.base.progress import NoProgress, Progress
-from msp.engine.candidates import HIDDEN_BYTES, CandidateModel, Candidates, LocalRunner
+from msp.compressions.base import Compression
+from msp.engine.candidates import HIDDEN_BYTES, CandidateModel, LocalRunner
 from msp.engine.fitness import Runner
 from msp.evidence.evaluate import Reference
 from msp.models.structure import Structure
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setting:
-    """The inputs of a runner: the dense model, rank codes or a level database, the units and the reference."""
+    """The inputs of a runner: the dense model, the compression, the units and the reference."""
 
     model: Any
     structure: Structure
-    ranks: Candidates
+    compression: Compression
     units: Sequence[Unit]
     reference: Reference
     hidden_bytes: int = HIDDEN_BYTES
@@ -40,5 +41,5 @@ def open_runner(setting: Setting, workers: Workers | None = None, progress: Prog
             yield runner
     else:
         structure = setting.structure
-        with CandidateModel(setting.model, structure, setting.ranks, setting.units) as candidates:
+        with CandidateModel(setting.model, structure, setting.compression, setting.units) as candidates:
             yield LocalRunner(candidates, setting.reference, structure, hidden_bytes=setting.hidden_bytes)

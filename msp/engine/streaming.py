@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from msp.base.files import unwritable
 from msp.base.progress import NoProgress, Progress
-from msp.engine.candidates import RankedWeight, Ranks, precision, room_for_copies
+from msp.compressions.base import Compression, Switch
+from msp.engine.candidates import precision, switched
 from msp.engine.fitness import Job, Key
 from msp.evidence.evaluate import Reference, Sums, summed
 from msp.models.gates import GatedModel
@@ -26,47 +21,6 @@ Item = tuple[int, Key]
 """The number of a batch, and the levels of all units or of the units up to some block."""
 
 
-class StoredRanks(MutableMapping[str, Ranks]):
-    """Rank codes in a folder, with one file per linear, which is memory-mapped when it is read.
-
-    Raises:
-        MspError: the file of a linear cannot be written; the message names the file.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._names: set[str] = set()
-
-    def __setitem__(self, name: str, ranks: Ranks) -> None:
-        file = self._file(name)
-        try:
-            save_file({str(size): codes.cpu() for size, codes in ranks.items()}, file)
-        except (OSError, SafetensorError) as error:
-            raise unwritable(file, error) from error
-        self._names.add(name)
-
-    def __getitem__(self, name: str) -> Ranks:
-        if name not in self._names:
-            raise KeyError(name)
-        return {int(size): codes for size, codes in load_file(self._file(name)).items()}
-
-    def __delitem__(self, name: str) -> None:
-        self._names.remove(name)
-        self._file(name).unlink()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def _file(self, name: str) -> Path:
-        return self._folder / f"{name}.safetensors"
-
-
 class StreamingRunner:
     """Runs jobs block by block; candidates with equal levels up to a block share the output of that block.
 
@@ -76,7 +30,7 @@ class StreamingRunner:
 
     Args:
         gates: the model; its context must not be entered.
-        ranks: the rank codes of the linears of the units.
+        compression: makes the switches of the units, one block at a time.
         units: the units, in order of depth.
         reference: measures candidates on all fitness tokens.
         hidden_bytes: the most bytes of hidden states in host memory.
@@ -90,7 +44,7 @@ class StreamingRunner:
     def __init__(
         self,
         gates: GatedModel,
-        ranks: Mapping[str, Ranks],
+        compression: Compression,
         units: Sequence[Unit],
         reference: Reference,
         *,
@@ -98,7 +52,7 @@ class StreamingRunner:
         progress: Progress | None = None,
     ) -> None:
         self._gates = gates
-        self._ranks = ranks
+        self._compression = compression
         self._units = units
         self._reference = reference
         self._hidden_bytes = hidden_bytes
@@ -129,8 +83,15 @@ class StreamingRunner:
         with self._progress.stage(f"Blocks for {len(group)} candidates x batches", len(blocks)) as advance:
             for block in blocks:
                 before, reached = reached, sum(unit.block <= block.index for unit in self._units)
-                with self._ranked(block) as ranked, precision(self._gates.model):
-                    self._pass(block, ranked, hidden, sorted({(batch, key[:reached]) for batch, key in group}), before)
+                items = sorted({(batch, key[:reached]) for batch, key in group})
+                with block.on(self._gates.device):
+                    self.loads += 1
+                    own = self._units[before:reached]
+                    with (
+                        switched(self._gates.structure, self._compression, own) as switches,
+                        precision(self._gates.model),
+                    ):
+                        self._pass(block, switches, hidden, items, before)
                 advance(block.index + 1, held_bytes=hidden.held, loads=self.loads)
         measured = {}
         with precision(self._gates.model):
@@ -142,13 +103,14 @@ class StreamingRunner:
         return measured
 
     def _pass(
-        self, block: Block, ranked: Mapping[str, RankedWeight], hidden: HiddenStates, items: Sequence[Item], before: int
+        self, block: Block, switches: Sequence[Switch], hidden: HiddenStates, items: Sequence[Item], before: int
     ) -> None:
         """Run ``items``, with levels up to ``block``, through it; ``before`` levels belong to earlier blocks."""
         continued = Counter((batch, key[:before]) for batch, key in items)
         # The items are sorted by the levels of this block, so that each of its levels is applied once.
         for batch, key in sorted(items, key=lambda item: item[1][before:]):
-            self._apply(ranked, key, before)
+            for switch, level in zip(switches, key[before:], strict=True):
+                switch.take(level)
             parent = (block.index, batch, key[:before])
             entering = hidden.get(parent) if block.index else None
             output = self._gates.block(block.index, self._reference.tokens(batch), entering)
@@ -157,32 +119,3 @@ class StreamingRunner:
                 hidden.pop(parent)
             hidden.put((block.index + 1, batch, key), output)
             self.peak_bytes = max(self.peak_bytes, hidden.held + hidden.spilled)
-
-    def _apply(self, ranked: Mapping[str, RankedWeight], key: Key, before: int) -> None:
-        for unit, level in zip(self._units[before : len(key)], key[before:], strict=True):
-            for name in unit.linears:
-                ranked[name].keep(unit.patterns[level])
-
-    @contextmanager
-    def _ranked(self, block: Block) -> Iterator[dict[str, RankedWeight]]:
-        """Within the context ``block`` is on its device with ranked linears; yields their weights by name."""
-        linears = [linear for linear in block.linears if linear.name in self._ranks]
-        with block.on(self._gates.device):
-            self.loads += 1
-            room = room_for_copies(self._gates.device)
-            ranked = {
-                linear.name: RankedWeight(linear, _on(self._ranks[linear.name], linear.weight), room)
-                for linear in linears
-            }
-            try:
-                for linear in linears:
-                    self._gates.structure.put(linear, ranked[linear.name].modules(linear))
-                yield ranked
-            finally:
-                for linear in linears:
-                    self._gates.structure.put(linear, [place.module for place in linear.places])
-                ranked.clear()  # a caller that still holds the dictionary must not keep this block in memory
-
-
-def _on(ranks: Ranks, weight: Tensor) -> Ranks:
-    return {size: codes.to(weight.device) for size, codes in ranks.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -137,10 +137,30 @@ class Structure:
         """Everything that is never pruned, with the reason."""
         return {**self.not_linear, **self.outside}
 
-    def put(self, linear: Linear, modules: Sequence[nn.Module]) -> None:
-        """Replace ``linear`` by ``modules``, one for each of its places."""
-        for place, module in zip(linear.places, modules, strict=True):
-            self.blocks[place.block].module.set_submodule(place.kind, module)
+    @contextmanager
+    def replaced(self, modules: Mapping[str, nn.Module], stays: Callable[[], bool] = bool) -> Iterator[None]:
+        """Within the context, or for good if ``stays`` returns true, ``modules`` replace those of their names.
+
+        Raises:
+            MspError: a name is in no block.
+        """
+        places = [(*self._inside(name), module) for name, module in modules.items()]
+        # Read before any is replaced: blocks may share the part of the model that holds several of them.
+        before = [(block, kind, block.get_submodule(kind)) for block, kind, _ in places]
+        try:
+            for block, kind, module in places:
+                block.set_submodule(kind, module)
+            yield
+        finally:
+            for block, kind, module in () if stays() else before:
+                block.set_submodule(kind, module)
+
+    def _inside(self, name: str) -> tuple[nn.Module, str]:
+        """The block that holds the module with ``name``, and the module's name in it."""
+        for block in self.blocks:
+            if name.startswith(f"{block.name}."):
+                return block.module, name.removeprefix(f"{block.name}.")
+        raise MspError(f"{name} is in none of the {len(self.blocks)} blocks")
 
 
 def find_structure(model: nn.Module) -> Structure:

@@ -8,15 +8,30 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from itertools import pairwise
 
 from msp.base.reading import shown
 from msp.errors import UsageError
-from msp.formats.patterns import NMPattern
 
 # The most sums, at one bit each, for which the exact set of reachable sums is computed. A larger set costs too much
 # memory, and with so many small steps the units reach the limit within one step anyway.
 MAX_REACHABLE_BITS = 1 << 28
+
+
+@dataclass(frozen=True)
+class Level:
+    """One choice for a unit. The search and the allocators know nothing else of it.
+
+    Attributes:
+        cost: the cost, in the unit of the budget.
+        size: the share of the unit that stays, in [0, 1].
+        label: the name that the compression gives it; the compression reads it back.
+    """
+
+    cost: int
+    size: Fraction
+    label: str
 
 
 @dataclass(frozen=True)
@@ -27,38 +42,44 @@ class Unit:
         name: the name of the linear or of the block.
         linears: the names of the linears in the unit.
         weights: the number of weights of the unit.
-        group_size: the largest M among its patterns.
         block: the index of the block.
         kind: the kind of the linear, or ``"block"``.
-        patterns: the pattern of each level 0, 1, ..., in rising density; the default is 0:M ... M:M.
-        costs: the cost of each level, rising; the default is the number of kept weights.
+        levels: the levels 0, 1, ..., in rising cost; a unit that no compression has seen yet has none.
+
+    Raises:
+        UsageError: the costs do not rise, the sizes fall, or a size is outside [0, 1].
     """
 
     name: str
     linears: tuple[str, ...]
     weights: int
-    group_size: int
     block: int
     kind: str
-    patterns: tuple[NMPattern, ...] = ()
-    costs: tuple[int, ...] = ()
+    levels: tuple[Level, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.patterns:
-            every = tuple(NMPattern(n, self.group_size) for n in range(self.group_size + 1))
-            object.__setattr__(self, "patterns", every)
-        if not self.costs:
-            object.__setattr__(self, "costs", tuple(self.kept(level) for level in range(len(self.patterns))))
+        for low, high in pairwise(self.levels):
+            if low.cost >= high.cost or low.size > high.size:
+                raise UsageError(f"{self.name}: level {high.label} must cost more and keep no less than {low.label}")
+        for level in self.levels:
+            if not 0 <= level.size <= 1:
+                raise UsageError(f"{self.name}: level {level.label} has size {level.size}, outside [0, 1]")
 
     @property
     def top(self) -> int:
         """The highest level."""
-        return len(self.patterns) - 1
+        return len(self.levels) - 1
 
-    def kept(self, level: int) -> int:
-        """The number of kept weights at ``level``."""
-        pattern = self.patterns[level]
-        return self.weights // pattern.m * pattern.n
+    # A search reads these for every move, so they are kept.
+    @cached_property
+    def costs(self) -> tuple[int, ...]:
+        """The cost of every level."""
+        return tuple(level.cost for level in self.levels)
+
+    @cached_property
+    def sizes(self) -> tuple[float, ...]:
+        """The size of every level."""
+        return tuple(float(level.size) for level in self.levels)
 
 
 _NUMBER = re.compile(r"[+-]?([0-9]{1,40}/[0-9]{1,40}|[0-9]{0,40}\.?[0-9]{0,40}([eE][+-]?[0-9]{1,3})?)")

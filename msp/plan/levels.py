@@ -22,8 +22,8 @@ def cost(levels: Levels, units: Sequence[Unit]) -> int:
 
 
 def kept_weights(levels: Levels, units: Sequence[Unit]) -> int:
-    """The number of weights that ``levels`` keep."""
-    return sum(unit.kept(int(level)) for level, unit in zip(levels, units, strict=True))
+    """The number of weights that ``levels`` keep: the size of each times the weights of its unit."""
+    return sum(int(unit.weights * unit.levels[level].size) for level, unit in zip(levels, units, strict=True))
 
 
 def levels_from_densities(densities: Sequence[float], units: Sequence[Unit], budget: Budget) -> Levels:
@@ -33,16 +33,15 @@ def levels_from_densities(densities: Sequence[float], units: Sequence[Unit], bud
     then rounded down, and units rise by a level in the order of their lost fractions, the largest first.
     """
     wished = np.asarray(densities, dtype=np.float64)
-    offered = _offered(units)
     low, high = -1.0 - wished.max(), 1.0 - wished.min()
     for _ in range(100):
         middle = (low + high) / 2
-        if _cost_of(wished + middle, offered, units) > budget.limit:
+        if _cost_of(wished + middle, units) > budget.limit:
             high = middle
         else:
             low = middle
     exact = np.array(
-        [np.interp(density, has, range(len(has))) for density, has in zip(wished + low, offered, strict=True)]
+        [np.interp(size, unit.sizes, range(len(unit.sizes))) for size, unit in zip(wished + low, units, strict=True)]
     )
     levels = np.floor(exact + 1e-9).astype(np.int64)
     order = np.argsort(-(exact - levels), kind="stable")
@@ -51,25 +50,18 @@ def levels_from_densities(densities: Sequence[float], units: Sequence[Unit], bud
 
 def uniform_density(units: Sequence[Unit], budget: Budget) -> float:
     """The density whose cost is the budget if every unit has it, within the range of the unit."""
-    low, high, offered = 0.0, 1.0, _offered(units)
+    low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        spent = _cost_of([middle] * len(units), offered, units)
+        spent = _cost_of([middle] * len(units), units)
         low, high = (low, middle) if spent > budget.limit else (middle, high)
     return low
 
 
-def _offered(units: Sequence[Unit]) -> list[list[float]]:
-    """The densities of each unit's levels."""
-    return [[float(pattern.density) for pattern in unit.patterns] for unit in units]
-
-
-def _cost_of(
-    densities: Sequence[float] | NDArray[np.float64], offered: list[list[float]], units: Sequence[Unit]
-) -> float:
-    """The cost of real-valued densities, interpolated between the levels around them."""
-    trios = zip(densities, offered, units, strict=True)
-    return float(sum(np.interp(density, has, unit.costs) for density, has, unit in trios))
+def _cost_of(densities: Sequence[float] | NDArray[np.float64], units: Sequence[Unit]) -> float:
+    """The cost of real-valued densities, interpolated between the sizes of the levels around them."""
+    pairs = zip(densities, units, strict=True)
+    return float(sum(np.interp(density, unit.sizes, unit.costs) for density, unit in pairs))
 
 
 def repair(

@@ -9,12 +9,13 @@ from fractions import Fraction
 
 from msp.base.reading import shown
 from msp.errors import UsageError
-from msp.formats.patterns import NMPattern, check_group_size
+from msp.formats.patterns import Allocation, NMPattern, check_group_size
 from msp.formats.storage import DENSE, Storage
 from msp.models.as_loaded import FLOAT32, StoredDtypes
 from msp.models.structure import Linear, Structure
-from msp.plan.budget import Budget, Unit
+from msp.plan.budget import Budget, Level, Unit
 from msp.plan.decode_table import DecodeTable
+from msp.plan.levels import Levels
 
 UNITS = ("linear", "block")
 BYTE_UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -54,6 +55,11 @@ class Plan:
     def limit(self) -> int:
         """The budget of the whole model: the budget of the units and the fixed cost."""
         return self.budget.limit + self.fixed_cost
+
+    def allocation(self, levels: Levels | Sequence[int]) -> Allocation:
+        """The pattern of every linear of every unit, from the level of every unit."""
+        chosen = zip(self.units, levels, strict=True)
+        return Allocation({name: patterns_of(unit)[level] for unit, level in chosen for name in unit.linears})
 
 
 @dataclass(frozen=True)
@@ -296,16 +302,19 @@ def _unit(
     name: str, linears: Sequence[Linear], patterns: Sequence[NMPattern], goal: Goal, block: int, kind: str
 ) -> Unit:
     """A unit whose levels rise in density and cost; a pattern that costs as much as a denser one is left out."""
-    levels: list[tuple[NMPattern, int]] = []
+    levels: list[Level] = []
     least_rise = goal.least_rise(linears)
     for pattern in reversed(patterns):
         cost = sum(goal.cost(linear, Storage(pattern)) for linear in linears)
-        if not levels or cost <= levels[-1][1] - least_rise:
-            levels.append((pattern, cost))
-    chosen, costs = zip(*reversed(levels), strict=True)
+        if not levels or cost <= levels[-1].cost - least_rise:
+            levels.append(Level(cost, pattern.density, str(pattern)))
     weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)
-    names = tuple(linear.name for linear in linears)
-    return Unit(name, names, weights, max(p.m for p in chosen), block, kind, chosen, costs)
+    return Unit(name, tuple(linear.name for linear in linears), weights, block, kind, tuple(reversed(levels)))
+
+
+def patterns_of(unit: Unit) -> tuple[NMPattern, ...]:
+    """The pattern of every level of ``unit``; ``UsageError`` if a label is not a pattern."""
+    return tuple(NMPattern.parse(level.label) for level in unit.levels)
 
 
 def _check_rules(structure: Structure, rules: PatternRules) -> None:

@@ -17,14 +17,15 @@ import torch
 from torch import nn
 
 from msp.base.host_memory import available, resident
-from msp.engine.candidates import COPIED_BYTES, HIDDEN_BYTES
+from msp.compressions.nm_weights import COPIED_BYTES
+from msp.engine.candidates import HIDDEN_BYTES
 from msp.evidence.head import LARGE_VOCABULARY, PIECE_BYTES
 from msp.formats.patterns import NMPattern
 from msp.formats.storage import Storage
 from msp.models.loading import find_device
 from msp.models.narrow import WIDENED_BYTES
 from msp.models.structure import Linear, Structure
-from msp.plan.plans import Plan
+from msp.plan.plans import Plan, patterns_of
 from msp.session.options import Options
 from msp.session.workbench import ACTIVATION_BYTES, FITNESS_BATCH_TOKENS, backward_bytes, batch_size
 from msp.text.text_sources import TokenSource
@@ -211,9 +212,9 @@ def _searching(sizes: _Sizes, plan: Plan, linears: Sequence[Linear], options: Op
     if options.stream:
         return found
     if options.database:
-        return found + copies + sum(_levels_bytes(linear, units[linear.name].patterns) for linear in linears)
+        return found + copies + sum(_levels_bytes(linear, patterns_of(units[linear.name])) for linear in linears)
     ranks = sum(
-        linear.weight.numel() * len({pattern.m for pattern in units[linear.name].patterns}) for linear in linears
+        linear.weight.numel() * len({pattern.m for pattern in patterns_of(units[linear.name])}) for linear in linears
     )
     return found + ranks + min(COPIED_BYTES, copies)
 

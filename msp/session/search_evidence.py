@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,13 +13,16 @@ from msp.allocators import SearchSettings
 from msp.base.host_memory import give_back
 from msp.base.identity import Identity, hashed, hashed_code
 from msp.base.staging import scratch_folder
-from msp.engine.candidates import Candidates, Ranks, forward_in_bf16
-from msp.engine.database import DATABASE, PackedLevels
+from msp.compressions.nm import Candidates, NMCompression
+from msp.compressions.nm_database import DATABASE, PackedLevels
+from msp.compressions.nm_ranks import Ranks
+from msp.engine.candidates import forward_in_bf16
 from msp.engine.evolution import Fitness
 from msp.engine.fitness import TokenFitness
 from msp.evidence.task_loss import TaskLoss, fitness_name
 from msp.models.structure import device_of
 from msp.ops._sums import ordered_sum
+from msp.plan.plans import patterns_of
 from msp.pruners import Pruner
 
 if TYPE_CHECKING:
@@ -50,6 +54,7 @@ class WorkbenchEvidence:
         self._fitness = fitness
         self._search = search
         self._database = database
+        self._compression = NMCompression(bench.structure, database=database)
         self._levels: dict[str, PackedLevels] | None = None
         self._ranks: Mapping[str, Ranks] | None = None
 
@@ -60,7 +65,7 @@ class WorkbenchEvidence:
         found |= {"fitness tokens": hashed(bench.tokens.fitness), "fitness": fitness_name(self._fitness)}
         if not isinstance(self._fitness, str):
             found["sources of the fitness"] = hashed_code(self._fitness)
-        found["candidates"] = "database" if self._database else "ranks"
+        found |= self._compression.identity
         found["products of candidates"] = "bf16" if forward_in_bf16(bench.model) else "as the model's"
         return found
 
@@ -116,12 +121,13 @@ class WorkbenchEvidence:
                 for size, rank in ranks[linear.name].items()
             }
             # A pattern that keeps n weights prunes the ranks n and above.
-            patterns = self._bench.unit_of[linear.name].patterns
+            patterns = patterns_of(self._bench.unit_of[linear.name])
             losses[linear.name] = [float(per_rank[pattern.m][pattern.n :].sum()) for pattern in patterns]
         return losses
 
     @contextmanager
     def fitness(self, shares: Sequence[float]) -> Iterator[Fitness]:
         reference = self._bench.reference(self._fitness)
-        with self._bench.runner(self.candidates(), reference, self._search.workers) as runner:
+        compression = replace(self._compression, source=self.candidates())
+        with self._bench.runner(compression, reference, self._search.workers) as runner:
             yield TokenFitness(runner, measure=fitness_name(self._fitness), shares=shares)

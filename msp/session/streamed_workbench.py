@@ -6,18 +6,19 @@ import shutil
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from msp.base.identity import hashed_tensors
 from msp.base.staging import scratch_folder
-from msp.engine.candidates import Candidates, Ranks
-from msp.engine.database import PackedLevels
+from msp.compressions.base import Compression
+from msp.compressions.nm_database import PackedLevels
+from msp.compressions.nm_ranks import Ranks, StoredRanks
 from msp.engine.distributed import Workers
 from msp.engine.fitness import Runner
-from msp.engine.streaming import StoredRanks, StreamingRunner
+from msp.engine.streaming import StreamingRunner
 from msp.errors import MspError, UsageError
 from msp.evidence.calibration import BlockStream, gather
 from msp.evidence.evaluate import DenseReference, Reference, Sums, summed
@@ -139,12 +140,12 @@ class StreamedWorkbench(Workbench):
         return DenseReference(self.model, windows, batch_size=size, progress=self.progress, label=label, logits=logits)
 
     def runner(
-        self, candidates: Candidates, reference: Reference, workers: Workers | None = None
+        self, compression: Compression, reference: Reference, workers: Workers | None = None
     ) -> AbstractContextManager[Runner]:
         assert workers is None, "Options.parse refuses them"
         runner = StreamingRunner(
             GatedModel(self.model, self.structure, self._device),
-            cast(Mapping[str, Ranks], candidates),
+            compression,
             self.plan.units,
             reference,
             hidden_bytes=self._hidden_bytes,

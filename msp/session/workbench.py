@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from msp import ops
 from msp.allocators import Problem
@@ -18,8 +18,11 @@ from msp.base.host_memory import give_back
 from msp.base.identity import Identity, environment, hashed, hashed_code, hashed_config, hashed_data, hashed_tensors
 from msp.base.outputs import check_room
 from msp.base.progress import Progress
-from msp.engine.candidates import HIDDEN_BYTES, Candidates, Ranks
-from msp.engine.database import LevelDatabase, PackedLevels
+from msp.compressions.base import Compression
+from msp.compressions.nm import NMCompression
+from msp.compressions.nm_database import LevelDatabase, PackedLevels
+from msp.compressions.nm_ranks import Ranks
+from msp.engine.candidates import HIDDEN_BYTES
 from msp.engine.distributed import Workers
 from msp.engine.fitness import Runner, windows_per_batch
 from msp.engine.runners import Setting, open_runner
@@ -29,15 +32,14 @@ from msp.evidence.evaluate import DenseReference, Reference
 from msp.evidence.fisher import fisher_diagonals, fisher_traces
 from msp.evidence.streamed import streamed_fisher_traces
 from msp.evidence.task_loss import TaskLoss, TaskReference
-from msp.formats.patterns import Allocation
+from msp.formats.patterns import Allocation, NMPattern
 from msp.models.as_loaded import StoredDtypes
 from msp.models.gates import GatedModel
 from msp.models.loading import LoadedModel
 from msp.models.structure import Block, Linear, Structure, check_finite, device_of
 from msp.ops import PackedWeight
 from msp.ops._sums import ordered_sum
-from msp.packed.sparse_linear import at_places
-from msp.plan.plans import Plan
+from msp.plan.plans import Plan, patterns_of
 from msp.pruners import LinearStatistics, Pruner, get_pruner
 from msp.pruners.base import named
 from msp.session.options import Options
@@ -232,7 +234,7 @@ class Workbench:
 
     def group_sizes(self, name: str) -> set[int]:
         """Every M that the linear ``name`` may have."""
-        return {pattern.m for pattern in self.unit_of[name].patterns}
+        return {pattern.m for pattern in patterns_of(self.unit_of[name])}
 
     def _room_for_ranks(self) -> MutableMapping[str, Ranks]:
         return {}
@@ -264,7 +266,7 @@ class Workbench:
     def database(self, pruner: Pruner, folder: Path) -> LevelDatabase:
         """The level database in ``folder``, which is not opened yet."""
         shapes = {linear.name: linear.shape for linear in self.linears}
-        patterns = {name: unit.patterns for name, unit in self.unit_of.items()}
+        patterns = {name: patterns_of(unit) for name, unit in self.unit_of.items()}
         dtypes = {name: self._stored.of_linear(name) for name in shapes}
         return LevelDatabase(folder, shapes, patterns, dtypes, self.origin(pruner))
 
@@ -320,10 +322,10 @@ class Workbench:
         return DenseReference(self.model, windows, batch_size=size, progress=self.progress, label=label)
 
     def runner(
-        self, candidates: Candidates, reference: Reference, workers: Workers | None = None
+        self, compression: Compression, reference: Reference, workers: Workers | None = None
     ) -> AbstractContextManager[Runner]:
         """The runner of candidates on the fitness tokens, in this process or on ``workers``."""
-        setting = Setting(self.model, self.structure, candidates, self.plan.units, reference, self._hidden_bytes)
+        setting = Setting(self.model, self.structure, compression, self.plan.units, reference, self._hidden_bytes)
         return open_runner(setting, workers, self.progress)
 
     def writer(
@@ -362,27 +364,27 @@ class Workbench:
         stays: Callable[[], bool] = bool,
     ) -> Iterator[None]:
         """Within the context, or for good if ``stays`` returns true, the linears of ``block`` are ``SparseLinear``."""
-        replaced = []
-        try:
-            for linear in block.linears:
-                if linear.name not in self.unit_of or allocation[linear.name].is_dense:
-                    continue
-                chosen, entry = self._serving(linear.name, statistics[linear.name], pruner)
-                pattern = allocation[linear.name]
-                packed = chosen.prune(linear.weight.contiguous(), entry, pattern, name=linear.name, warn=_warn)
-                del entry
-                modules = at_places(
-                    self._rounded(packed, self._stored.of_linear(linear.name)),
-                    [place.module for place in linear.places],
-                )
-                self.structure.put(linear, modules)
-                replaced.append(linear)
-            # this frame lives until the model is dense again, and the Hessians of all blocks exceed the model
-            del statistics
+        modules = self._settled(block, statistics, allocation, pruner)
+        # this frame lives until the model is dense again, and the Hessians of all blocks exceed the model
+        del statistics
+        with self.structure.replaced(modules, stays):
             yield
-        finally:
-            for linear in () if stays() else replaced:
-                self.structure.put(linear, [place.module for place in linear.places])
+
+    def _settled(
+        self, block: Block, statistics: Mapping[str, LinearStatistics], allocation: Allocation, pruner: Pruner
+    ) -> dict[str, nn.Module]:
+        """The pruned modules of ``block``, by name."""
+
+        def pruned(linear: Linear, pattern: NMPattern) -> PackedWeight:
+            chosen, entry = self._serving(linear.name, statistics[linear.name], pruner)
+            packed = chosen.prune(linear.weight.contiguous(), entry, pattern, name=linear.name, warn=_warn)
+            return self._rounded(packed, self._stored.of_linear(linear.name))
+
+        compression, found = NMCompression(self.structure, pruned=pruned), dict[str, nn.Module]()
+        for unit in self.plan.units:
+            if unit.block == block.index:
+                found |= compression.settle(unit, patterns_of(unit).index(allocation[unit.linears[0]]))
+        return found
 
     def _rounded(self, packed: PackedWeight, stored: torch.dtype) -> PackedWeight:
         computed = packed.dtype

@@ -17,7 +17,7 @@ from msp import __version__
 from msp.allocators import Allocated, Problem, allocate
 from msp.base.files import name_alone
 from msp.base.outputs import check_temporary, working_folder
-from msp.engine.database import DATABASE
+from msp.compressions.nm_database import DATABASE
 from msp.engine.state import read_checkpoint
 from msp.plan.plans import Plan
 from msp.session.opened import Opened

@@ -62,7 +62,7 @@ def compare(
                     for allocator in chosen:
                         start = time.perf_counter()
                         found = allocate(allocator, problem)
-                        with bench.pruned(problem.allocation(found.levels), pruner) as pruned:
+                        with bench.pruned(plan.allocation(found.levels), pruner) as pruned:
                             seconds = time.perf_counter() - start
                             quality = test.measure(pruned, progress=listener)
                         row = CompareRow(

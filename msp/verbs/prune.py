@@ -76,7 +76,7 @@ def prune(
             test = bench.predictions(tokens.test, "Dense test predictions")
         with clock("allocate"):
             found = solved(problem, options)
-            allocation = problem.allocation(found.levels)
+            allocation = plan.allocation(found.levels)
         problem.evidence.release()
         references = [test, bench.reference(options.fitness)] if found.history else [test]
         size = opened.bytes_of(allocation)["packed"]

@@ -98,7 +98,7 @@ def search_all(
                 found = solved(problem, each)
                 loss = _loss(problem, found) if measured or found.history else None
             relative = [density / problem.density for density in problem.densities(found.levels)]
-            allocation = problem.allocation(found.levels)
+            allocation = plan.allocation(found.levels)
             yield SearchResult(
                 **spending(plan, problem, found),
                 allocation=allocation,

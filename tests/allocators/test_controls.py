@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from families import nm_unit
 
 from msp.allocators import Problem, RampBest, SearchSettings, get_allocator
 from msp.allocators import allocate as run
@@ -15,11 +16,11 @@ from msp.allocators.evolution import fisher_seeds
 from msp.engine import evolution
 from msp.engine.fitness import Key
 from msp.engine.operators import crossover, swap
-from msp.plan.budget import Budget, Unit
+from msp.plan.budget import Budget
 from msp.plan.levels import Levels, kept_weights
 
 STEPS = [3, 5, 3, 4]
-UNITS = tuple(Unit(f"u{i}", (f"u{i}",), 16 * STEPS[i % 4], 16, i // 4, f"k{i % 4}") for i in range(24))
+UNITS = tuple(nm_unit(f"u{i}", 16 * STEPS[i % 4], 16, i // 4, f"k{i % 4}") for i in range(24))
 BUDGET = Budget.for_units(UNITS, sum(unit.weights for unit in UNITS) // 4)
 # Falls with depth by more than the default ramp does, and by what no ramp says from unit to unit.
 OPTIMUM = np.array([6.6 - unit.block for unit in UNITS]) + np.random.default_rng(1).normal(0, 1.5, len(UNITS))
@@ -160,7 +161,7 @@ def test_an_allocator_that_rounds_to_uniform_says_so(slope: float, says: bool) -
 
 
 def test_no_allocator_is_blamed_where_there_is_no_choice() -> None:
-    unit = Unit("u", ("u",), 1600, 16, 0, "k")
+    unit = nm_unit("u", 1600, 16, 0, "k")
     problem = Problem((unit,), Budget.for_units((unit,), 400), Evidence())  # type: ignore[arg-type]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

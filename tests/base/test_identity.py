@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import msp
 from msp import pareto
 from msp.base.identity import differences, hashed, hashed_code, hashed_data, hashed_tensors
-from msp.engine.database import LevelDatabase
+from msp.compressions.nm_database import LevelDatabase
 from msp.errors import MspError
 
 ASKED: dict[str, Any] = {**SMALL, "sparsity": 0.7, "evaluations": 16}

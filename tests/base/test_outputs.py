@@ -26,8 +26,8 @@ from msp import measure, pareto, search
 from msp.base import outputs
 from msp.base.files import replacing, write_tensors, write_text
 from msp.base.outputs import MARK, check_room, new_folder, reserved, working_folder, write_results
+from msp.compressions.nm_ranks import StoredRanks
 from msp.engine import distributed
-from msp.engine.streaming import StoredRanks
 from msp.errors import MspError
 from msp.models.gates import State
 from msp.models.hidden import HiddenStates
@@ -494,9 +494,9 @@ def test_a_full_object_store_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
         util=SimpleNamespace(register_serializer=lambda *_, **__: None, deregister_serializer=lambda *_: None),
         exceptions=SimpleNamespace(ObjectStoreFullError=FullError, OutOfDiskError=OSError),
     )
-    monkeypatch.setattr(distributed, "_own_code", list)
+    monkeypatch.setattr(distributed, "_own_code", lambda compression: [])
     with pytest.raises(MspError, match=r"object store has no room .*: no memory is left; free memory"):
-        distributed._put(ray, "setting")
+        distributed._put(ray, SimpleNamespace(compression=None))
 
 
 def test_ray_does_not_take_the_handler_of_sigterm() -> None:

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from msp.base.reading import MOST_BYTES, parse_json, parse_yaml, read_json, read_object, read_yaml
 from msp.base.safetensors_files import INDEX, tensor_files
+from msp.compressions.nm_database import _read_manifest as read_database
 from msp.engine.constants import read_constants
-from msp.engine.database import _read_manifest as read_database
 from msp.engine.state import load_state, save_state
 from msp.errors import MspError
 from msp.formats.manifest import Manifest

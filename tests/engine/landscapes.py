@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from families import nm_unit
 
 from msp.engine.fitness import Key
-from msp.plan.budget import Budget, Unit
+from msp.plan.budget import Budget
 from msp.plan.levels import Levels
 
-UNITS = [Unit(f"u{i}", (f"u{i}",), 8 * (3 if i % 3 else 5), 8, i // 3, f"k{i % 3}") for i in range(18)]
+UNITS = [nm_unit(f"u{i}", 8 * (3 if i % 3 else 5), 8, i // 3, f"k{i % 3}") for i in range(18)]
 BUDGET = Budget.for_units(UNITS, sum(unit.weights for unit in UNITS) // 4)
 
 

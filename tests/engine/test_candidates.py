@@ -7,15 +7,15 @@ import copy
 import numpy as np
 import pytest
 import torch
-from families import build, tokens
+from families import build, nm_units, tokens
 
 from msp import ops
-from msp.engine import candidates
+from msp.compressions import nm_weights
+from msp.compressions.nm import NMCompression
 from msp.engine.candidates import CandidateModel, LocalRunner, forward_in_bf16
 from msp.engine.fitness import TokenFitness, stage_batches, windows_per_batch
 from msp.evidence.evaluate import DenseReference
 from msp.models.structure import find_structure
-from msp.plan.budget import Unit
 
 GROUP = 8
 
@@ -27,11 +27,7 @@ def setting():
     structure = find_structure(model)
     linears = structure.linears
     ranks = {linear.name: {GROUP: ops.nm_rank(linear.weight.contiguous(), GROUP)} for linear in linears}
-    units = [
-        Unit(linear.name, (linear.name,), linear.shape[0] * linear.shape[1], GROUP, linear.block, linear.kind)
-        for linear in linears
-    ]
-    return model, structure, ranks, units
+    return model, structure, ranks, nm_units(linears, GROUP)
 
 
 def masked(model, ranks, units, levels):
@@ -50,7 +46,7 @@ def test_a_candidate_is_the_masked_dense_model(setting) -> None:
     model, structure, ranks, units = setting
     windows = tokens(2, 9, seed=1, vocabulary=model.config.vocab_size)
     before = model(input_ids=windows).logits
-    with CandidateModel(model, structure, ranks, units) as candidate, torch.no_grad():
+    with CandidateModel(model, structure, NMCompression(structure, ranks), units) as candidate, torch.no_grad():
         for seed in range(4):
             levels = drawn(units, seed)
             candidate.apply(levels)
@@ -78,7 +74,7 @@ def test_fitness_is_the_loss_on_all_tokens(setting, measure: str, tiles: bool, m
     levels = drawn(units, 7)
     quality = reference.measure(masked(model, ranks, units, levels))
     want = quality.kl if measure == "kl" else np.log(quality.perplexity)
-    with CandidateModel(model, structure, ranks, units) as candidate:
+    with CandidateModel(model, structure, NMCompression(structure, ranks), units) as candidate:
         fitness = TokenFitness(LocalRunner(candidate, reference, structure), measure=measure)
         assert fitness([levels], fitness.stages - 1)[0] == pytest.approx(want, rel=2e-2 if tiles else 1e-5)
 
@@ -88,7 +84,7 @@ def test_a_later_stage_pays_for_the_rest_only(setting) -> None:
     windows = tokens(16, 9, seed=3, vocabulary=model.config.vocab_size)
     reference = DenseReference(model, windows, batch_size=1)
     levels = drawn(units, 8)
-    with CandidateModel(model, structure, ranks, units) as candidate:
+    with CandidateModel(model, structure, NMCompression(structure, ranks), units) as candidate:
         whole = TokenFitness(LocalRunner(candidate, reference, structure))
         assert whole.stages == 3
         expected = whole([levels], 2)
@@ -106,7 +102,7 @@ def test_a_draw_takes_other_tokens_of_the_same_number(setting, monkeypatch) -> N
     model, structure, ranks, units = setting
     reference = DenseReference(model, tokens(16, 9, seed=5, vocabulary=model.config.vocab_size), batch_size=1)
     levels = drawn(units, 10)
-    with CandidateModel(model, structure, ranks, units) as candidate:
+    with CandidateModel(model, structure, NMCompression(structure, ranks), units) as candidate:
         fitness = TokenFitness(LocalRunner(candidate, reference, structure))
         by_draw = [[fitness([levels], stage, draw)[0] for stage in range(3)] for draw in range(4)]
         candidate.apply(levels)
@@ -124,10 +120,10 @@ def test_a_candidate_that_predicts_nan_loses(setting, monkeypatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     model, structure, ranks, units = setting
     reference = DenseReference(model, tokens(2, 9, seed=4, vocabulary=model.config.vocab_size))
-    with CandidateModel(model, structure, ranks, units) as candidate:
+    with CandidateModel(model, structure, NMCompression(structure, ranks), units) as candidate:
         fitness = TokenFitness(LocalRunner(candidate, reference, structure))
         monkeypatch.setattr(
-            candidates.RankedLinear,
+            nm_weights.RankedLinear,
             "forward",
             lambda self, x: x.new_full((*x.shape[:-1], self.out_features), float("nan")),
         )

@@ -18,18 +18,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import build, save, tokens
+from families import build, nm_units, save, tokens
 
 import msp
 from msp import ops
 from msp.base.progress import NoProgress
+from msp.compressions.nm import NMCompression
 from msp.engine.distributed import Workers, prepare_environment, ray_runner
 from msp.engine.fitness import Job
 from msp.engine.runners import Setting, open_runner
 from msp.errors import MspError, UsageError
 from msp.evidence.evaluate import DenseReference
 from msp.models.structure import find_structure
-from msp.plan.budget import Unit
 
 GROUP, BATCHES = 8, 12
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -65,12 +65,8 @@ def setting(family: str = "llama", dtype: torch.dtype = torch.float32) -> Settin
     structure = find_structure(model)
     linears = [linear for linear in structure.linears if linear.shape[1] % GROUP == 0]
     ranks = {linear.name: {GROUP: ops.nm_rank(linear.weight.contiguous(), GROUP)} for linear in linears}
-    units = [
-        Unit(linear.name, (linear.name,), linear.shape[0] * linear.shape[1], GROUP, linear.block, linear.kind)
-        for linear in linears
-    ]
     reference = DenseReference(model, tokens(2 * BATCHES - 1, 17, seed), batch_size=2)
-    return Setting(model, structure, ranks, units, reference)
+    return Setting(model, structure, NMCompression(structure, ranks), nm_units(linears, GROUP), reference)
 
 
 def jobs(of: Setting, count: int) -> list[Job]:

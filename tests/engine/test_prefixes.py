@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from families import build, tokens
+from families import build, nm_units, tokens
 from torch import nn
 
 from msp import ops
+from msp.compressions.nm import NMCompression
 from msp.engine.candidates import CandidateModel, LocalRunner, precision
 from msp.engine.fitness import Job
 from msp.evidence.evaluate import DenseReference, Sums
 from msp.models.gates import GatedModel
 from msp.models.structure import Structure, find_structure
-from msp.plan.budget import Unit
 
 LENGTH = 8
 
@@ -31,10 +31,9 @@ class Bed:
         self.model = build(family, random.randrange(2**31), dtype)
         self.structure = find_structure(self.model)
         linears = [linear for linear in self.structure.linears if linear.shape[1] % 8 == 0]
-        self.ranks = {linear.name: {8: ops.nm_rank(linear.weight.contiguous(), 8)} for linear in linears}
-        self.units = [
-            Unit(linear.name, (linear.name,), linear.weight.numel(), 8, linear.block, linear.kind) for linear in linears
-        ]
+        ranks = {linear.name: {8: ops.nm_rank(linear.weight.contiguous(), 8)} for linear in linears}
+        self.compression = NMCompression(self.structure, ranks)
+        self.units = nm_units(linears)
         self.reference = DenseReference(self.model, tokens(8, LENGTH, seed=random.randrange(2**31)), batch_size=2)
         self.state = 2 * LENGTH * self.model.get_input_embeddings().embedding_dim * dtype.itemsize
 
@@ -50,13 +49,13 @@ class Bed:
 
     @contextmanager
     def runner(self, hidden_bytes: int = 2**30) -> Iterator[LocalRunner]:
-        with CandidateModel(self.model, self.structure, self.ranks, self.units) as candidates:
+        with CandidateModel(self.model, self.structure, self.compression, self.units) as candidates:
             yield LocalRunner(candidates, self.reference, self.structure, hidden_bytes=hidden_bytes)
 
     def alone(self, jobs: Sequence[Job]) -> list[Sums]:
         """Each job by whole forwards of the model."""
         sums = []
-        with CandidateModel(self.model, self.structure, self.ranks, self.units) as candidates:
+        with CandidateModel(self.model, self.structure, self.compression, self.units) as candidates:
             for job in jobs:
                 candidates.apply(job.levels)
                 with precision(self.model):

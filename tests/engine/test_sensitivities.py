@@ -4,12 +4,13 @@ import itertools
 
 import numpy as np
 import pytest
+from families import nm_unit
 
 from msp.engine.sensitivities import DECAY, Sensitivities, averaged, least_known, single_moves
-from msp.plan.budget import Budget, Unit
+from msp.plan.budget import Budget
 from msp.plan.levels import cost
 
-UNITS = [Unit(f"u{i}", (f"u{i}",), 8, 8, i, "k") for i in range(8)]
+UNITS = [nm_unit(f"u{i}", 8, 8, i, "k") for i in range(8)]
 BASE = (2,) * 8
 BUDGET = Budget.for_units(UNITS, cost(np.array(BASE), UNITS))
 
@@ -55,7 +56,7 @@ def test_a_move_that_broke_the_model_is_left_alone() -> None:
 
 
 def test_units_of_different_size_pay_for_each_other() -> None:
-    units = [Unit("large", ("large",), 32, 8, 0, "k"), *(Unit(f"u{i}", (f"u{i}",), 8, 8, i, "k") for i in range(1, 8))]
+    units = [nm_unit("large", 32, 8, 0, "k"), *(nm_unit(f"u{i}", 8, 8, i, "k") for i in range(1, 8))]
     budget = Budget.for_units(units, cost(np.array(BASE), units))
     effects = {move: (-0.9 if move == (0, 1) else 0.1) for move in single_moves(BASE, units, 1)}
     found = Sensitivities(units, budget, BASE, effects, 1).children(16, np.random.default_rng(0))

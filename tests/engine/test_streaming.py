@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from families import VOCABULARY, build, save, tokens
+from families import VOCABULARY, build, nm_units, save, tokens
 from torch import nn
 
 import msp
-from msp.engine.candidates import CandidateModel, LocalRunner, Ranks
+from msp.compressions.nm import NMCompression
+from msp.compressions.nm_ranks import Ranks, StoredRanks
+from msp.engine.candidates import CandidateModel, LocalRunner
 from msp.engine.fitness import Job
-from msp.engine.streaming import StoredRanks, StreamingRunner
+from msp.engine.streaming import StreamingRunner
 from msp.errors import MspError, UsageError
 from msp.evidence.evaluate import DenseReference
 from msp.evidence.fisher import fisher_traces
@@ -78,10 +80,7 @@ class Counted:
 
 
 def units_of(model: nn.Module) -> list[Unit]:
-    return [
-        Unit(linear.name, (linear.name,), linear.weight.numel(), 8, linear.block, linear.kind)
-        for linear in find_structure(model).linears
-    ]
+    return nm_units(find_structure(model).linears)
 
 
 def random_jobs(units: list[Unit], batches: int, count: int = 12) -> list[Job]:
@@ -109,7 +108,7 @@ def test_candidates_measure_what_they_do_in_memory(
     stored_ranks.update(ranks)
     reference = DenseReference(model, text, batch_size=2)
     jobs = random_jobs(units, reference.batches)
-    with CandidateModel(model, structure, ranks, units) as candidates:
+    with CandidateModel(model, structure, NMCompression(structure, ranks), units) as candidates:
         expected = LocalRunner(candidates, reference, structure).run(jobs)
 
     loaded, stored = load_stored(folder, device=CPU)
@@ -120,7 +119,9 @@ def test_candidates_measure_what_they_do_in_memory(
     assert streamed_reference.quality == reference.quality
     gates = GatedModel(loaded.model, counted.structure)
     size = 2 * 8 * model.config.hidden_size * 4
-    runner = StreamingRunner(gates, stored_ranks, units, streamed_reference, hidden_bytes=5 * size + 1)
+    runner = StreamingRunner(
+        gates, NMCompression(stored, stored_ranks), units, streamed_reference, hidden_bytes=5 * size + 1
+    )
     assert runner.run(jobs) == expected
     items = len({(job.levels, batch) for job in jobs for batch in job.batches})
     groups = -(-items // 5)
@@ -153,7 +154,9 @@ def test_what_candidates_share_runs_once(tmp_path: Path, monkeypatch: pytest.Mon
         return run_block(self, index, *args)
 
     gates = GatedModel(loaded.model, stored)
-    runner = StreamingRunner(gates, ranks, units, DenseReference(whole, text), hidden_bytes=2**30)
+    runner = StreamingRunner(
+        gates, NMCompression(stored, ranks), units, DenseReference(whole, text), hidden_bytes=2**30
+    )
     monkeypatch.setattr(GatedModel, "block", counting)
     runner.run(jobs)
     assert (ran[0], ran[1]) == (len(set(stems)), 4 * len(set(stems)))

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from families import SMALL, build, save_text, tokenizer, tokens
+from families import SMALL, build, nm_units, save_text, tokenizer, tokens
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import msp
 from msp import ops
+from msp.compressions.nm import NMCompression
 from msp.engine.candidates import CandidateModel
 from msp.errors import MspError
 from msp.evidence.calibration import stream_statistics
@@ -21,7 +22,6 @@ from msp.evidence.fisher import fisher_diagonals, fisher_traces
 from msp.models.stored import load_stored
 from msp.models.structure import find_structure
 from msp.packed.sparse_linear import SparseLinear
-from msp.plan.budget import Unit
 from msp.pruners import pruner_names
 
 NEEDS = frozenset({"input_sum_squares", "hessian"})
@@ -121,9 +121,9 @@ def test_candidates_change_every_place(kind: str) -> None:
     model, twin = MODELS[kind](), MODELS[kind]()
     structure = find_structure(model)
     prompt = tokens(2, 9, seed=1)
-    units = [Unit(x.name, (x.name,), x.weight.numel(), 8, x.block, x.kind) for x in structure.linears]
+    units = nm_units(structure.linears)
     ranks = {x.name: {8: ops.nm_rank(x.weight.contiguous(), 8)} for x in structure.linears}
-    with CandidateModel(model, structure, ranks, units) as candidate, torch.no_grad():
+    with CandidateModel(model, structure, NMCompression(structure, ranks), units) as candidate, torch.no_grad():
         candidate.apply([5] * len(units))
         found = model(prompt).logits
     for linear in find_structure(twin).linears:

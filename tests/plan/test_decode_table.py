@@ -21,7 +21,7 @@ from msp.models.structure import find_structure
 from msp.packed.sparse_linear import SparseLinear
 from msp.plan.decode_table import DecodeTable
 from msp.plan.levels import cost, levels_from_densities, repair
-from msp.plan.plans import Goal, PatternRules, make_plan, parse_time
+from msp.plan.plans import Goal, PatternRules, make_plan, parse_time, patterns_of
 from msp.session import opened
 
 STRUCTURE = find_structure(build("llama"))
@@ -89,12 +89,12 @@ def test_levels_rise_in_time_and_meet_the_budget(unit: str, seed: int) -> None:
     assert plan.objective == "nanoseconds" and plan.limit == limit and plan.dense_cost == dense_time(table)
     names = {linear.name: linear.shape for linear in STRUCTURE.linears}
     for entry in plan.units:
-        for level, pattern in enumerate(entry.patterns):
+        for level, pattern in enumerate(patterns_of(entry)):
             assert entry.costs[level] == sum(table.nanoseconds(names[name], Storage(pattern)) for name in entry.linears)
         dense = sum(table.nanoseconds(names[name], DENSE) for name in entry.linears)
         assert all(low + dense // 100 <= high for low, high in pairwise(entry.costs))
         # 6:8 and 7:8 take longer than dense here, so nothing is gained by them.
-        assert [str(p) for p in entry.patterns] == ["0:8", "1:8", "2:8", "3:8", "4:8", "5:8", "8:8"]
+        assert [level.label for level in entry.levels] == ["0:8", "1:8", "2:8", "3:8", "4:8", "5:8", "8:8"]
     rng = np.random.default_rng(seed)
     levels = levels_from_densities(rng.uniform(0, 1, len(plan.units)).tolist(), plan.units, plan.budget)
     for _ in range(40):

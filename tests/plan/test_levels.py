@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from families import nm_unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,7 +11,7 @@ from msp.plan.levels import kept_weights, levels_from_densities, repair
 
 
 def make_units(steps: list[int], group_size: int) -> list[Unit]:
-    return [Unit(f"u{i}", (f"u{i}",), step * group_size, group_size, i, "k") for i, step in enumerate(steps)]
+    return [nm_unit(f"u{i}", step * group_size, group_size, i, "k") for i, step in enumerate(steps)]
 
 
 @st.composite
@@ -34,7 +35,7 @@ def test_repair_meets_the_budget_from_anywhere(problem: tuple[list[Unit], Budget
     kept = kept_weights(levels, units)
     assert kept <= budget.limit
     assert budget.is_met(kept)
-    assert all(0 <= level <= unit.group_size for level, unit in zip(levels, units, strict=True))
+    assert all(0 <= level <= unit.top for level, unit in zip(levels, units, strict=True))
     assert (start == before).all()
 
 

@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from families import build
+from families import build, nm_unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +20,7 @@ from msp.models.as_loaded import StoredDtypes
 from msp.models.structure import find_structure
 from msp.plan.budget import Budget, Unit
 from msp.plan.levels import cost, levels_from_densities, repair
-from msp.plan.plans import Goal, PatternRules, make_plan, matches, parse_bytes
+from msp.plan.plans import Goal, PatternRules, make_plan, matches, parse_bytes, patterns_of
 
 STRUCTURE = find_structure(build("llama"))
 HALF = Goal(Fraction(1, 2))
@@ -30,6 +30,10 @@ def by_name(plan) -> dict[str, Unit]:
     return {unit.name: unit for unit in plan.units}
 
 
+def labels(unit: Unit) -> list[str]:
+    return [level.label for level in unit.levels]
+
+
 @st.composite
 def uneven_problems(draw: st.DrawFn) -> tuple[list[Unit], Budget]:
     """Units whose levels cost what they like, as long as it rises; some with one level only."""
@@ -37,8 +41,7 @@ def uneven_problems(draw: st.DrawFn) -> tuple[list[Unit], Budget]:
     for index in range(draw(st.integers(1, 5))):
         rises = draw(st.lists(st.sampled_from([1, 2, 7, 30, 97, 1000]), min_size=0, max_size=4))
         costs = tuple(np.cumsum([draw(st.integers(0, 50)), *rises]).tolist())
-        patterns = tuple(NMPattern(n, 8) for n in range(len(costs)))
-        units.append(Unit(f"u{index}", (f"u{index}",), 64, 8, index, "k", patterns, costs))
+        units.append(nm_unit(f"u{index}", 64, 8, index, "k", costs))
     least, most = sum(unit.costs[0] for unit in units), sum(unit.costs[-1] for unit in units)
     return units, Budget.for_units(units, draw(st.integers(least, most)))
 
@@ -65,7 +68,7 @@ def test_many_uneven_units_meet_the_budget_with_few_moves() -> None:
     units = []
     for index in range(60):
         costs = tuple(np.cumsum(rng.integers(1000, 9000, 9)).tolist())
-        units.append(Unit(f"u{index}", (f"u{index}",), 64, 8, index, "k", costs=costs))
+        units.append(nm_unit(f"u{index}", 64, 8, index, "k", costs))
     budget = Budget.for_units(units, sum(unit.costs[3] for unit in units))
     for _ in range(20):
         start = repair(rng.integers(0, 9, len(units)), units, budget, rng=rng)
@@ -88,7 +91,7 @@ def test_a_byte_cost_is_what_packing_takes(dtype: torch.dtype) -> None:
 
 def test_only_the_listed_patterns_are_levels() -> None:
     plan = make_plan(STRUCTURE, HALF, PatternRules.parse(8, "4:8, 2:8,6:8"))
-    assert {unit.patterns for unit in plan.units} == {tuple(NMPattern(n, 8) for n in (2, 4, 6))}
+    assert {patterns_of(unit) for unit in plan.units} == {tuple(NMPattern(n, 8) for n in (2, 4, 6))}
     rng = np.random.default_rng(0)
     levels = levels_from_densities([0.5] * len(plan.units), plan.units, plan.budget)
     for _ in range(60):
@@ -102,8 +105,8 @@ def test_patterns_of_several_group_sizes_go_where_they_fit() -> None:
     plan = make_plan(find_structure(model), HALF, PatternRules.parse(8, "1:4,2:4,2:8,6:8,7:16,3:4"))
     units = by_name(plan)
     # Of two that keep as much, the larger group leaves more choice.
-    assert [str(p) for p in units["model.layers.0.self_attn.q_proj"].patterns] == ["2:8", "7:16", "2:4", "6:8"]
-    assert [str(p) for p in units["model.layers.0.mlp.down_proj"].patterns] == ["1:4", "2:4", "3:4"]
+    assert labels(units["model.layers.0.self_attn.q_proj"]) == ["2:8", "7:16", "2:4", "6:8"]
+    assert labels(units["model.layers.0.mlp.down_proj"]) == ["1:4", "2:4", "3:4"]
     with pytest.raises(UsageError, match="multiple of 16, 32 input"):
         model = build("llama")
         for block in model.model.layers:
@@ -118,25 +121,27 @@ def test_pinned_linears_have_one_level_or_stay_dense() -> None:
     rules = PatternRules.parse(8, keep="layers.0.*=4:8,.*down_proj=dense,lm_head=dense")
     plan = make_plan(STRUCTURE, HALF, rules)
     units = by_name(plan)
-    assert all(unit.patterns == (NMPattern(4, 8),) for unit in plan.units if unit.block == 0)
+    assert all(labels(unit) == ["4:8"] for unit in plan.units if unit.block == 0)
     # The first rule that matches counts.
     assert units["model.layers.0.mlp.down_proj"].top == 0
     dense = {"model.layers.1.mlp.down_proj": "kept dense by .*down_proj=dense"}
     assert plan.skipped == {**dense, "lm_head": "the output head"}
     found = get_allocator("ramp").allocate(Problem(plan.units, plan.budget, None))  # type: ignore[arg-type]
-    patterns = Problem(plan.units, plan.budget, None).allocation(found.levels)  # type: ignore[arg-type]
+    patterns = plan.allocation(found.levels)
     assert str(patterns["model.layers.0.self_attn.v_proj"]) == "4:8"
     assert plan.limit == int(plan.total_weights / 2)
     for unit in ("linear", "block"):
         blocks = make_plan(STRUCTURE, HALF, PatternRules.parse(8, keep=".*k_proj=1:8"), unit=unit)
-        assert [str(u.patterns[0]) for u in blocks.units if u.top == 0] == ["1:8", "1:8"]
+        assert [u.levels[0].label for u in blocks.units if u.top == 0] == ["1:8", "1:8"]
 
 
 def test_compliant_patterns_keep_two_at_most() -> None:
     rules = PatternRules.parse(8, "0:8,1:4,2:4,3:4,2:8,3:8,2:16,8:8", "layers.0.*=2:4,lm_head=dense", compliant=True)
     assert {str(pattern) for pattern in rules.allowed} == {"0:8", "1:4", "2:4", "2:8", "2:16"}
     assert all(
-        p.always_compliant for unit in make_plan(STRUCTURE, Goal(Fraction(3, 5)), rules).units for p in unit.patterns
+        p.always_compliant
+        for unit in make_plan(STRUCTURE, Goal(Fraction(3, 5)), rules).units
+        for p in patterns_of(unit)
     )
     assert PatternRules.parse(4, compliant=True).allowed == tuple(NMPattern(n, 4) for n in range(3))
     with pytest.raises(UsageError, match=r"layers\.0\.\*=3:8 is not compliant"):

@@ -20,8 +20,8 @@ NAMES = [linear.name for linear in STRUCTURE.linears]
 def patterns_under(path: Path) -> dict[str, str]:
     plan = make_plan(STRUCTURE, Goal(None), read_rules(path))
     assert all(unit.top == 0 for unit in plan.units)
-    assert plan.limit == plan.fixed_cost + sum(unit.kept(0) for unit in plan.units)
-    return {name: str(unit.patterns[0]) for unit in plan.units for name in unit.linears}
+    assert plan.limit == plan.fixed_cost + sum(unit.costs[0] for unit in plan.units)
+    return {name: unit.levels[0].label for unit in plan.units for name in unit.linears}
 
 
 @pytest.mark.parametrize("file", ["allocation.json", "recipe.yaml"])

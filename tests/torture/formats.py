@@ -32,10 +32,10 @@ from texts import byte_tokenizer, random_text
 from msp.base.hashes import hash_tensor
 from msp.base.outputs import MARK, check_replaceable
 from msp.base.safetensors_files import INDEX, read_headers, read_tensor, tensor_files
+from msp.compressions.nm_database import LevelDatabase
+from msp.compressions.nm_database import _read_manifest as read_database
 from msp.engine import state as state_module
 from msp.engine.constants import DEFAULTS, read_constants
-from msp.engine.database import LevelDatabase
-from msp.engine.database import _read_manifest as read_database
 from msp.engine.evolution import UNLIMITED
 from msp.engine.state import load_state, save_state
 from msp.formats.patterns import Allocation, NMPattern

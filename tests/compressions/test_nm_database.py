@@ -22,14 +22,15 @@ from typer.testing import CliRunner
 import msp
 from msp.base.progress import NoProgress
 from msp.cli import app
+from msp.compressions.nm import NMCompression
+from msp.compressions.nm_database import LevelDatabase
 from msp.engine import candidates
 from msp.engine.candidates import CandidateModel
-from msp.engine.database import LevelDatabase
 from msp.errors import MspError, UsageError
 from msp.models.as_loaded import StoredDtypes
 from msp.models.structure import find_structure
 from msp.plan.budget import parse_sparsity
-from msp.plan.plans import Goal, PatternRules, make_plan
+from msp.plan.plans import Goal, PatternRules, make_plan, patterns_of
 from msp.pruners import LinearStatistics, get_pruner, sparsegpt
 from msp.session.workbench import Workbench
 from msp.text.token_sets import TokenSets, save_tokens
@@ -111,13 +112,16 @@ def test_a_candidate_is_the_model_with_those_weights(family, tmp_path: Path):
     windows, units = tokens(2, 9, seed=1), bench.plan.units
     dense = copy.deepcopy(bench.model)
     before = bench.model(input_ids=windows).logits
-    with CandidateModel(bench.model, bench.structure, levels, units) as candidate, torch.no_grad():
+    with (
+        CandidateModel(bench.model, bench.structure, NMCompression(bench.structure, levels), units) as candidate,
+        torch.no_grad(),
+    ):
         for seed in range(4):
-            drawn = [np.random.default_rng([seed, i]).integers(0, len(u.patterns)) for i, u in enumerate(units)]
+            drawn = [np.random.default_rng([seed, i]).integers(0, len(u.levels)) for i, u in enumerate(units)]
             candidate.apply(drawn)
             want = copy.deepcopy(dense)
             for unit, level in zip(units, drawn, strict=True):
-                weight, pattern = dense_weight(want, unit.name), unit.patterns[level]
+                weight, pattern = dense_weight(want, unit.name), patterns_of(unit)[level]
                 if pattern.is_empty:
                     weight.zero_()
                 elif not pattern.is_dense:
@@ -130,9 +134,10 @@ def test_a_pruner_that_only_selects_finds_the_same_either_way(tmp_path: Path):
     bench, pruner = make_bench(stored=torch.float32), get_pruner("wanda")
     sources = bench.dense_ranks(pruner), bench.levels(pruner, tmp_path / "database")
     windows, found = tokens(2, 9, seed=1), []
-    drawn = [np.random.default_rng(i).integers(0, len(unit.patterns)) for i, unit in enumerate(bench.plan.units)]
+    drawn = [np.random.default_rng(i).integers(0, len(unit.levels)) for i, unit in enumerate(bench.plan.units)]
     for source in sources:
-        with CandidateModel(bench.model, bench.structure, source, bench.plan.units) as candidate:
+        compression = NMCompression(bench.structure, source)
+        with CandidateModel(bench.model, bench.structure, compression, bench.plan.units) as candidate:
             candidate.apply(drawn)
             with torch.no_grad():
                 found.append(candidate.model(input_ids=windows).logits)
