@@ -49,7 +49,7 @@ SHAPE = {
 FITNESS_TOKENS = 8192
 # Without the emptied blocks of the first population, which would be most of so short a search. Without sensitivities:
 # they take far longer than two generations, and their bookkeeping is that of any candidate.
-SHORT = replace(EvolutionOptions(), generations=2, offspring=4, emptied=0, sensitivities=0)
+SHORT = replace(EvolutionOptions(), generations=2, offspring=4, emptied=0, patience=0)
 TURNS = 2
 # The limit for the error of the search's KL; with bf16 products it is off by about 1e-4 of 1.
 BOUND = 2e-3

@@ -80,7 +80,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no FIM seeds": {"seeds": ("ramp", "uniform")},
     "crossover": {"crossover_rate": 0.5},
     "no emptied blocks": {"emptied": 0},
-    "no sensitivities": {"sensitivities": 0},
+    "no sensitivities": {"patience": 0},
     "no racing": {"token_shares": (1.0,), "survivors": ()},
     "no shared prefixes": {"hidden_bytes": 0},
 }

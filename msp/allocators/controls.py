@@ -19,7 +19,7 @@ from msp.engine.operators import swap
 from msp.plan.levels import repair
 
 # One stage on all tokens, as the paper describes. Its constants are not public.
-PAPER = EvolutionOptions(token_shares=(1.0,), survivors=(), crossover_rate=0.5, emptied=0, sensitivities=0)
+PAPER = EvolutionOptions(token_shares=(1.0,), survivors=(), crossover_rate=0.5, emptied=0, patience=0)
 
 # 400 generations of 64 offspring of one parent. The stages have 2,048, 16,384 and 65,536 tokens, drawn again in every
 # generation, and 8, 2 and 1 offspring pass them (arXiv 2410.14649, the setting for unstructured sparsity). Here the
@@ -32,7 +32,7 @@ EVOPRESS = EvolutionOptions(
     token_shares=(1 / 32, 1 / 4, 1.0),
     survivors=(1 / 8, 1 / 4),
     emptied=0,
-    sensitivities=0,
+    patience=0,
     resample=True,
 )
 

@@ -11,6 +11,8 @@ from msp.base.reading import parse_yaml, read_yaml
 from msp.engine.evolution import UNLIMITED, EvolutionOptions
 from msp.errors import UsageError
 
+# Names of constants in older recipes.
+FORMER = {"sensitivities": "patience"}
 # The limit on the tokens has an option of its own.
 DEFAULTS = {field.name: field.default for field in fields(EvolutionOptions) if field.name != "tokens"}
 
@@ -36,7 +38,8 @@ def _read(given: str | Path) -> dict[str, Any]:
     try:
         found = read_yaml(given) if recipe else parse_yaml(f"{{{given}}}")
         if recipe:
-            found = {name: value for name, value in found["made_by"]["search"].items() if name in DEFAULTS}
+            recorded = {FORMER.get(name, name): value for name, value in found["made_by"]["search"].items()}
+            found = {name: value for name, value in recorded.items() if name in DEFAULTS}
             generations = found.get("generations")
             if isinstance(generations, int) and generations >= UNLIMITED:  # a limit on the tokens ended that search
                 del found["generations"]

@@ -70,7 +70,7 @@ class EvolutionOptions:
         survivors: share of the candidates that goes on to the next stage, for each stage but the last.
         crossover_rate: share of the random offspring that has two parents.
         emptied: number of the best seeds for which the first population also gets versions with emptied blocks.
-        sensitivities: a generation is bred from the measured effects of moving each unit of the best individual by
+        patience: a generation is bred from the measured effects of moving each unit of the best individual by
             one step (``Sensitivities``), until the same individual has been the best for this number of generations;
             random offspring follow. 0 turns this off. The effects are measured on tokens drawn for them alone.
         resample: if true, every generation races on newly drawn tokens; if false, always on the first tokens. The
@@ -89,7 +89,7 @@ class EvolutionOptions:
     survivors: tuple[float, ...] = (0.3, 0.3)
     crossover_rate: float = 0.0
     emptied: int = 2
-    sensitivities: int = 3
+    patience: int = 3
     resample: bool = False
     tokens: int | None = None
 
@@ -223,7 +223,7 @@ class Evolution:
         """Children of the best individual by the sensitivities; none if it is stale or the tokens do not suffice."""
         state = self._state
         best, base = state.population[0]
-        if self._stale() >= self._options.sensitivities or best == math.inf:
+        if self._stale() >= self._options.patience or best == math.inf:
             return []
         moves = single_moves(base, self._units, self._step)
         moves = least_known(moves, state.effects, base, MOVES, rng)

@@ -20,6 +20,8 @@ from msp.plan.budget import Budget, Unit
 
 # The name, in messages, of the levels that the first population comes from.
 FIRST = "first individuals"
+# Entries of the identity that had another name.
+FORMER = {"search option sensitivities": "search option patience"}
 KEYS = ("checksum", "identity", "generation", "tokens", "population", "measured", "history", "first_stage", "effects")
 
 
@@ -105,7 +107,9 @@ def read_checkpoint(path: Path, identity: Identity, *, partial: bool = False) ->
         content = table(read_json(path), "the file", ("identity",))
         if not isinstance(content["identity"], dict):
             raise MspError("this msp does not read it: start anew, without resume")
-        found = {name: text(value, f"identity: {name}") for name, value in content["identity"].items()}
+        found = {
+            FORMER.get(name, name): text(value, f"identity: {name}") for name, value in content["identity"].items()
+        }
         table(content, "the file", KEYS)
         if content["checksum"] != _checksum({key: value for key, value in content.items() if key != "checksum"}):
             raise MspError("its checksum is another: the file is damaged")

@@ -107,7 +107,7 @@ def test_what_share_of_the_offspring_are_crossovers(name: str, bred: float, monk
     monkeypatch.setattr(evolution, "crossover", counted)
     monkeypatch.setattr(evolution, "swap", mutated)
     # without sensitivities msp breeds at random, too
-    allocate(name, evaluations=64 * 10, constants={"sensitivities": 0})
+    allocate(name, evaluations=64 * 10, constants={"patience": 0})
     children = calls.count("swap")
     assert children >= 64 * 10
     assert 0.8 * bred * children <= calls.count("crossover") <= 1.2 * bred * children
@@ -119,14 +119,14 @@ def test_the_random_search_measures_sensitivities_and_reads_no_traces(monkeypatc
 
     monkeypatch.setattr(Evidence, "fisher_traces", refuse)
     _, bowl = allocate("msp-random", evaluations=32)
-    _, plain = allocate("msp-random", evaluations=32, constants={"sensitivities": 0})
+    _, plain = allocate("msp-random", evaluations=32, constants={"patience": 0})
     assert len(bowl.seen) >= len(plain.seen) + len(UNITS)  # a move of every unit was measured besides
     with pytest.raises(AssertionError, match="traces were read"):
         allocate("msp", evaluations=16)
 
 
 def test_ours_empties_runs_of_blocks_and_races_what_comes_of_it() -> None:
-    found, bowl = allocate("msp", evaluations=16, constants={"sensitivities": 0})
+    found, bowl = allocate("msp", evaluations=16, constants={"patience": 0})
     first = [levels for stage, levels in bowl.seen if stage == 0][:-16]
     empty = [{unit.block for unit, level in zip(UNITS, levels, strict=True) if level} for levels in first]
     runs = [set(range(6)) - blocks for blocks in empty if len(blocks) < 6]

@@ -39,7 +39,7 @@ from msp.plan.budget import Budget, Level, Unit
 from msp.plan.levels import Levels, cost, kept_weights
 
 BATCHES = 12
-OPTIONS = EvolutionOptions(generations=6, population=4, parents=3, offspring=6, sensitivities=2)
+OPTIONS = EvolutionOptions(generations=6, population=4, parents=3, offspring=6, patience=2)
 
 
 @pytest.fixture(autouse=True)

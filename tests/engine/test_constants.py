@@ -15,8 +15,8 @@ from msp.errors import UsageError
 
 
 def test_a_text_names_fields() -> None:
-    given = "crossover_rate: 0, survivors: [0.5, 1], sensitivities: 0, emptied: 3"
-    expected = {"crossover_rate": 0, "survivors": (0.5, 1), "sensitivities": 0, "emptied": 3}
+    given = "crossover_rate: 0, survivors: [0.5, 1], patience: 0, emptied: 3"
+    expected = {"crossover_rate": 0, "survivors": (0.5, 1), "patience": 0, "emptied": 3}
     assert read_constants(given) == read_constants(expected) == expected
 
 
@@ -43,13 +43,20 @@ def test_what_cannot_be_is_named(given: str, told: str) -> None:
 
 def test_a_recipe_says_how_to_search_as_it_did(llama: Path, text: Path, tmp_path: Path) -> None:
     options = {"sparsity": 0.7, "calibration": text, "evaluations": 32, **SMALL}
-    changed = {"sensitivities": 0, "emptied": 0, "parents": 3, "survivors": [0.5, 0.5]}
+    changed = {"patience": 0, "emptied": 0, "parents": 3, "survivors": [0.5, 0.5]}
     first = search(llama, output=tmp_path / "found", search_options=changed, **options)
     recorded = first.recipe["search"]
     assert {name: recorded[name] for name in changed} == changed | {"survivors": (0.5, 0.5)}
     again = search(llama, search_options=tmp_path / "found" / "recipe.yaml", **options)
     assert again.history == first.history and again.allocation == first.allocation
     assert first.history != search(llama, **options).history
+
+
+def test_an_older_recipe_has_older_names(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("made_by:\n  search:\n    sensitivities: 1\n    parents: 3\n")
+    assert read_constants(tmp_path / "recipe.yaml") == {"patience": 1, "parents": 3}
+    with pytest.raises(UsageError, match="unknown search option 'sensitivities'"):
+        read_constants("sensitivities: 1")
 
 
 def test_tokens_that_ended_a_search_leave_no_endless_one(llama: Path, text: Path, tmp_path: Path) -> None:

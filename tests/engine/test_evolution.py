@@ -15,12 +15,13 @@ from landscapes import BUDGET, UNITS, Quadratic, start
 from msp.engine.evolution import Evolution, EvolutionOptions
 from msp.engine.fitness import Key
 from msp.engine.operators import crossover, swap
+from msp.engine.state import _checksum
 from msp.errors import MspError, UsageError
 from msp.plan.budget import Budget
 from msp.plan.levels import Levels, kept_weights
 
 # nothing but the seeds before the first generation
-PLAIN = EvolutionOptions(emptied=0, sensitivities=0)
+PLAIN = EvolutionOptions(emptied=0, patience=0)
 
 
 def test_the_search_improves_and_keeps_the_budget() -> None:
@@ -64,7 +65,7 @@ def test_sensitivities_are_measured_at_the_best_until_they_lead_nowhere() -> Non
 
     around: list[Levels] = []
     draws: list[int] = []
-    options = EvolutionOptions(generations=30, sensitivities=2)
+    options = EvolutionOptions(generations=30, patience=2)
     _, history = Evolution(UNITS, BUDGET, start(), Watched(), options=options).run()
     best = [step.best for step in history]
     ages = [len(best[:end]) - 1 - best.index(best[end - 1]) for end in range(1, len(best))]
@@ -143,6 +144,20 @@ def test_a_resumed_search_ends_where_the_whole_one_does(tmp_path: Path) -> None:
     assert 0 < fitness.tokens < whole[1][-1].tokens
 
 
+def test_a_checkpoint_with_an_older_name_of_a_constant_is_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "search.json"
+    Evolution(UNITS, BUDGET, start(), Quadratic(), options=EvolutionOptions(generations=2), checkpoint=path).run()
+    content = json.loads(path.read_text())
+    content["identity"]["search option sensitivities"] = content["identity"].pop("search option patience")
+    content["checksum"] = _checksum({key: value for key, value in content.items() if key != "checksum"})
+    path.write_text(json.dumps(content))
+    options = {"checkpoint": path, "resume": True}
+    Evolution(UNITS, BUDGET, start(), Quadratic(), options=EvolutionOptions(generations=3), **options).run()
+    with pytest.raises(MspError, match="search option patience"):
+        other = EvolutionOptions(generations=3, patience=1)
+        Evolution(UNITS, BUDGET, start(), Quadratic(), options=other, **options)
+
+
 def test_a_killed_search_loses_at_most_a_generation(tmp_path: Path) -> None:
     path = tmp_path / "search.json"
     script = textwrap.dedent(
@@ -157,13 +172,13 @@ def test_a_killed_search_loses_at_most_a_generation(tmp_path: Path) -> None:
                 if self.tokens == 72:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return super().loss(key, stage, draw)
-        options = EvolutionOptions(generations=9, emptied=0, sensitivities=0)
+        options = EvolutionOptions(generations=9, emptied=0, patience=0)
         Evolution(UNITS, BUDGET, start(), Dying(), options=options, checkpoint=Path({str(path)!r})).run()
         """
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
     assert json.loads(path.read_text())["generation"] == 3
-    options = EvolutionOptions(generations=9, emptied=0, sensitivities=0)
+    options = EvolutionOptions(generations=9, emptied=0, patience=0)
     resumed = Evolution(UNITS, BUDGET, start(), Quadratic(), options=options, checkpoint=path, resume=True).run()
     whole = Evolution(UNITS, BUDGET, start(), Quadratic(), options=options).run()
     assert (resumed[0] == whole[0]).all()
