@@ -107,9 +107,10 @@ def read_checkpoint(path: Path, identity: Identity, *, partial: bool = False) ->
         content = table(read_json(path), "the file", ("identity",))
         if not isinstance(content["identity"], dict):
             raise MspError("this msp does not read it: start anew, without resume")
-        found = {
-            FORMER.get(name, name): text(value, f"identity: {name}") for name, value in content["identity"].items()
+        entries: dict[str, str] = {
+            name: text(value, f"identity: {name}") for name, value in content["identity"].items()
         }
+        found = {FORMER.get(name, name): value for name, value in entries.items()}
         table(content, "the file", KEYS)
         if content["checksum"] != _checksum({key: value for key, value in content.items() if key != "checksum"}):
             raise MspError("its checksum is another: the file is damaged")
