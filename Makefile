@@ -27,8 +27,11 @@ build: $(INSTALLED) ## make .venv and the compiled modules (the other targets do
 demo: $(INSTALLED) ## train a small model, prune it two ways, compare, generate: minutes, no download
 	$(BIN)/python -m msp.cli.demo
 
-test: $(INSTALLED) ## the whole test suite; ARGS="tests/ops -k select" for less
-	$(BIN)/python -m pytest $(ARGS)
+# Whole files go to one process for each core; four are enough memory for a machine of 16 GB. WORKERS=0 runs all in one.
+WORKERS ?= logical
+SPREAD = -n $(WORKERS) --maxprocesses 4 --dist loadfile
+test: $(INSTALLED) ## the whole test suite; ARGS="tests/ops -k select" for less, WORKERS=0 for one process
+	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
 # At least one file of every room; none that builds, kills or waits.
 DAILY := $(addprefix tests/, formats/test_patterns.py plan/test_levels.py plan/test_plan.py plan/test_recipe.py \
@@ -41,7 +44,7 @@ check: lint types ## for every day, a minute: lint, types and the quick tests of
 	$(BIN)/python -m pytest -q $(DAILY) -k "not compiles" $(ARGS)
 
 coverage: $(INSTALLED) ## the test suite, with the share of msp it runs; fails below 90 %
-	$(BIN)/python -m pytest --cov=msp --cov-report=term-missing:skip-covered --cov-fail-under=90 $(ARGS)
+	$(BIN)/python -m pytest $(SPREAD) --cov=msp --cov-report=term-missing:skip-covered --cov-fail-under=90 $(ARGS)
 
 lint: $(INSTALLED) ## ruff and clang-format, changing nothing
 	$(BIN)/ruff check .

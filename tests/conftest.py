@@ -2,8 +2,15 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+import shares
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # before torch reads it; tests that are about threads set their number themselves
+    os.environ.setdefault("OMP_NUM_THREADS", str(shares.threads_of_a_worker(int(workers))))
+
 import torch
 from isas import isa as isa
 
@@ -20,6 +27,17 @@ def pytest_sessionstart() -> None:
         check_required()
     except MspError as error:
         pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return shares.scheduling(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a worker, begin with what takes long."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: shares.place_of(item.nodeid))
 
 
 @pytest.fixture(scope="module")

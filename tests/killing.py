@@ -1,4 +1,8 @@
-"""Kills ``msp`` without a chance to say goodbye, at random moments, until the last run is let through."""
+"""Runs ``msp`` in processes of its own, and kills it at random moments until the last run is let through.
+
+Four fifths of a small run are imports. A server that has done them is forked for a run that is killed: so kills land in
+the work. All forks share the seed of the server's hashes; the last run is a new Python with another seed.
+"""
 
 from __future__ import annotations
 
@@ -8,41 +12,103 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from time import monotonic
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+FORKS = get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        "matplotlib.pyplot",
+        "transformers.models.llama.modeling_llama",
+        "msp.verbs.info",
+        "msp.cli.running",
+        "msp.verbs.pareto",
+        "msp.show.pictures",
+        "msp.verbs.prune",
+        "msp.show.report",
+        "msp.verbs.search",
+        "msp.session.streamed_workbench",
+    ]
+)
 
 
 @dataclass
 class Killed:
-    """What became of a command: how often it was killed, after how many seconds, and how the last run of it ended."""
+    """What became of a command: after how many seconds it was killed each time, and what its last run said."""
 
-    after: list[float] = field(default_factory=list)
-    code: int | None = None
-    stdout: str = ""
-    stderr: str = ""
-
-
-def command(*arguments: str | Path) -> list[str]:
-    """``msp`` of the code under test."""
-    return [sys.executable, "-m", "msp", *map(str, arguments)]
+    after: list[float]
+    stdout: str
+    stderr: str
 
 
-def run_once(arguments: Sequence[str | Path], folder: Path, **environment: str) -> tuple[float, Killed]:
-    """How long a run takes, which nothing disturbs, and what it says; it must succeed."""
-    start = time.monotonic()
+class Forked:
+    """``msp`` in a fork of the server, in ``folder``, on one thread."""
+
+    def __init__(self, arguments: Sequence[str | Path], folder: Path) -> None:
+        self._said = [folder.parent / f"{folder.name}.{stream}" for stream in ("out", "err")]
+        self._process = FORKS.Process(target=_run, args=([*map(str, arguments)], folder, self._said))
+        self._process.start()
+
+    def ends_within(self, seconds: float | None) -> bool:
+        self._process.join(seconds)
+        return self._process.exitcode is not None
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+        assert self._process.exitcode == -signal.SIGKILL
+
+    def result(self) -> tuple[int | None, str, str]:
+        """After it ended: the exit code, and what it said on both streams."""
+        stdout, stderr = (file.read_text() for file in self._said)
+        return self._process.exitcode, stdout, stderr
+
+
+def _run(arguments: list[str], folder: Path, said: list[Path]) -> None:
+    import torch
+
+    from msp.cli import main
+
+    os.environ |= ENVIRONMENT
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))  # as `python -m msp` has it
+    for descriptor, file in zip((1, 2), said, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.argv = ["msp", *arguments]
+    main()
+
+
+def run_fresh(arguments: Sequence[str | Path], folder: Path, **environment: str) -> Killed:
+    """``msp`` as a user starts it, in a new Python with hash seeds of its own; it must succeed."""
     done = subprocess.run(
-        command(*arguments),
+        [sys.executable, "-m", "msp", *map(str, arguments)],
         cwd=folder,
         env={**os.environ, **ENVIRONMENT, **environment},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    return time.monotonic() - start, Killed([], 0, done.stdout, done.stderr)
+    return Killed([], done.stdout, done.stderr)
+
+
+def run_forked(arguments: Sequence[str | Path], folder: Path) -> tuple[int | None, str, str]:
+    """The exit code of a run, and what it says on both streams."""
+    run = Forked(arguments, folder)
+    run.ends_within(None)
+    return run.result()
+
+
+def run_once(arguments: Sequence[str | Path], folder: Path) -> tuple[float, Killed]:
+    """How long a run takes, which nothing disturbs, and what it says; it must succeed."""
+    start = monotonic()
+    code, *said = run_forked(arguments, folder)
+    assert code == 0, said
+    return monotonic() - start, Killed([], *said)
 
 
 def run_and_kill(
@@ -56,36 +122,26 @@ def run_and_kill(
 ) -> Killed:
     """Run ``msp`` in ``folder`` and kill it ``kills`` times, each time a random while after it began; then let it end.
 
+    The last run must succeed.
+
     Args:
         seconds: what an undisturbed run takes; moments are drawn evenly from it, so that a run on a busy machine is
             killed early and one on an idle machine may end before: then nothing is left to kill.
         resume: added to every run after the first.
     """
-    found = Killed()
-    while True:
-        more = resume if found.after else ()
-        process = subprocess.Popen(
-            command(*arguments, *more),
-            cwd=folder,
-            env={**os.environ, **ENVIRONMENT},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        if len(found.after) < kills:
-            moment = draw.uniform(0, seconds)
-            try:
-                found.stdout, found.stderr = process.communicate(timeout=moment)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-                assert process.returncode == -signal.SIGKILL
-                found.after.append(moment)
-                continue
-        else:
-            found.stdout, found.stderr = process.communicate()
-        found.code = process.returncode
-        return found
+    after: list[float] = []
+    while len(after) < kills:
+        run = Forked([*arguments, *(resume if after else ())], folder)
+        moment = draw.uniform(0, seconds)
+        if run.ends_within(moment):
+            code, *said = run.result()
+            assert code == 0, said
+            return Killed(after, *said)
+        run.kill()
+        after.append(moment)
+    ended = run_fresh([*arguments, *resume], folder)
+    ended.after = after
+    return ended
 
 
 def bytes_below(folder: Path) -> dict[str, str]:

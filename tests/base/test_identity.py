@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 import textwrap
 import warnings
 from collections.abc import Callable
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from families import SMALL, build, save, save_text
+from killing import run_forked
 from safetensors.torch import load_file, save_file
 
 import msp
@@ -196,19 +195,20 @@ LOSS = """
 
 
 def test_a_loss_of_the_users_own_is_looked_into(home: Path) -> None:
-    """Each run in a process of its own, as a user has it."""
+    """Each run in a process of its own, as a user has it: the module of the loss is imported anew."""
     arguments = ["--window=16", "--calibration-tokens=64", "--fitness-tokens=64", "--test-tokens=64", "--device=cpu"]
     arguments += ["--calibration=text.txt", "--evaluations=16", "--fitness=mine:loss", "--work-dir=work", "-o", "out"]
 
-    def search(weight: float, *more: str) -> subprocess.CompletedProcess[str]:
+    def search(weight: float, *more: str) -> tuple[int | None, str]:
+        shutil.rmtree(home / "__pycache__", ignore_errors=True)  # which knows times of whole seconds only
         (home / "mine.py").write_text(textwrap.dedent(LOSS.format(weight=weight)))
-        command = [sys.executable, "-m", "msp", "search", "model", *arguments, *more]
-        return subprocess.run(command, cwd=home, capture_output=True, text=True)
+        code, _, told = run_forked(["search", "model", *arguments, *more], home)
+        return code, told
 
-    assert search(1.0).returncode == 0
-    assert search(1.0, "--resume").returncode == 0
-    refused = search(2.0, "--resume")
-    assert refused.returncode == 1 and "the sources of the fitness differ" in refused.stderr
+    assert search(1.0)[0] == 0
+    assert search(1.0, "--resume")[0] == 0
+    code, told = search(2.0, "--resume")
+    assert code == 1 and "the sources of the fitness differ" in told
 
 
 class Weighted:

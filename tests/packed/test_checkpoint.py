@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -127,17 +128,19 @@ def test_info_tells_what_a_gpu_unpacks(model: PreTrainedModel, tmp_path: Path) -
     found = [linear(pattern).fast_prefill_bytes for pattern in ("2:8", "5:8", "7:8", "8:8", "0:8")]
     assert found == [4096 * 4096 * 9 // 8, 4096 * 4096 * 2, 0, 0, 0]
     assert linear("2:8", columns=4104).fast_prefill_bytes == linear("2:8", dtype="F32").fast_prefill_bytes == 0
-    slower = {pattern: linear(pattern).slower_from_tokens for pattern in ("2:8", "5:8", "7:8", "5:16")}
-    assert slower["7:8"] == 0 and slower["2:8"] == slower["5:8"] > slower["5:16"] > 1
-    shown = dataclasses.replace(info, linears=tuple(map(linear, ("2:8", "7:8", "5:8", "5:16"))))
+    # a number of tokens wherever packing costs time, which is where prefill keeps something else
+    patterns = ("2:8", "5:8", "7:8", "5:16")
+    slower = {pattern: linear(pattern).slower_from_tokens for pattern in patterns}
+    assert all((tokens > 1) == bool(linear(pattern).fast_prefill_bytes) for pattern, tokens in slower.items())
+    shown = dataclasses.replace(info, linears=tuple(map(linear, patterns)))
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(packed_report(shown))
     text = console.export_text()
     assert "1 linears save too little" in text and "unpacked once" in text
     plainly = " ".join(text.split())
     assert "long prompts are slower than with dense weights, by calculation (not measured)" in plainly
-    long, short = slower["2:8"], slower["5:16"]
-    assert f"2 linears from about {long} tokens on, 1 linears from about {short} tokens on" in plainly
+    for tokens, count in Counter(filter(None, slower.values())).items():
+        assert f"{count} linears from about {tokens} tokens on" in plainly
     assert "msp.fast_prefill(model) unpacks once" in plainly
     assert "takes up to 85.98 MB more there, beside the 33.55 MB of these linears" in plainly
 
