@@ -5,7 +5,7 @@ JSON. The figures in CONTRIBUTING.md are from `benchmarks/results/house.json`, w
 the commits that it names.
 
 The walk of a sparsity counts the calls, each once, that lead to its parsing and to the budget that is made of it. The
-walk of a weight counts the functions that get or return the packed weight of a linear, from the pruner to the files.
+walk of a weight counts the calls that get or return the packed weight of a linear, from the pruner to the files.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ def walks(root: Path) -> dict[str, Any]:
     calls: dict[tuple[str, str], None] = {}
     budget_is_made = False
     weight: dict[tuple[str, str], None] = {}
+    frames: set[int] = set()
+    handed = made = 0
     pruned = False
 
     def stack(frame: FrameType | None) -> list[FrameType]:
@@ -79,7 +81,7 @@ def walks(root: Path) -> dict[str, Any]:
         return found
 
     def watch(frame: FrameType, event: str, value: Any) -> None:
-        nonlocal pruned, budget_is_made
+        nonlocal pruned, budget_is_made, handed, made
         code = frame.f_code
         if event not in ("call", "return") or not code.co_filename.startswith(inside) or code.co_name.startswith("<"):
             return
@@ -92,10 +94,16 @@ def walks(root: Path) -> dict[str, Any]:
             chain = [each.co_qualname for each in own if not each.co_name.startswith("<")]
             calls.update(dict.fromkeys(pairwise(reversed(chain))))
             budget_is_made = code.co_name == "for_units"
-        if not pruned or key in weight or any(each.f_code.co_name in ASIDE for each in stack(frame)):
+        if not pruned or any(each.f_code.co_name in ASIDE for each in stack(frame)):
             return
+        made += event == "call" and code.co_qualname == "SparseLinear.__init__"
         if code.co_qualname == "KeepingPruner.prune" or any(map(carries, given)):
             weight[key] = None
+            handed += event == "call" or id(frame) not in frames
+            if event == "call":
+                frames.add(id(frame))
+        if event == "return":
+            frames.discard(id(frame))
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -110,14 +118,19 @@ def walks(root: Path) -> dict[str, Any]:
         }
         sys.setprofile(watch)
         try:
-            msp.prune(folder / "dense", sparsity=0.5, output=folder / "out", **asked, **sets)
+            result = msp.prune(folder / "dense", sparsity=0.5, output=folder / "out", **asked, **sets)
         finally:
             sys.setprofile(None)
-    files = {file for file, _ in weight}
+    files, linears = {file for file, _ in weight}, len(result.allocation)
     return {
         "sparsity to budget": {"calls": len(calls)},
         "way of the sparsity": [" -> ".join(call) for call in calls],
-        "weight to file": {"functions": len(weight), "rooms": len({file.split("/")[0] for file in files})},
+        "weight to file": {
+            "calls for a linear": round(handed / linears, 1),
+            "modules made for a linear": round(made / linears, 1),
+            "functions": len(weight),
+            "rooms": len({file.split("/")[0] for file in files}),
+        },
         "way of the weight": [f"{file} {function}" for file, function in weight],
     }
 

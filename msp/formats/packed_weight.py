@@ -162,6 +162,8 @@ class PackedWeight:
         if dtype is not None and dtype not in VALUE_DTYPES:
             raise TypeError(f"values cannot be {dtype}")
         values = self.values.to(device=device or self.device, dtype=dtype or self.dtype)
+        if values is self.values and self.bitmask.device == values.device:
+            return self
         return PackedWeight(values, self.bitmask.to(values.device), self.pattern, self.shape)
 
     def unpack(self) -> Tensor:

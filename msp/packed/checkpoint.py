@@ -39,23 +39,24 @@ from msp.packed.info import PackedInfo, read_info
 from msp.packed.model_card import model_card
 from msp.packed.sparse_linear import (
     at_places,
+    by_weight,
     find_linear,
     guarded_state_dict,
     note_pattern,
     shape_of,
-    shared_by,
-    storages_of,
 )
 
 
 def manifest_of(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> Manifest:
     """The manifest of a model whose linears are packed in place; ``MspError`` if no linear is packed."""
-    storages = storages_of(model)
-    if not storages:
+    weights = by_weight(model)
+    if not weights:
         raise MspError(f"this {type(model).__name__} has no packed linears: prune it first")
+    storages = {names[0]: storage for names, storage in weights}
     shapes = {name: shape_of(model.get_submodule(name)) for name in storages}
     versions = {"msp": __version__, "torch": str(torch.__version__), "transformers": transformers_version}
-    return Manifest(storages, shapes, recipe or {}, versions, shared_by(model))
+    shared = {other: names[0] for names, _ in weights for other in names[1:]}
+    return Manifest(storages, shapes, recipe or {}, versions, shared)
 
 
 def replace_linears(model: nn.Module, packed: Mapping[str, PackedWeight | CodedWeight]) -> None:

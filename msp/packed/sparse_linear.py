@@ -454,15 +454,15 @@ def storages_of(model: nn.Module) -> dict[str, Storage]:
 
     The storage of a weight with several places is under the first of their names, see ``shared_by``.
     """
-    return {names[0]: storage for names, storage in _by_weight(model)}
+    return {names[0]: storage for names, storage in by_weight(model)}
 
 
 def shared_by(model: nn.Module) -> dict[str, str]:
     """The name of every further place of a weight, with the name of the weight's first place."""
-    return {other: names[0] for names, _ in _by_weight(model) for other in names[1:]}
+    return {other: names[0] for names, _ in by_weight(model) for other in names[1:]}
 
 
-def _by_weight(model: nn.Module) -> list[tuple[list[str], Storage]]:
+def by_weight(model: nn.Module) -> list[tuple[list[str], Storage]]:
     """The names and the storage of every weight that has a storage, in the order of ``named_modules``."""
     found: dict[Hashable, tuple[list[str], Storage]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

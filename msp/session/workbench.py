@@ -388,7 +388,9 @@ class Workbench:
 
     def _rounded(self, packed: PackedWeight, stored: torch.dtype) -> PackedWeight:
         computed = packed.dtype
-        return packed.to(dtype=stored).to(dtype=computed, device=device_of(self.model))
+        if stored != computed:
+            packed = packed.to(dtype=stored)
+        return packed.to(device_of(self.model), computed)
 
     def _stream(
         self, needs: frozenset[str], *, sequential: bool, only: Container[str] | None = None, label: str = ""

@@ -77,7 +77,8 @@ class MemoryWriter:
             if self._allocation[linear.name].is_dense:
                 for module in linear.modules:
                     note_pattern(module, self._allocation[linear.name])
-        mark_packed(self._bench.model)
+        if self._output is None:  # saving marks it too
+            mark_packed(self._bench.model)
         give_back()  # saving takes memory too
 
     def save(self, recipe: Mapping[str, Any], clock: Clock) -> None:

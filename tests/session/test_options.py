@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ import msp
 from msp.allocators.base import Allocated, Problem
 from msp.cli import app
 from msp.errors import UsageError
-from msp.plan.budget import Budget
 from msp.pruners import KeepingPruner, Scoring
 from msp.session import arguments
 from msp.session.arguments import PruneArguments, defaults
@@ -124,35 +122,6 @@ def test_objects_serve_without_registration(folder: Path) -> None:
     assert (result.recipe["pruner"], result.recipe["allocator"]) == ("last", "even")
     rows = msp.compare(folder / "dense", allocators=["uniform"], pruners=[Last(), "magnitude"], seeds=[0], **asked).rows
     assert [row.pruner for row in rows if row.seed == 0] == ["last", "magnitude"]
-
-
-def test_a_sparsity_is_a_budget_after_few_calls(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The functions of msp that pass the sparsity on, from the verb to the budget of the units."""
-    found: list[list[str]] = []
-    make: Any = Budget.for_units.__func__
-
-    def spy(cls: type[Budget], *given: Any) -> Budget:
-        frame, stack = sys._getframe(1), []
-        while frame is not None:
-            code = frame.f_code
-            if "/msp/" in code.co_filename.replace("\\", "/") and code.co_name != "<listcomp>":
-                stack.append(f"{Path(code.co_filename).stem}.{code.co_name}")
-            frame = frame.f_back
-        found.append(stack)
-        return make(cls, *given)
-
-    monkeypatch.setattr(Budget, "for_units", classmethod(spy))
-    msp.search(
-        folder / "dense",
-        sparsity=0.5,
-        allocator="uniform",
-        calibration=str(folder / "text.txt"),
-        device="cpu",
-        **SMALL,
-    )
-    (stack,) = found
-    # Options.parse has returned, and for_units itself is the last
-    assert len(stack) + 2 <= 6, stack
 
 
 def test_results_have_a_repr_worth_reading(folder: Path, tmp_path: Path) -> None:
