@@ -5,6 +5,7 @@ from fractions import Fraction
 from itertools import product
 
 import pytest
+from families import nm_unit
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ from msp.plan.budget import Budget, Unit, parse_sparsity
 
 
 def unit(name: str, weights: int, group_size: int = 8, block: int = 0, kind: str = "k") -> Unit:
-    return Unit(name, (name,), weights, group_size, block, kind)
+    return nm_unit(name, weights, group_size, block, kind)
 
 
 @given(st.sampled_from(GROUP_SIZES).flatmap(lambda m: st.tuples(st.integers(0, m), st.just(m))))
