@@ -25,16 +25,7 @@ def triton(weight: Tensor, terms: Terms, group_size: int) -> Tensor:
 
     check_finite(weight, terms)
     rank = weight.new_empty(weight.shape, dtype=torch.uint8)
-    kernels.nm_rank(
-        weight,
-        rank,
-        group_size=group_size,
-        kind=terms.kind,
-        column_scale=terms.column_scale,
-        row_term=terms.row_term,
-        column_term=terms.column_term,
-        matrix=terms.matrix,
-    )
+    kernels.nm_rank(weight, rank, terms.for_kernels, group_size=group_size, kind=terms.kind)
     return rank
 
 

@@ -40,17 +40,7 @@ def triton(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> tup
     check_finite(weight, terms)
     values, bitmask = _empty(weight, n, m)
     kernels.nm_select(
-        weight,
-        values,
-        bitmask,
-        n=n,
-        group_size=m,
-        kind=terms.kind,
-        compliant=compliant,
-        column_scale=terms.column_scale,
-        row_term=terms.row_term,
-        column_term=terms.column_term,
-        matrix=terms.matrix,
+        weight, values, bitmask, terms.for_kernels, n=n, group_size=m, kind=terms.kind, compliant=compliant
     )
     return values, bitmask
 
