@@ -73,16 +73,8 @@ def rank_in_groups(scores: Tensor, group_size: int) -> Tensor:
     return rank.t().reshape(scores.shape)
 
 
-def check_scoring(
-    weight: Tensor,
-    group_size: int,
-    column_scale: Tensor | None,
-    row_term: Tensor | None,
-    column_term: Tensor | None,
-    importance: Tensor | None,
-    scores: Tensor | None,
-) -> Terms:
-    """The terms in fp32, after every check that reads no value; ``check_finite`` has the others.
+def check_scoring(weight: Tensor, group_size: int, given: Terms) -> Terms:
+    """The terms ``given`` in fp32, after every check that reads no value; ``check_finite`` has the others.
 
     Raises:
         TypeError: no weight or term can have this dtype.
@@ -90,8 +82,7 @@ def check_scoring(
     """
     check_matrix("weight", weight, group_size)
     rows, columns = weight.shape
-    given = Terms(column_scale, row_term, column_term, importance, scores)
-    if given.kind == MAGNITUDE and column_term is None:
+    if given.kind == MAGNITUDE and given.column_term is None:
         return given
     shapes = ((columns,), (rows,), (columns,), (rows, columns), (rows, columns))
     named = []

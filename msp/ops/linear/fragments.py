@@ -15,9 +15,9 @@ from torch import Tensor
 from msp.formats.packed_weight import VALUE_DTYPES, count_bits, unpack_bits
 from msp.formats.patterns import NMPattern
 from msp.formats.positions import check_compliant, check_parts, check_positions
+from msp.ops._compiled import compiled
 from msp.ops._dispatch import cuda_serves
 from msp.ops.linear import rows as in_rows
-from msp.ops.linear.compiled import compiled
 from msp.ops.linear.layout import Layout
 
 SPARSE_DTYPES = (torch.float16, torch.bfloat16)

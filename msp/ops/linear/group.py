@@ -14,11 +14,12 @@ from torch import Tensor
 
 from msp.formats.patterns import NMPattern
 from msp.formats.positions import Counted
+from msp.ops._compiled import compiled
 from msp.ops._dispatch import cuda_serves, define
 from msp.ops.linear import rows
 from msp.ops.linear import tiles as single
 from msp.ops.linear.checks import check
-from msp.ops.linear.compiled import compiled, struct_of
+from msp.ops.linear.compiled import struct_of
 from msp.ops.linear.plan import device_limits, plan
 from msp.ops.linear.thresholds import GATHER_TOKENS
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from msp.formats.packed_weight import unpack, unpack_bits
 from msp.formats.patterns import NMPattern
 from msp.formats.positions import Counted, check_positions
+from msp.ops._compiled import compiled
 from msp.ops._dispatch import Op, define
 from msp.ops.linear.checks import check
-from msp.ops.linear.compiled import compiled, make_struct, struct_of
+from msp.ops.linear.compiled import make_struct, struct_of
 from msp.ops.linear.layout import Layout
 from msp.ops.linear.thresholds import SKINNY_TOKENS, UNPACKED_BYTES, few_tokens
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from msp.formats.packed_weight import unpack, unpack_bits
 from msp.formats.patterns import NMPattern
 from msp.formats.positions import Counted, check_compliant, check_positions, version
+from msp.ops._compiled import compiled
 from msp.ops._dispatch import cuda_serves, define
 from msp.ops.linear import fragments, rows
 from msp.ops.linear.checks import check
-from msp.ops.linear.compiled import compiled, make_struct, struct_of
+from msp.ops.linear.compiled import make_struct, struct_of
 from msp.ops.linear.layout import Layout
 from msp.ops.linear.plan import Plan, device_limits, plan
 from msp.ops.linear.tile_order import from_tiles, has_tiles, to_tiles
