@@ -15,7 +15,7 @@ import torch
 
 from msp.formats.patterns import NMPattern
 from msp.ops import PackedWeight, _compiled, _dispatch, force_backend, last_backend, nm_linear, nm_select
-from msp.ops.linear import FRAGMENTS, TILES, thresholds, tiles
+from msp.ops.linear import FRAGMENTS, TILES, Size, thresholds, tiles
 from msp.ops.linear import fragments as module
 from msp.ops.linear import plan as plan_file
 from msp.ops.linear.plan import Device, kept_bytes
@@ -295,7 +295,7 @@ def test_serves_compliant_half_precision_weights_on_a_gpu(emulate):
     emulate(8)
 
     def serves(pattern, dtype, compliant, device="cuda"):
-        return FRAGMENTS.serves(NMPattern.parse(pattern), 16, 64, dtype, torch.device(device), compliant)
+        return FRAGMENTS.serves(Size(NMPattern.parse(pattern), 16, 64, dtype, torch.device(device), compliant))
 
     assert serves("2:8", torch.bfloat16, False) and serves("4:8", torch.float16, True)
     assert not serves("4:8", torch.float16, False) and not serves("2:8", torch.float32, True)
