@@ -25,8 +25,8 @@ Isa isa();
 #endif
 
 template <class T>
-T best_of(Isa isa, T scalar, T avx2, T avx512) {
-    return isa >= Isa::kAvx512 ? avx512 : isa >= Isa::kAvx2 ? avx2 : scalar;
+T best_of(Isa isa, T portable, T avx2, T avx512) {
+    return isa >= Isa::kAvx512 ? avx512 : isa >= Isa::kAvx2 ? avx2 : portable;
 }
 
 const char* isa_name(Isa isa);
