@@ -9,6 +9,11 @@ class UsageError(MspError):
     """The request itself is wrong: an unknown name, a value out of range (exit code 2)."""
 
 
+def system_reason(error: Exception) -> str:
+    """The reason in an ``OSError`` without its number and path; the message of any other error."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its class where it has none."""
     lines = str(error).strip().splitlines()

@@ -7,6 +7,7 @@ give another result on each run.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -16,13 +17,13 @@ from .gradients import (
     ENOUGH_PROGRAMS,
     GROUP_ROWS,
     architecture,
-    described,
     gradient_cases,
+    launch,
     load_tile,
     load_transposed,
     locate_tile,
     product_blocks,
-    source,
+    squared_gradients,
     tile_sizes,
 )
 from .targets import CompileCase
@@ -44,22 +45,14 @@ def fisher_trace_direct_kernel(
     GROUP_R: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """One tile of the gradients of ``share`` sequences, in one loop over all their tokens, as in ``fisher_diag``."""
-    first_row, first_column = locate_tile(rows, columns, BLOCK_R, BLOCK_K, GROUP_R)
+    """One tile of the gradients of ``share`` sequences."""
+    tile = locate_tile(rows, columns, BLOCK_R, BLOCK_K, GROUP_R)
     first_sequence = tl.program_id(1) * share
-    total = tl.zeros((BLOCK_R,), dtype=tl.float32)
-    gradient = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
-    steps = tl.cdiv(tokens, BLOCK_T)
-    for step in range(tl.minimum(share, sequences - first_sequence) * steps):
-        sequence = first_sequence + step // steps
-        token = (step % steps) * BLOCK_T
-        g = load_transposed(g_source, sequence, token, first_row, tokens, rows, BLOCK_T, BLOCK_R, TMA)
-        x = load_tile(x_source, sequence, token, first_column, tokens, columns, BLOCK_T, BLOCK_K, TMA)
-        gradient = tl.dot(g, x, gradient, input_precision="ieee")
-        if token + BLOCK_T >= tokens:
-            total += tl.sum(gradient * gradient, axis=1)
-            gradient = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
-    tl.store(partial_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.sum(total))
+    count = tl.minimum(share, sequences - first_sequence)
+    squares = squared_gradients(
+        x_source, g_source, first_sequence, count, tile, tokens, rows, columns, BLOCK_R, BLOCK_K, BLOCK_T, True, TMA
+    )
+    tl.store(partial_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.sum(squares))
 
 
 @triton.jit
@@ -109,30 +102,13 @@ def fisher_trace_direct(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     """x ``[S, T, K]``, g ``[S, T, R]`` of one dtype -> float32 scalar."""
     sequences, tokens, columns = x.shape
     rows = g.shape[2]
-    x, g = x.contiguous(), g.contiguous()
-    tma = described(x, g)
     tiles = tile_sizes("direct", x.dtype, architecture(x), rows, columns, tokens, sequences)
-    x_block, g_block = product_blocks(tiles)
     count = triton.cdiv(rows, tiles["BLOCK_R"]) * triton.cdiv(columns, tiles["BLOCK_K"])
     # a program takes as many sequences as possible while there are enough programs
     share = max(1, min(sequences, sequences * count // ENOUGH_PROGRAMS))
     grid = (count, triton.cdiv(sequences, share))
-    partial = torch.empty(grid[::-1], dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        fisher_trace_direct_kernel[grid](
-            partial,
-            source(x, x_block, tma),
-            source(g, g_block, tma),
-            sequences,
-            share,
-            tokens,
-            rows,
-            columns,
-            GROUP_R=GROUP_ROWS,
-            TMA=tma,
-            **tiles,
-        )
-    return partial.sum(dtype=torch.float64).float()
+    others = {"sequences": sequences, "share": share, "GROUP_R": GROUP_ROWS}
+    return sum_of_programs(fisher_trace_direct_kernel, grid, x, g, tiles, product_blocks, **others)
 
 
 def gram_tile_sizes(dtype: torch.dtype, arch: int, tokens: int, width: int, sequences: int) -> dict[str, int]:
@@ -148,26 +124,19 @@ def gram_tile_sizes(dtype: torch.dtype, arch: int, tokens: int, width: int, sequ
 def fisher_trace_gram(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     """x ``[S, T, K]``, g ``[S, T, R]`` of one dtype -> float32 scalar."""
     sequences, tokens, columns = x.shape
-    rows = g.shape[2]
-    x, g = x.contiguous(), g.contiguous()
-    tma = described(x, g)
-    tiles = gram_tile_sizes(x.dtype, architecture(x), tokens, max(rows, columns), sequences)
-    x_block, g_block = gram_blocks(tiles)
+    tiles = gram_tile_sizes(x.dtype, architecture(x), tokens, max(g.shape[2], columns), sequences)
     side = triton.cdiv(tokens, tiles["BLOCK_R"])
     # one dimension, since a grid has at most 65,535 in each of the others
     grid = (sequences * (side * (side + 1) // 2),)
-    partial = torch.empty(grid, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        fisher_trace_gram_kernel[grid](
-            partial,
-            source(x, x_block, tma),
-            source(g, g_block, tma),
-            tokens,
-            rows,
-            columns,
-            TMA=tma,
-            **tiles,
-        )
+    return sum_of_programs(fisher_trace_gram_kernel, grid, x, g, tiles, gram_blocks)
+
+
+def sum_of_programs(
+    kernel: Any, grid: tuple[int, ...], x: torch.Tensor, g: torch.Tensor, *arguments: Any, **others: Any
+) -> torch.Tensor:
+    """``gradients.launch`` of a kernel whose programs write a partial sum each; their sum, a float32 scalar."""
+    partial = torch.empty(grid[::-1], dtype=torch.float32, device=x.device)
+    launch(kernel, grid, partial, x, g, *arguments, **others)
     return partial.sum(dtype=torch.float64).float()
 
 

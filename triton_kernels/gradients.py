@@ -65,6 +65,48 @@ def load_transposed(
         return tl.load(source + first + t[None, :] * width + d[:, None], mask=inside, other=0.0)
 
 
+@triton.jit
+def squared_gradients(
+    x_source,
+    g_source,
+    first_sequence,
+    sequences,
+    tile,
+    tokens,
+    rows,
+    columns,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    SUMMED: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """``sum_s (sum_t g x)^2`` of ``sequences`` sequences, a tile ``[BLOCK_R, BLOCK_K]``; SUMMED: its row sums.
+
+    ``tile`` is its first row and column, from ``locate_tile``.
+    One loop over all tokens of all sequences: the next sequence's loads run while this one's gradient is squared. A
+    separate loop for each sequence would fill and drain the pipeline each time.
+    """
+    first_row, first_column = tile
+    squares = tl.zeros((BLOCK_R,) if SUMMED else (BLOCK_R, BLOCK_K), dtype=tl.float32)
+    gradient = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    steps = tl.cdiv(tokens, BLOCK_T)
+    for step in range(sequences * steps):
+        sequence = first_sequence + step // steps
+        token = (step % steps) * BLOCK_T
+        g = load_transposed(g_source, sequence, token, first_row, tokens, rows, BLOCK_T, BLOCK_R, TMA)
+        x = load_tile(x_source, sequence, token, first_column, tokens, columns, BLOCK_T, BLOCK_K, TMA)
+        # "ieee": float32 inputs must not be rounded to TF32.
+        gradient = tl.dot(g, x, gradient, input_precision="ieee")
+        if token + BLOCK_T >= tokens:
+            if SUMMED:
+                squares += tl.sum(gradient * gradient, axis=1)
+            else:
+                squares += gradient * gradient
+            gradient = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    return squares
+
+
 # form -> architecture -> tile of the result, tokens or columns of one step, warps, stages, for 16-bit tensor cores.
 # These are the widest tiles that registers and shared memory hold: a step of 128 x 128 reads 32 KB for 2^20
 # multiplications, one of 128 x 256 48 KB for twice as many, and on Hopper that traffic from L2 is the limit
@@ -134,16 +176,50 @@ def source(tensor: torch.Tensor, block: tuple[int, int], tma: bool) -> Any:
     return TensorDescriptor(tensor, list(tensor.shape), [tokens * width, width, 1], [1, *block])
 
 
+Blocks = Callable[[dict[str, int]], tuple[tuple[int, int], tuple[int, int]]]
+
+
 def product_blocks(tiles: dict[str, int]) -> tuple[tuple[int, int], tuple[int, int]]:
     """The loads of x and of g in a step of ``g^T x``."""
     return (tiles["BLOCK_T"], tiles["BLOCK_K"]), (tiles["BLOCK_T"], tiles["BLOCK_R"])
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    result: torch.Tensor,
+    x: torch.Tensor,
+    g: torch.Tensor,
+    tiles: dict[str, int],
+    blocks_of: Blocks,
+    **others: Any,
+) -> None:
+    """Run a kernel that fills ``result`` from x ``[S, T, K]`` and g ``[S, T, R]`` of any strides.
+
+    ``blocks_of`` gives the loads in a step; ``others`` are arguments that only this kernel has.
+    """
+    x, g = x.contiguous(), g.contiguous()
+    tma = described(x, g)
+    x_block, g_block = blocks_of(tiles)
+    with torch.cuda.device_of(x):
+        kernel[grid](
+            result,
+            source(x, x_block, tma),
+            source(g, g_block, tma),
+            tokens=x.shape[1],
+            rows=g.shape[2],
+            columns=x.shape[2],
+            TMA=tma,
+            **tiles,
+            **others,
+        )
 
 
 def gradient_cases(
     kernel: Any,
     result: str,
     tiles_of: Callable[[torch.dtype, int], dict[str, int]],
-    blocks_of: Callable[[dict[str, int]], tuple[tuple[int, int], tuple[int, int]]],
+    blocks_of: Blocks,
     numbers: tuple[str, ...],
     aligned: tuple[str, ...],
     **constants: Any,

@@ -22,6 +22,11 @@ from .targets import CompileCase
 CHUNK = tl.constexpr(8)
 UNITS = tl.constexpr(128)
 
+# ``column_scale [K]``, ``row_term [R]``, ``column_term [K]`` and the matrix ``[R, K]`` of a score, fp32 and contiguous.
+# A term that the kind of score does not use is None. Kernels take all four as one argument.
+Terms = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+NO_TERMS: Terms = (None, None, None, None)
+
 
 def unit_columns(group_size: int) -> int:
     return max(group_size, 8)
@@ -65,52 +70,36 @@ def load_chunk(ptr, start, step, left, right, GROUP: tl.constexpr):
 
 
 @triton.jit
-def score_chunk(
-    weight,
-    row,
-    column,
-    columns,
-    left,
-    right,
-    column_scale_ptr,
-    row_term_ptr,
-    column_term_ptr,
-    matrix_ptr,
-    GROUP: tl.constexpr,
-    KIND: tl.constexpr,
-):
-    """Scores of one chunk in fp32.
+def score_chunk(weight, terms, row, column, columns, left, right, GROUP: tl.constexpr, KIND: tl.constexpr):
+    """Scores of one chunk in fp32; ``terms`` as in ``Terms``.
 
     KIND: 0 ``|w|``, 1 ``|w| s_j``, 2 ``|w| (r_i + c_j) s_j`` (without s: 1), 3 ``w^2 F_ij``, 4 the given ``F_ij``.
     """
     weight = weight.to(tl.float32)
     if KIND >= 3:
-        score = load_chunk(matrix_ptr, row.to(tl.int64) * columns + column, 1, left, right, GROUP)
+        score = load_chunk(terms[3], row.to(tl.int64) * columns + column, 1, left, right, GROUP)
         if KIND == 3:
             score = weight * weight * score
     else:
         score = tl.abs(weight)
         if KIND == 2:
-            row_term = tl.load(row_term_ptr + row, mask=left, other=0.0)
-            score = score * (row_term[:, None] + load_chunk(column_term_ptr, column, 1, left, right, GROUP))
-        if column_scale_ptr is not None:
-            score = score * load_chunk(column_scale_ptr, column, 1, left, right, GROUP)
+            row_term = tl.load(terms[1] + row, mask=left, other=0.0)
+            score = score * (row_term[:, None] + load_chunk(terms[2], column, 1, left, right, GROUP))
+        if terms[0] is not None:
+            score = score * load_chunk(terms[0], column, 1, left, right, GROUP)
     return score
 
 
 @triton.jit
 def load_and_score(
     weight_ptr,
+    terms,
     row,
     first_column,
     live,
     columns,
     stride_row,
     stride_column,
-    column_scale_ptr,
-    row_term_ptr,
-    column_term_ptr,
-    matrix_ptr,
     UNIT: tl.constexpr,
     GROUP: tl.constexpr,
     KIND: tl.constexpr,
@@ -125,20 +114,7 @@ def load_and_score(
         column = first_column + i * CHUNK
         start = row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
         weight = load_chunk(weight_ptr, start, stride_column, live, right, GROUP)
-        score = score_chunk(
-            weight,
-            row,
-            column,
-            columns,
-            live,
-            right,
-            column_scale_ptr,
-            row_term_ptr,
-            column_term_ptr,
-            matrix_ptr,
-            GROUP,
-            KIND,
-        )
+        score = score_chunk(weight, terms, row, column, columns, live, right, GROUP, KIND)
         weights = weights + (weight,)
         scores = scores + (score,)
     return weights, scores
@@ -224,31 +200,53 @@ def demote_beyond_two_of_four(chunks):
     return demoted
 
 
+def launch(
+    kernel: Any, weight: torch.Tensor, *outputs: torch.Tensor, terms: Terms, group_size: int, kind: int, **others: Any
+) -> None:
+    """Run a kernel that begins with ``load_and_score`` on all units of ``weight [R, K]`` (any strides).
+
+    ``kind`` numbers the score as in ``score_chunk``; ``others`` are arguments that only this kernel has.
+    """
+    rows, columns = weight.shape
+    with device_of(weight):
+        kernel[grid(rows, columns, group_size)](
+            weight,
+            *outputs,
+            terms,
+            rows,
+            columns,
+            *weight.stride(),
+            GROUP=group_size,
+            UNIT=unit_columns(group_size),
+            KIND=kind,
+            num_warps=4,
+            **others,
+        )
+
+
 def scoring_case(
     kernel: Any,
     dtype: str,
     group_size: int,
     kind: int,
     *,
-    types: dict[str, str],
+    types: dict[str, str | tuple[str, ...]],
     constants: dict[str, Any],
 ) -> CompileCase:
-    """A compile case of a kernel that begins with ``load_and_score``, for a contiguous weight."""
-    pointers = ("column_scale_ptr", "row_term_ptr", "column_term_ptr", "matrix_ptr")
-    used = {0: (), 1: pointers[:1], 2: pointers[:3], 3: pointers[3:], 4: pointers[3:]}[kind]
+    """A compile case of a kernel that ``launch`` runs, for a contiguous weight."""
+    used = {0: (), 1: (0,), 2: (0, 1, 2), 3: (3,), 4: (3,)}[kind]
     return CompileCase(
         f"{dtype}-group{group_size}-score{kind}",
         kernel,
         types={
             "weight_ptr": f"*{dtype}",
-            **dict.fromkeys(used, "*fp32"),
+            "terms": tuple("*fp32" if term in used else "constexpr" for term in range(4)),
             "rows": "i32",
             "columns": "i32",
             "stride_row": "i32",
             **types,
         },
         constants={
-            **{name: None for name in pointers if name not in used},
             "stride_column": 1,
             "GROUP": group_size,
             "UNIT": unit_columns(group_size),

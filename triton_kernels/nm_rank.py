@@ -8,17 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .groups import (
-    CHUNK,
-    device_of,
-    grid,
-    load_and_score,
-    locate,
-    rank_chunk,
-    scoring_case,
-    split_chunks,
-    unit_columns,
-)
+from .groups import CHUNK, NO_TERMS, Terms, launch, load_and_score, locate, rank_chunk, scoring_case, split_chunks
 from .targets import CompileCase
 
 
@@ -26,10 +16,7 @@ from .targets import CompileCase
 def nm_rank_kernel(
     weight_ptr,
     rank_ptr,
-    column_scale_ptr,
-    row_term_ptr,
-    column_term_ptr,
-    matrix_ptr,
+    terms,
     rows,
     columns,
     stride_row,
@@ -40,20 +27,7 @@ def nm_rank_kernel(
 ):
     row, first_column, _, live = locate(rows, columns, UNIT)
     _, scores = load_and_score(
-        weight_ptr,
-        row,
-        first_column,
-        live,
-        columns,
-        stride_row,
-        stride_column,
-        column_scale_ptr,
-        row_term_ptr,
-        column_term_ptr,
-        matrix_ptr,
-        UNIT,
-        GROUP,
-        KIND,
+        weight_ptr, terms, row, first_column, live, columns, stride_row, stride_column, UNIT, GROUP, KIND
     )
     others = split_chunks(scores)
     start = row.to(tl.int64) * columns + first_column
@@ -64,39 +38,9 @@ def nm_rank_kernel(
         tl.store(rank_ptr + start[:, None] + place, rank.to(tl.uint8), mask=live_columns)
 
 
-def nm_rank(
-    weight: torch.Tensor,
-    rank: torch.Tensor,
-    *,
-    group_size: int,
-    kind: int,
-    column_scale: torch.Tensor | None = None,
-    row_term: torch.Tensor | None = None,
-    column_term: torch.Tensor | None = None,
-    matrix: torch.Tensor | None = None,
-) -> None:
-    """Fill ``rank [R, K]`` uint8 from ``weight [R, K]`` (any strides).
-
-    ``kind`` numbers the score as in ``groups.score_chunk``; the terms are fp32 and contiguous.
-    """
-    rows, columns = weight.shape
-    with device_of(weight):
-        nm_rank_kernel[grid(rows, columns, group_size)](
-            weight,
-            rank,
-            column_scale,
-            row_term,
-            column_term,
-            matrix,
-            rows,
-            columns,
-            weight.stride(0),
-            weight.stride(1),
-            GROUP=group_size,
-            UNIT=unit_columns(group_size),
-            KIND=kind,
-            num_warps=4,
-        )
+def nm_rank(weight: torch.Tensor, rank: torch.Tensor, terms: Terms = NO_TERMS, *, group_size: int, kind: int) -> None:
+    """Fill ``rank [R, K]`` uint8 from ``weight [R, K]`` (any strides); ``kind`` as in ``groups.score_chunk``."""
+    launch(nm_rank_kernel, weight, rank, terms=terms, group_size=group_size, kind=kind)
 
 
 def compile_cases() -> Iterator[CompileCase]:

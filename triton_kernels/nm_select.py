@@ -10,10 +10,11 @@ import triton.language as tl
 
 from .groups import (
     CHUNK,
+    NO_TERMS,
     UNITS,
+    Terms,
     demote_beyond_two_of_four,
-    device_of,
-    grid,
+    launch,
     load_and_score,
     locate,
     rank_chunk,
@@ -32,10 +33,7 @@ def nm_select_kernel(
     weight_ptr,
     values_ptr,
     bitmask_ptr,
-    column_scale_ptr,
-    row_term_ptr,
-    column_term_ptr,
-    matrix_ptr,
+    terms,
     rows,
     columns,
     stride_row,
@@ -48,20 +46,7 @@ def nm_select_kernel(
 ):
     row, first_column, unit, live = locate(rows, columns, UNIT)
     weights, scores = load_and_score(
-        weight_ptr,
-        row,
-        first_column,
-        live,
-        columns,
-        stride_row,
-        stride_column,
-        column_scale_ptr,
-        row_term_ptr,
-        column_term_ptr,
-        matrix_ptr,
-        UNIT,
-        GROUP,
-        KIND,
+        weight_ptr, terms, row, first_column, live, columns, stride_row, stride_column, UNIT, GROUP, KIND
     )
     if COMPLIANT:
         scores = demote_beyond_two_of_four(scores)
@@ -85,42 +70,29 @@ def nm_select(
     weight: torch.Tensor,
     values: torch.Tensor,
     bitmask: torch.Tensor,
+    terms: Terms = NO_TERMS,
     *,
     n: int,
     group_size: int,
     kind: int,
     compliant: bool,
-    column_scale: torch.Tensor | None = None,
-    row_term: torch.Tensor | None = None,
-    column_term: torch.Tensor | None = None,
-    matrix: torch.Tensor | None = None,
 ) -> None:
     """Fill ``values [R, K/M*N]`` and ``bitmask [R, ceil(K/8)]`` from ``weight [R, K]`` (any strides).
 
-    ``kind`` numbers the score as in ``groups.score_chunk``; the terms are fp32 and contiguous.
+    ``kind`` numbers the score as in ``groups.score_chunk``.
     """
-    rows, columns = weight.shape
-    unit = unit_columns(group_size)
-    with device_of(weight):
-        nm_select_kernel[grid(rows, columns, group_size)](
-            weight,
-            values,
-            bitmask.view(WORD_DTYPES[unit]),
-            column_scale,
-            row_term,
-            column_term,
-            matrix,
-            rows,
-            columns,
-            weight.stride(0),
-            weight.stride(1),
-            n,
-            GROUP=group_size,
-            UNIT=unit,
-            KIND=kind,
-            COMPLIANT=compliant,
-            num_warps=4,
-        )
+    words = bitmask.view(WORD_DTYPES[unit_columns(group_size)])
+    launch(
+        nm_select_kernel,
+        weight,
+        values,
+        words,
+        terms=terms,
+        group_size=group_size,
+        kind=kind,
+        n=n,
+        COMPLIANT=compliant,
+    )
 
 
 def compile_cases() -> Iterator[CompileCase]:

@@ -39,7 +39,8 @@ class CompileCase:
     Attributes:
         name: distinguishes this case from the kernel's others, like ``bf16-2:8``.
         kernel: a ``triton.jit`` function.
-        types: argument -> type for the arguments that are passed at run time: ``*bf16``, ``*fp32``, ``i32``, ...
+        types: argument -> type for the arguments that are passed at run time: ``*bf16``, ``*fp32``, ``i32``, ...; for
+            a tuple, the types of its elements, ``constexpr`` for a pointer that is None.
         constants: argument -> value for ``tl.constexpr`` arguments, strides of 1, and pointers that are None.
         aligned: integer arguments that are multiples of 16 in real models; pointers always are.
         options: ``num_warps``, ``num_stages``, as at launch.
@@ -48,7 +49,7 @@ class CompileCase:
 
     name: str
     kernel: Any
-    types: dict[str, str]
+    types: dict[str, str | tuple[str, ...]]
     constants: dict[str, Any] = field(default_factory=dict)
     aligned: tuple[str, ...] = ()
     options: dict[str, int] = field(default_factory=lambda: {"num_warps": 4})
@@ -92,9 +93,16 @@ def source_of(op: str, case: CompileCase) -> ASTSource:
     if missing:
         raise ValueError(f"{op} {case.name}: arguments {sorted(missing)} do not match the kernel's")
     signature = {name: case.types.get(name, "constexpr") for name in names}
-    aligned = [name for name, kind in case.types.items() if kind.startswith("*") or name in case.aligned]
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    return ASTSource(case.kernel, signature, case.constants, attributes)
+    constants = dict(case.constants)
+    attributes = {}
+    for name, kind in case.types.items():
+        place = names.index(name)
+        # an element of a tuple is found by two numbers
+        parts = {(place, i): part for i, part in enumerate(kind)} if isinstance(kind, tuple) else {(place,): kind}
+        constants |= {path: None for path, part in parts.items() if part == "constexpr"}
+        aligned = [path for path, part in parts.items() if part.startswith("*") or name in case.aligned]
+        attributes |= {path: [["tt.divisibility", 16]] for path in aligned}
+    return ASTSource(case.kernel, signature, constants, attributes)
 
 
 def compile_case(op: str, case: CompileCase, architecture: int, folder: Path | None = None) -> Compiled:
@@ -153,7 +161,7 @@ def amd_cases() -> Iterator[dict[str, Any]]:
     covered = set()
     for op, case in all_cases():
         told = {"op": op, "kernel": case.kernel.__name__, "name": case.name, "target": AMD.arch}
-        if any(kind.startswith("tensordesc") for kind in case.types.values()):
+        if any(str(kind).startswith("tensordesc") for kind in case.types.values()):
             yield {**told, "skipped": NO_DESCRIPTORS}
         elif (op, case.kernel.__name__) not in covered and 80 in case.architectures:
             covered.add((op, case.kernel.__name__))

@@ -16,6 +16,19 @@ enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 // Throws std::runtime_error if that set is unknown or missing here.
 Isa isa();
 
+// MSP_BEST(isa, name): the best of name_scalar, name_avx2 and name_avx512 for `isa`, of one type. Files for
+// other instruction sets than the scalar one are compiled on x86 only.
+#if defined(MSP_X86)
+#define MSP_BEST(isa, name) ::msp::best_of(isa, name##_scalar, name##_avx2, name##_avx512)
+#else
+#define MSP_BEST(isa, name) ::msp::best_of(isa, name##_scalar, name##_scalar, name##_scalar)
+#endif
+
+template <class T>
+T best_of(Isa isa, T portable, T avx2, T avx512) {
+    return isa >= Isa::kAvx512 ? avx512 : isa >= Isa::kAvx2 ? avx2 : portable;
+}
+
 const char* isa_name(Isa isa);
 
 // The vector extensions of this CPU, under the names that compilers use.

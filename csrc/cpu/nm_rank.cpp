@@ -9,30 +9,19 @@ namespace {
 
 struct Scalar {
     template <Dtype D, int M, ScoreKind Kind>
-    static int64_t run(const NmRank& op, int64_t begin, int64_t end) {
-        int64_t not_finite = 0;
-        for (int64_t row = begin; row < end; ++row) {
-            not_finite += nm_rank_columns<D, M, Kind>(op, row, 0, op.columns);
-        }
-        return not_finite;
+    static int64_t row(const NmRank& op, int64_t row) {
+        return nm_rank_columns<D, M, Kind>(op, row, 0, op.columns);
     }
 };
 
 }  // namespace
 
 int64_t nm_rank_rows_scalar(const NmRank& op, int64_t begin, int64_t end) {
-    return specialise<Scalar>(op, begin, end);
+    return specialise<RowByRow<Scalar>>(op, begin, end);
 }
 
 int64_t nm_rank(const NmRank& op, Isa isa, int threads) {
-    auto* rows = nm_rank_rows_scalar;
-#if defined(MSP_X86)
-    if (isa >= Isa::kAvx2) rows = nm_rank_rows_avx2;
-    if (isa >= Isa::kAvx512) rows = nm_rank_rows_avx512;
-#else
-    (void)isa;
-#endif
-    return over_scored_rows(op, rows, threads);
+    return over_scored_rows(op, MSP_BEST(isa, nm_rank_rows), threads);
 }
 
 }  // namespace msp

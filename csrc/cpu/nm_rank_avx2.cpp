@@ -14,16 +14,9 @@ MSP_HD void store_bytes(uint8_t* to, __m256i v) {
 }
 
 struct Avx2 {
-    template <Dtype D, int M, ScoreKind Kind>
-    static int64_t run(const NmRank& op, int64_t begin, int64_t end) {
-        int64_t wrong = 0;
-        for (int64_t row = begin; row < end; ++row) wrong += rank_row<D, M, Kind>(op, row);
-        return wrong;
-    }
-
     // `op` is a copy of its own, so that stores through a byte pointer cannot change it.
     template <Dtype D, int M, ScoreKind Kind>
-    static int64_t rank_row(const NmRank op, int64_t row) {
+    static int64_t row(const NmRank op, int64_t row) {
         constexpr int kVectors = unit_columns(M) / kLanes;
         const auto* weight = static_cast<const typename Stored<D>::Bits*>(op.weight);
         const float row_term = Kind == ScoreKind::kRelative ? op.row_term[row] : 0.0f;
@@ -54,7 +47,7 @@ struct Avx2 {
 }  // namespace
 
 int64_t nm_rank_rows_avx2(const NmRank& op, int64_t begin, int64_t end) {
-    return specialise<Avx2>(op, begin, end);
+    return specialise<RowByRow<Avx2>>(op, begin, end);
 }
 
 }  // namespace msp

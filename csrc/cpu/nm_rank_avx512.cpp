@@ -134,16 +134,9 @@ __attribute__((noinline)) void rank_pairs_apart(const __m512i (&keys)[M], __m512
 }
 
 struct Avx512 {
-    template <Dtype D, int M, ScoreKind Kind>
-    static int64_t run(const NmRank& op, int64_t begin, int64_t end) {
-        int64_t wrong = 0;
-        for (int64_t row = begin; row < end; ++row) wrong += rank_row<D, M, Kind>(op, row);
-        return wrong;
-    }
-
     // `op` is a copy of its own, so that stores through a byte pointer cannot change it.
     template <Dtype D, int M, ScoreKind Kind>
-    static int64_t rank_row(const NmRank op, int64_t row) {
+    static int64_t row(const NmRank op, int64_t row) {
         constexpr int64_t kBlock = 16 * M;
         __m512 taint = _mm512_setzero_ps();
         int64_t column = 0;
@@ -205,7 +198,7 @@ struct Avx512 {
 }  // namespace
 
 int64_t nm_rank_rows_avx512(const NmRank& op, int64_t begin, int64_t end) {
-    return specialise<Avx512>(op, begin, end);
+    return specialise<RowByRow<Avx512>>(op, begin, end);
 }
 
 }  // namespace msp

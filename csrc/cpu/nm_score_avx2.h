@@ -5,16 +5,12 @@
 #include <immintrin.h>
 
 #include "../nm_score.h"
+#include "fetch_ahead.h"
 
 namespace msp {
 namespace {
 
 constexpr int kLanes = 8;
-
-// The hardware prefetcher stops at every page, and its restart costs more than the arithmetic.
-MSP_HD void fetch_ahead(const void* from) {
-    _mm_prefetch(static_cast<const char*>(from) + 2048, _MM_HINT_T0);
-}
 
 // 8 weights as stored, and their values.
 template <Dtype D>

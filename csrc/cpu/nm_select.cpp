@@ -27,14 +27,7 @@ int64_t nm_select_rows_scalar(const NmSelect& op, int64_t begin, int64_t end) {
 }
 
 int64_t nm_select(const NmSelect& op, Isa isa, int threads) {
-    auto* rows = nm_select_rows_scalar;
-#if defined(MSP_X86)
-    if (isa >= Isa::kAvx2) rows = nm_select_rows_avx2;
-    if (isa >= Isa::kAvx512) rows = nm_select_rows_avx512;
-#else
-    (void)isa;
-#endif
-    return over_scored_rows(op, rows, threads);
+    return over_scored_rows(op, MSP_BEST(isa, nm_select_rows), threads);
 }
 
 }  // namespace msp

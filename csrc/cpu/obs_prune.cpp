@@ -78,21 +78,11 @@ void pack_block(const ObsPrune& op, int64_t start, int panel_columns, float* to)
 
 }  // namespace
 
-void obs_prune_tile_scalar(const ObsPrune& op, const ObsFactor& factor, int64_t begin, int64_t end) {
-    static_assert(Portable::kPanelVectors * Portable::kLanes == kObsPanelScalar,
-                  "what the factor is packed for");
-    ObsTile<Portable>::run(op, factor, begin, end);
-}
+const ObsPath obs_path_scalar{ObsTile<Portable>::kPanel, ObsTile<Portable>::run};
 
 void obs_prune(const ObsPrune& op, Isa isa, int threads) {
-    auto* tile = obs_prune_tile_scalar;
-    int panel_columns = kObsPanelScalar;
-#if defined(MSP_X86)
-    if (isa >= Isa::kAvx2) tile = obs_prune_tile_avx2, panel_columns = kObsPanelAvx2;
-    if (isa >= Isa::kAvx512) tile = obs_prune_tile_avx512, panel_columns = kObsPanelAvx512;
-#else
-    (void)isa;
-#endif
+    const ObsPath path = MSP_BEST(isa, obs_path);
+    const int panel_columns = path.panel_columns;
     if (op.rows == 0 || op.columns == 0) return;
 
     std::vector<int64_t> offsets = {0};
@@ -121,7 +111,7 @@ void obs_prune(const ObsPrune& op, Isa isa, int threads) {
     parallel_for(op.rows, rows, threads, [&](int64_t begin, int64_t end) {
         // without helpers, parallel_for gives all rows in one range
         for (int64_t first = begin; first < end; first += rows) {
-            tile(op, factor, first, std::min(end, first + rows));
+            path.tile(op, factor, first, std::min(end, first + rows));
         }
     });
 }

@@ -37,14 +37,16 @@ struct ObsFactor {
     const int64_t* offsets;  // of each block
 };
 
-// Computes the rows [begin, end), at most kObsTileRows of them, on the calling thread.
-void obs_prune_tile_scalar(const ObsPrune& op, const ObsFactor& factor, int64_t begin, int64_t end);
-void obs_prune_tile_avx2(const ObsPrune& op, const ObsFactor& factor, int64_t begin, int64_t end);
-void obs_prune_tile_avx512(const ObsPrune& op, const ObsFactor& factor, int64_t begin, int64_t end);
+// The functions of an instruction set.
+struct ObsPath {
+    // The columns that the registers of the update cover.
+    int panel_columns;
+    // Computes the rows [begin, end), at most kObsTileRows of them, on the calling thread.
+    void (*tile)(const ObsPrune& op, const ObsFactor& factor, int64_t begin, int64_t end);
+};
 
-// panel_columns of each path: the columns that the registers of its update cover.
-constexpr int kObsPanelScalar = 8;
-constexpr int kObsPanelAvx2 = 16;
-constexpr int kObsPanelAvx512 = 64;
+extern const ObsPath obs_path_scalar;
+extern const ObsPath obs_path_avx2;
+extern const ObsPath obs_path_avx512;
 
 }  // namespace msp

@@ -64,9 +64,6 @@ struct Avx2 {
 
 }  // namespace
 
-void obs_prune_tile_avx2(const ObsPrune& op, const ObsFactor& factor, int64_t begin, int64_t end) {
-    static_assert(Avx2::kPanelVectors * Avx2::kLanes == kObsPanelAvx2, "what the factor is packed for");
-    ObsTile<Avx2>::run(op, factor, begin, end);
-}
+const ObsPath obs_path_avx2{ObsTile<Avx2>::kPanel, ObsTile<Avx2>::run};
 
 }  // namespace msp

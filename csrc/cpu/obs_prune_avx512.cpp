@@ -74,9 +74,6 @@ struct Avx512 {
 
 }  // namespace
 
-void obs_prune_tile_avx512(const ObsPrune& op, const ObsFactor& factor, int64_t begin, int64_t end) {
-    static_assert(Avx512::kPanelVectors * Avx512::kLanes == kObsPanelAvx512, "what the factor is packed for");
-    ObsTile<Avx512>::run(op, factor, begin, end);
-}
+const ObsPath obs_path_avx512{ObsTile<Avx512>::kPanel, ObsTile<Avx512>::run};
 
 }  // namespace msp

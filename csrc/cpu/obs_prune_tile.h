@@ -16,6 +16,8 @@ namespace {
 template <class V>
 class ObsTile {
   public:
+    static constexpr int kPanel = V::kPanelVectors * V::kLanes;  // columns that an update's registers cover
+
     static void run(const ObsPrune& op, const ObsFactor& packed, int64_t begin, int64_t end) {
         // here and not all at once: the tile is then in the cache, and threads share the page faults
         std::memcpy(op.updated + begin * op.columns, op.weight + begin * op.columns,
@@ -35,9 +37,8 @@ class ObsTile {
 
     static constexpr int kBlock = kObsBlock;
     static constexpr int kLanes = V::kLanes;
-    static constexpr int kPanel = V::kPanelVectors * kLanes;  // columns that an update's registers cover,
-    static constexpr int kPanelRows = 6;                      // and rows
-    static constexpr int kCacheLine = 16;                     // floats
+    static constexpr int kPanelRows = 6;   // that the registers of an update cover
+    static constexpr int kCacheLine = 16;  // floats
     // The mark of a pruned weight in a swept block until it is written out as zero. No arithmetic on x86 or
     // Arm makes this NaN from finite inputs.
     static constexpr uint32_t kPruned = 0xffffffffu;

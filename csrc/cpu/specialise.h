@@ -5,6 +5,17 @@
 
 namespace msp {
 
+// For `specialise`: a range is rows that F::row<Dtype, group size, ScoreKind> takes one at a time.
+template <class F>
+struct RowByRow {
+    template <Dtype D, int M, ScoreKind Kind, class Op>
+    static int64_t run(const Op& op, int64_t begin, int64_t end) {
+        int64_t not_finite = 0;
+        for (int64_t row = begin; row < end; ++row) not_finite += F::template row<D, M, Kind>(op, row);
+        return not_finite;
+    }
+};
+
 // Calls F::run<Dtype, group size, ScoreKind> for the parameters of `op`.
 template <class F, Dtype D, int M, class Op>
 int64_t specialise_kind(const Op& op, int64_t begin, int64_t end) {

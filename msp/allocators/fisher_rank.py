@@ -22,6 +22,12 @@ def rank_densities(sensitivities: Sequence[float], spread: float) -> list[float]
     return [1 + spread * (2 * float(rank) / last - 1) for rank in ranks]
 
 
+def unit_traces(problem: Problem) -> list[float]:
+    """The Fisher trace of every unit: the sum of those of its linears."""
+    traces = problem.evidence.fisher_traces()
+    return [sum(traces[name] for name in unit.linears) for unit in problem.units]
+
+
 @register_allocator
 @dataclass(frozen=True)
 class FisherRank:
@@ -34,10 +40,9 @@ class FisherRank:
     spread: float = 0.4
 
     def allocate(self, problem: Problem) -> Allocated:
-        traces = problem.evidence.fisher_traces()
         sums = [0.0] * problem.blocks
-        for unit in problem.units:
-            sums[unit.block] += sum(traces[name] for name in unit.linears)
+        for unit, trace in zip(problem.units, unit_traces(problem), strict=True):
+            sums[unit.block] += trace
         densities = rank_densities(sums, self.spread)
         return problem.from_densities([densities[unit.block] for unit in problem.units])
 
@@ -51,6 +56,4 @@ class FisherRankLinear:
     spread: float = 0.4
 
     def allocate(self, problem: Problem) -> Allocated:
-        traces = problem.evidence.fisher_traces()
-        own = [sum(traces[name] for name in unit.linears) for unit in problem.units]
-        return problem.from_densities(rank_densities(own, self.spread))
+        return problem.from_densities(rank_densities(unit_traces(problem), self.spread))

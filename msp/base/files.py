@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from msp.base.staging import put_in_place, staged
-from msp.errors import MspError
+from msp.errors import MspError, system_reason
 
 
 @contextmanager
@@ -46,8 +46,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def unwritable(path: str | Path, error: Exception) -> MspError:
     """What to raise where ``path`` cannot be written: it names the file and the reason."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return MspError(f"{path} cannot be written: {reason}")
+    return MspError(f"{path} cannot be written: {system_reason(error)}")
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from msp.base.readable import dtype_name
 from msp.errors import MspError
 
 # Tables that models of earlier versions stored, and compute today.
@@ -44,7 +45,7 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], before: Callable[[str], 
         count = int((~torch.isfinite(tensor.detach().float())).sum())
         stored = before(name) if before is not None else None
         if stored is not None and stored.dtype != tensor.dtype and is_finite(stored):
-            dtype = str(tensor.dtype).removeprefix("torch.")
+            dtype = dtype_name(tensor.dtype)
             raise MspError(f"{name}: {count} of its {tensor.numel()} values overflow in {dtype}: {WIDER}")
         raise MspError(f"{name}: {count} of its {tensor.numel()} values are NaN or infinite")
 
@@ -113,7 +114,7 @@ def first_not_finite(model: Any, tokens: Tensor) -> str:
 
 
 def _dtype(model: Any) -> str:
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
+    return dtype_name(next(model.parameters()).dtype)
 
 
 def _hint(dtype: str) -> str:

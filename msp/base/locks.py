@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from msp.errors import MspError
+from msp.base.reading import parse_json
+from msp.errors import MspError, system_reason
 
 SUFFIX = ".msp-lock"
 INSIDE = SUFFIX
@@ -75,7 +76,7 @@ def locked(lock: Path, name: str | Path) -> Iterator[bool]:
         try:
             descriptor = _acquire(lock, name, made)
         except OSError as error:
-            raise MspError(f"{name} cannot be written: {lock.parent}: {error.strerror or error}") from error
+            raise MspError(f"{name} cannot be written: {lock.parent}: {system_reason(error)}") from error
         _held[lock] = _Held(descriptor, threading.get_ident())
         try:
             yield descriptor is not None
@@ -179,7 +180,7 @@ def _acquire(lock: Path, name: str | Path, made: list[Path]) -> int | None:
 
 def _holder(descriptor: int) -> str:
     try:
-        about = json.loads(os.pread(descriptor, 4096, 0))
+        about = parse_json(os.pread(descriptor, 4096, 0))
         return f"process {about['pid']} on {about['host']} since {about['since']}"
     except (OSError, ValueError, LookupError, TypeError):
         return "another process"  # that has not written its name yet

@@ -24,8 +24,9 @@ from safetensors import SafetensorError
 from msp import __version__
 from msp.base.files import open_to_readers, replacing, unwritable, write_text
 from msp.base.locks import beside, inside, locked, make_folders, release, try_lock
+from msp.base.reading import read_object
 from msp.base.staging import clean, clean_folder, put_in_place, staged, sync_folder
-from msp.errors import MspError
+from msp.errors import MspError, system_reason
 
 # The word in ``quantization_config`` by which a packed model is known.
 QUANT_METHOD = "msp"
@@ -167,10 +168,10 @@ def write_mark(folder: Path, files: Mapping[str, list[str] | None] | None = None
 def read_mark(folder: Path) -> dict[str, list[str] | None] | None:
     """The entries of the mark of ``folder``; None if it has no mark that can be read."""
     try:
-        content = json.loads((folder / MARK).read_text(encoding="utf-8"))
-        files = content["files"] if content["format"] == FORMAT else None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        content = read_object(folder / MARK)
+    except MspError:
         return None
+    files = content.get("files") if content.get("format") == FORMAT else None
     if not isinstance(files, dict) or not all(map(_are_digests, files.values())):
         return None
     return files
@@ -261,7 +262,7 @@ def check_writable(folder: Path, name: str | Path) -> None:
         # name.
         tempfile.TemporaryFile(prefix=".msp-", dir=folder).close()
     except OSError as error:
-        raise MspError(f"{name} cannot be written: {folder}: {error.strerror or error}") from error
+        raise MspError(f"{name} cannot be written: {folder}: {system_reason(error)}") from error
 
 
 def check_file(path: str | Path) -> None:
@@ -359,10 +360,10 @@ def _entries(folder: Path) -> Iterator[Path]:
 
 def _is_packed(folder: Path) -> bool:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        quantised = read_object(folder / "config.json", foreign=True).get("quantization_config")
+    except MspError:
         return False
+    return isinstance(quantised, dict) and quantised.get("quant_method") == QUANT_METHOD
 
 
 def _in_use(model: Any) -> Iterator[tuple[Path, str]]:

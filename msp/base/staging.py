@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from msp.base.locks import INSIDE, SUFFIX, beside, locked, release, try_lock
-from msp.errors import MspError
+from msp.errors import MspError, system_reason
 
 PARTIAL = ".msp-partial"
 NEW, OLD = "new", "old"
@@ -74,7 +74,7 @@ def scratch_folder(owner: object, name: str, folder: Path | None = None) -> Path
             place = stack.enter_context(staged(folder / name))
             place.mkdir()
         except OSError as error:
-            raise MspError(f"{folder / name} cannot be made: {error.strerror or error}") from error
+            raise MspError(f"{folder / name} cannot be made: {system_reason(error)}") from error
         weakref.finalize(owner, stack.pop_all().close)
     return place
 

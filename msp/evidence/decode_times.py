@@ -16,6 +16,7 @@ from torch import nn
 
 from msp import __version__
 from msp.base.progress import NoProgress, Progress
+from msp.base.readable import dtype_name
 from msp.formats.patterns import NMPattern
 from msp.formats.storage import DENSE, Storage
 from msp.ops import nm_select
@@ -68,7 +69,7 @@ def measure_decode(
     times: dict[Shape, dict[str, float]] = {shape: {} for shape, _ in cases}
     for (shape, storage), found in samples.items():
         times[shape][storage.label] = statistics.median(found) * 1e6
-    return DecodeTable(str(dtype).removeprefix("torch."), machine(device), times)
+    return DecodeTable(dtype_name(dtype), machine(device), times)
 
 
 def _linear(shape: Shape, storage: Storage, dtype: torch.dtype) -> nn.Module:

@@ -26,6 +26,15 @@ Consume = Callable[[Linear, Tensor, Tensor], None]
 RESIDENT_SHARE = 0.5
 
 
+def adding_to(traces: dict[str, float]) -> Consume:
+    """A function that adds a linear's ``fisher_trace`` to its entry in ``traces``."""
+
+    def consume(linear: Linear, x: Tensor, g: Tensor) -> None:
+        traces[linear.name] += float(ops.fisher_trace(x, g))
+
+    return consume
+
+
 def fisher_traces(
     model: nn.Module,
     linears: Sequence[Linear],
@@ -51,10 +60,7 @@ def fisher_traces(
     """
     traces = {linear.name: 0.0 for linear in linears}
 
-    def consume(linear: Linear, x: Tensor, g: Tensor) -> None:
-        traces[linear.name] += float(ops.fisher_trace(x, g))
-
-    scale = _each_sequence(model, linears, windows, consume, progress)
+    scale = _each_sequence(model, linears, windows, adding_to(traces), progress)
     return {name: trace * scale for name, trace in traces.items()}
 
 

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msp import ops
 from msp.base.progress import NoProgress, Progress
 from msp.evidence.calibration import BlockStream
-from msp.evidence.fisher import Consume, Tap, check_windows, frozen, sequence_loss
+from msp.evidence.fisher import Consume, Tap, adding_to, check_windows, frozen, sequence_loss
 from msp.models.gates import GatedModel
 from msp.models.hidden import HiddenStates
-from msp.models.structure import Linear, Structure, device_of
+from msp.models.structure import Structure, device_of
 
 
 def streamed_logits(
@@ -61,9 +60,7 @@ def streamed_fisher_traces(
     sequences, tokens = windows.shape
     traces = {linear.name: 0.0 for linear in structure.linears}
 
-    def consume(linear: Linear, x: Tensor, g: Tensor) -> None:
-        traces[linear.name] += float(ops.fisher_trace(x, g))
-
+    consume = adding_to(traces)
     gates = GatedModel(model, structure, device)
     depth = len(structure.blocks)
     with torch.inference_mode(False), frozen(model), gates:

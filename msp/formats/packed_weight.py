@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msp.base.readable import dtype_name
 from msp.errors import MspError, UsageError
 from msp.formats.patterns import NMPattern
 from msp.formats.positions import check_positions, count_bits, count_positions
@@ -52,7 +53,7 @@ def unpack(values: Tensor, bitmask: Tensor, columns: int) -> Tensor:
 def check_matrix(name: str, weight: Tensor, group_size: int) -> None:
     """Raise unless ``weight`` is a ``[R, K]`` matrix that can be packed in groups of ``group_size``."""
     if weight.dtype not in VALUE_DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in VALUE_DTYPES)
+        known = ", ".join(dtype_name(dtype) for dtype in VALUE_DTYPES)
         raise TypeError(f"{name} is {weight.dtype}, but must be one of {known}")
     if weight.ndim != 2:
         raise ValueError(f"{name} has shape {list(weight.shape)}, but must be a matrix [out, in]")
@@ -79,7 +80,7 @@ def check_stored(parts: Mapping[str, Tensor], storage: Storage, shape: tuple[int
         found = parts[label]
         dtypes = VALUE_DTYPES if part.dtype is None else (part.dtype,)
         if found.dtype not in dtypes:
-            *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+            *most, last = (dtype_name(dtype) for dtype in dtypes)
             needed = f"{', '.join(most)} or {last}" if most else last
             raise MspError(f"{prefix}{label} {'is' if label == BITMASK else 'are'} {found.dtype}, but must be {needed}")
         if found.shape != part.shape:

@@ -9,7 +9,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from msp.errors import MspError
+from msp.errors import MspError, system_reason
 from msp.models.gates import State
 
 
@@ -64,6 +64,6 @@ def _mapped(tensor: Tensor) -> Tensor:
     except OSError as error:
         raise MspError(
             f"{tempfile.gettempdir()}: {tensor.nbytes:,} bytes of hidden states cannot be written: "
-            f"{error.strerror or error}; set TMPDIR to a folder with room, or allow more hidden_bytes in memory"
+            f"{system_reason(error)}; set TMPDIR to a folder with room, or allow more hidden_bytes in memory"
         ) from error
     return mapped.view(tensor.shape).copy_(tensor)

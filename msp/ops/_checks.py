@@ -28,6 +28,16 @@ def check_gradient_shapes(op: str, x: Tensor, g: Tensor) -> None:
         raise ValueError(f"{op}: x is on {x.device}, g on {g.device}")
 
 
+def check_companion(op: str, name: str, tensor: Tensor, shape: tuple[int, int], other: str, beside: Tensor) -> None:
+    """Raise unless ``tensor`` is a float32 matrix of ``shape`` on the device of ``beside``, called ``other``."""
+    if tensor.dtype != torch.float32:
+        raise TypeError(f"{op}: {name} is {tensor.dtype}, needed is torch.float32")
+    if tensor.shape != shape:
+        raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, needed is {list(shape)}")
+    if tensor.device != beside.device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, {other} on {beside.device}")
+
+
 def require_finite(op: str, name: str, tensor: Tensor) -> None:
     """Raise ``ValueError`` with the count if values of ``tensor`` are NaN or infinite."""
     # The sum is one read without a temporary: if it is finite, no value is NaN or infinite. If it is not finite, it

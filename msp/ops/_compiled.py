@@ -47,6 +47,13 @@ def compiled_module(name: str) -> Any | None:
     return None
 
 
+def compiled(name: str) -> Any:
+    """The compiled module ``name``, which must be here."""
+    module = compiled_module(name)
+    assert module is not None
+    return module
+
+
 def module_files(name: str) -> list[str]:
     """The shared libraries that could be module ``name``, including those that were built for another Python."""
     package, _, stem = name.rpartition(".")

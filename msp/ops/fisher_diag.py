@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msp.ops._checks import check_gradient_shapes, check_gradients
+from msp.ops._checks import check_companion, check_gradient_shapes, check_gradients
 from msp.ops._dispatch import Op
 from msp.ops._gradients import gradient_tiles
 
@@ -70,10 +70,4 @@ def fisher_diag_(acc: Tensor, x: Tensor, g: Tensor) -> Tensor:
 
 def _check(acc: Tensor, x: Tensor, g: Tensor) -> None:
     check_gradient_shapes("fisher_diag_", x, g)
-    rows, columns = g.shape[2], x.shape[2]
-    if acc.dtype != torch.float32:
-        raise TypeError(f"fisher_diag_: acc is {acc.dtype}, needed is torch.float32")
-    if acc.shape != (rows, columns):
-        raise ValueError(f"fisher_diag_: acc has shape {list(acc.shape)}, needed is [R, K] = {[rows, columns]}")
-    if acc.device != x.device:
-        raise ValueError(f"fisher_diag_: acc is on {acc.device}, x on {x.device}")
+    check_companion("fisher_diag_", "acc", acc, (g.shape[2], x.shape[2]), "x", x)

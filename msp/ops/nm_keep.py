@@ -7,7 +7,7 @@ from torch import Tensor
 
 from msp.formats.packed_weight import VALUE_DTYPES
 from msp.formats.patterns import NMPattern
-from msp.ops._compiled import compiled_module
+from msp.ops._compiled import compiled
 from msp.ops._dispatch import Op
 
 
@@ -33,9 +33,7 @@ def _in_one_piece(weight: Tensor, rank: Tensor, n: int, out: Tensor) -> bool:
 
 @op.backend("cpu", supports=_in_one_piece)
 def cpu(weight: Tensor, rank: Tensor, n: int, out: Tensor) -> None:
-    compiled = compiled_module("msp._cpu")
-    assert compiled is not None
-    compiled.nm_keep(
+    compiled("msp._cpu").nm_keep(
         weight.data_ptr(),
         rank.data_ptr(),
         out.data_ptr(),

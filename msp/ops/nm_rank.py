@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from msp.formats.patterns import NMPattern, check_group_size
-from msp.ops._compiled import compiled_module
+from msp.ops._compiled import compiled
 from msp.ops._dispatch import Op
 from msp.ops.scoring import Terms, check_counted, check_finite, check_scoring, rank_in_groups, score, scored_arguments
 
@@ -25,16 +27,7 @@ def triton(weight: Tensor, terms: Terms, group_size: int) -> Tensor:
 
     check_finite(weight, terms)
     rank = weight.new_empty(weight.shape, dtype=torch.uint8)
-    kernels.nm_rank(
-        weight,
-        rank,
-        group_size=group_size,
-        kind=terms.kind,
-        column_scale=terms.column_scale,
-        row_term=terms.row_term,
-        column_term=terms.column_term,
-        matrix=terms.matrix,
-    )
+    kernels.nm_rank(weight, rank, terms.for_kernels, group_size=group_size, kind=terms.kind)
     return rank
 
 
@@ -42,9 +35,7 @@ def triton(weight: Tensor, terms: Terms, group_size: int) -> Tensor:
 def cpu(weight: Tensor, terms: Terms, group_size: int) -> Tensor:
     weight = weight.contiguous()
     rank = weight.new_empty(weight.shape, dtype=torch.uint8)
-    compiled = compiled_module("msp._cpu")
-    assert compiled is not None
-    wrong = compiled.nm_rank(
+    wrong = compiled("msp._cpu").nm_rank(
         **scored_arguments(weight, terms, group_size), rank_ptr=rank.data_ptr(), threads=torch.get_num_threads()
     )
     check_counted(wrong, weight, terms)
@@ -52,30 +43,13 @@ def cpu(weight: Tensor, terms: Terms, group_size: int) -> Tensor:
 
 
 @torch.library.custom_op("msp::nm_rank", mutates_args=())
-def nm_rank_op(
-    weight: Tensor,
-    column_scale: Tensor | None,
-    row_term: Tensor | None,
-    column_term: Tensor | None,
-    importance: Tensor | None,
-    scores: Tensor | None,
-    group_size: int,
-) -> Tensor:
+def nm_rank_op(weight: Tensor, terms: Sequence[Tensor | None], group_size: int) -> Tensor:
     check_group_size(group_size)
-    terms = check_scoring(weight, group_size, column_scale, row_term, column_term, importance, scores)
-    return op(weight, terms, group_size)
+    return op(weight, check_scoring(weight, group_size, Terms(*terms)), group_size)
 
 
 @nm_rank_op.register_fake
-def _(
-    weight: Tensor,
-    column_scale: Tensor | None,
-    row_term: Tensor | None,
-    column_term: Tensor | None,
-    importance: Tensor | None,
-    scores: Tensor | None,
-    group_size: int,
-) -> Tensor:
+def _(weight: Tensor, terms: Sequence[Tensor | None], group_size: int) -> Tensor:
     return weight.new_empty(weight.shape, dtype=torch.uint8)
 
 
@@ -106,6 +80,6 @@ def nm_rank(
     if isinstance(group_size, (NMPattern, str)):
         group_size = NMPattern.of(group_size).m
     check_group_size(group_size)
-    terms = check_scoring(weight, group_size, column_scale, row_term, column_term, importance, scores)
-    rank: Tensor = nm_rank_op(weight.detach(), *terms, group_size)
+    terms = check_scoring(weight, group_size, Terms(column_scale, row_term, column_term, importance, scores))
+    rank: Tensor = nm_rank_op(weight.detach(), terms, group_size)
     return rank

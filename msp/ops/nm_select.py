@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from msp.formats.packed_weight import PackedWeight, pack_bits
 from msp.formats.patterns import NMPattern
 from msp.formats.storage import Storage, packed_widths
-from msp.ops._compiled import compiled_module
+from msp.ops._compiled import compiled
 from msp.ops._dispatch import Op
 from msp.ops.scoring import Terms, check_counted, check_finite, check_scoring, rank_in_groups, score, scored_arguments
 
@@ -40,17 +42,7 @@ def triton(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> tup
     check_finite(weight, terms)
     values, bitmask = _empty(weight, n, m)
     kernels.nm_select(
-        weight,
-        values,
-        bitmask,
-        n=n,
-        group_size=m,
-        kind=terms.kind,
-        compliant=compliant,
-        column_scale=terms.column_scale,
-        row_term=terms.row_term,
-        column_term=terms.column_term,
-        matrix=terms.matrix,
+        weight, values, bitmask, terms.for_kernels, n=n, group_size=m, kind=terms.kind, compliant=compliant
     )
     return values, bitmask
 
@@ -61,9 +53,7 @@ def _compiled(
     """Call the C++ or CUDA binding with addresses and codes; ``others``: the threads, or the arguments of CUDA."""
     weight = weight.contiguous()
     values, bitmask = _empty(weight, n, m)
-    compiled = compiled_module(module)
-    assert compiled is not None
-    wrong = compiled.nm_select(
+    wrong = compiled(module).nm_select(
         **scored_arguments(weight, terms, m),
         n=n,
         compliant=compliant,
@@ -101,33 +91,14 @@ def cuda(weight: Tensor, terms: Terms, n: int, m: int, compliant: bool) -> tuple
 
 @torch.library.custom_op("msp::nm_select", mutates_args=())
 def nm_select_op(
-    weight: Tensor,
-    column_scale: Tensor | None,
-    row_term: Tensor | None,
-    column_term: Tensor | None,
-    importance: Tensor | None,
-    scores: Tensor | None,
-    n: int,
-    m: int,
-    compliant: bool,
+    weight: Tensor, terms: Sequence[Tensor | None], n: int, m: int, compliant: bool
 ) -> tuple[Tensor, Tensor]:
     NMPattern(n, m)  # raises for a pattern that is none
-    terms = check_scoring(weight, m, column_scale, row_term, column_term, importance, scores)
-    return op(weight, terms, n, m, compliant)
+    return op(weight, check_scoring(weight, m, Terms(*terms)), n, m, compliant)
 
 
 @nm_select_op.register_fake
-def _(
-    weight: Tensor,
-    column_scale: Tensor | None,
-    row_term: Tensor | None,
-    column_term: Tensor | None,
-    importance: Tensor | None,
-    scores: Tensor | None,
-    n: int,
-    m: int,
-    compliant: bool,
-) -> tuple[Tensor, Tensor]:
+def _(weight: Tensor, terms: Sequence[Tensor | None], n: int, m: int, compliant: bool) -> tuple[Tensor, Tensor]:
     # the table itself: sizes may be symbols here, which cannot be remembered
     parts = Storage(NMPattern(n, m)).packed_parts(*weight.shape)
     values, bitmask = (weight.new_empty(part.shape, dtype=part.dtype) for part in parts.values())
@@ -164,11 +135,11 @@ def nm_select(
         UsageError: a text that is no pattern.
     """
     pattern = NMPattern.of(pattern)
-    terms = check_scoring(weight, pattern.m, column_scale, row_term, column_term, importance, scores)
+    terms = check_scoring(weight, pattern.m, Terms(column_scale, row_term, column_term, importance, scores))
     if compliant and 2 * pattern.n > pattern.m:
         raise ValueError(f"pattern {pattern} cannot be compliant: at most 2 of every 4 leaves {pattern.m // 2} to keep")
     values, bitmask = nm_select_op(
-        weight.detach(), *terms, pattern.n, pattern.m, compliant and not pattern.always_compliant
+        weight.detach(), terms, pattern.n, pattern.m, compliant and not pattern.always_compliant
     )
     rows, columns = weight.shape
     return PackedWeight(values, bitmask, pattern, (rows, columns))

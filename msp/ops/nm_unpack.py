@@ -7,7 +7,7 @@ from torch import Tensor
 
 from msp.formats.packed_weight import VALUE_DTYPES, PackedWeight, unpack
 from msp.formats.positions import Counted, check_parts, check_positions
-from msp.ops._compiled import compiled_module
+from msp.ops._compiled import compiled
 from msp.ops._dispatch import Op
 from msp.ops.linear.compiled import struct_of
 
@@ -33,11 +33,10 @@ def triton(values: Tensor, bitmask: Tensor, n: int, m: int, out: Tensor, counted
 
 @op.backend("cpu", supports=_in_one_piece)
 def cpu(values: Tensor, bitmask: Tensor, n: int, m: int, out: Tensor, counted: Counted) -> None:
-    compiled = compiled_module("msp._cpu")
-    assert compiled is not None
+    module = compiled("msp._cpu")
     values, bitmask = values.contiguous(), bitmask.contiguous()
-    weight = struct_of(compiled.PackedRows, values, bitmask, n, m, out.shape[1], counted)
-    compiled.nm_unpack(weight, out.data_ptr(), torch.get_num_threads())
+    weight = struct_of(module.PackedRows, values, bitmask, n, m, out.shape[1], counted)
+    module.nm_unpack(weight, out.data_ptr(), torch.get_num_threads())
 
 
 @torch.library.custom_op("msp::nm_unpack_", mutates_args=("out",))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from msp.formats.packed_weight import PackedWeight, check_matrix
 from msp.formats.patterns import NMPattern, check_group_size
-from msp.ops._checks import require_finite
-from msp.ops._compiled import compiled_module
+from msp.ops._checks import check_companion, require_finite
+from msp.ops._compiled import compiled
 from msp.ops._dispatch import Op, cuda_serves
 from msp.ops.nm_select import nm_select
 
@@ -58,9 +58,7 @@ def cpu(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> t
     factor = hinv_chol.contiguous()
     updated = torch.empty_like(weight)
     kept = torch.empty(weight.shape, dtype=torch.bool)
-    compiled = compiled_module("msp._cpu")
-    assert compiled is not None
-    compiled.obs_prune(
+    compiled("msp._cpu").obs_prune(
         weight_ptr=weight.data_ptr(),
         factor_ptr=factor.data_ptr(),
         updated_ptr=updated.data_ptr(),
@@ -77,12 +75,11 @@ def cpu(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> t
 @op.backend("cuda", available=lambda: cuda_serves("obs_prune_block"))
 def cuda(weight: Tensor, hinv_chol: Tensor, n: int, m: int, block_size: int) -> tuple[Tensor, Tensor]:
     # The kernel's blocks have one size; the block size changes only the rounding.
-    compiled = compiled_module("msp._cuda")
-    assert compiled is not None
+    module = compiled("msp._cuda")
     with torch.cuda.device(weight.device):
         stream = torch.cuda.current_stream().cuda_stream
-        prune_block = functools.partial(compiled.obs_prune_block, stream=stream)
-        return sweep_blocks(weight, hinv_chol, n, m, compiled.obs_block_columns, prune_block)
+        prune_block = functools.partial(module.obs_prune_block, stream=stream)
+        return sweep_blocks(weight, hinv_chol, n, m, module.obs_block_columns, prune_block)
 
 
 def sweep_blocks(
@@ -181,12 +178,7 @@ def obs_prune(weight: Tensor, hinv_chol: Tensor, pattern: NMPattern | str, *, bl
 def _check(weight: Tensor, hinv_chol: Tensor, m: int, block_size: int) -> None:
     check_matrix("obs_prune: weight", weight, check_group_size(m))
     columns = weight.shape[1]
-    if hinv_chol.dtype != torch.float32:
-        raise TypeError(f"obs_prune: hinv_chol is {hinv_chol.dtype}, needed is torch.float32")
-    if hinv_chol.shape != (columns, columns):
-        raise ValueError(f"obs_prune: hinv_chol has shape {list(hinv_chol.shape)}, needed is {[columns, columns]}")
-    if hinv_chol.device != weight.device:
-        raise ValueError(f"obs_prune: hinv_chol is on {hinv_chol.device}, weight on {weight.device}")
+    check_companion("obs_prune", "hinv_chol", hinv_chol, (columns, columns), "weight", weight)
     if block_size < 1 or block_size % m:
         raise ValueError(f"obs_prune: block_size is {block_size}, needed is a positive multiple of {m}")
 

@@ -41,6 +41,11 @@ class Terms(NamedTuple):
         """The ``[R, K]`` term, of which there is at most one."""
         return self.importance if self.scores is None else self.scores
 
+    @property
+    def for_kernels(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """The terms in the order of kernels, which read ``importance`` and ``scores`` from one argument."""
+        return self.column_scale, self.row_term, self.column_term, self.matrix
+
 
 def score(weight: Tensor, terms: Terms) -> Tensor:
     """The fp32 scores ``[R, K]``; every backend multiplies in this order, so all agree to the bit."""
@@ -68,16 +73,8 @@ def rank_in_groups(scores: Tensor, group_size: int) -> Tensor:
     return rank.t().reshape(scores.shape)
 
 
-def check_scoring(
-    weight: Tensor,
-    group_size: int,
-    column_scale: Tensor | None,
-    row_term: Tensor | None,
-    column_term: Tensor | None,
-    importance: Tensor | None,
-    scores: Tensor | None,
-) -> Terms:
-    """The terms in fp32, after every check that reads no value; ``check_finite`` has the others.
+def check_scoring(weight: Tensor, group_size: int, given: Terms) -> Terms:
+    """The terms ``given`` in fp32, after every check that reads no value; ``check_finite`` has the others.
 
     Raises:
         TypeError: no weight or term can have this dtype.
@@ -85,8 +82,7 @@ def check_scoring(
     """
     check_matrix("weight", weight, group_size)
     rows, columns = weight.shape
-    given = Terms(column_scale, row_term, column_term, importance, scores)
-    if given.kind == MAGNITUDE and column_term is None:
+    if given.kind == MAGNITUDE and given.column_term is None:
         return given
     shapes = ((columns,), (rows,), (columns,), (rows, columns), (rows, columns))
     named = []
@@ -155,7 +151,7 @@ def check_counted(wrong: int, weight: Tensor, terms: Terms) -> None:
 def scored_arguments(weight: Tensor, terms: Terms, group_size: int) -> dict[str, int]:
     """The arguments of compiled kernels for a contiguous weight and its terms, by name."""
     rows, columns = weight.shape
-    scale, row_term, column_term, matrix = terms.column_scale, terms.row_term, terms.column_term, terms.matrix
+    names = ("column_scale_ptr", "row_term_ptr", "column_term_ptr", "matrix_ptr")
     return {
         "weight_ptr": weight.data_ptr(),
         "dtype_code": VALUE_DTYPES.index(weight.dtype),
@@ -163,10 +159,7 @@ def scored_arguments(weight: Tensor, terms: Terms, group_size: int) -> dict[str,
         "columns": columns,
         "group_size": group_size,
         "score_kind": terms.kind,
-        "column_scale_ptr": 0 if scale is None else scale.data_ptr(),
-        "row_term_ptr": 0 if row_term is None else row_term.data_ptr(),
-        "column_term_ptr": 0 if column_term is None else column_term.data_ptr(),
-        "matrix_ptr": 0 if matrix is None else matrix.data_ptr(),
+        **{name: 0 if term is None else term.data_ptr() for name, term in zip(names, terms.for_kernels, strict=True)},
     }
 
 

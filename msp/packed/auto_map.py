@@ -7,7 +7,6 @@ asks nor runs anything, because it has the model type itself.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +43,16 @@ def add_loader(folder: Path) -> None:
     from transformers import CONFIG_MAPPING
 
     from msp.base.reading import read_object
+    from msp.models.travelling import edit_config
 
-    path = folder / "config.json"
-    config = read_object(path, foreign=True)
+    config = read_object(folder / "config.json", foreign=True)
     auto_map, kind = config.get("auto_map") or {}, config.get("model_type")
     known = (
         isinstance(kind, str) and kind in CONFIG_MAPPING and CONFIG_MAPPING[kind].__module__.startswith("transformers.")
     )
     if not known or "AutoConfig" in auto_map:
         return
-    config["auto_map"] = {**auto_map, "AutoConfig": f"{NAME}.{PackedConfig.__name__}"}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    edit_config(folder, auto_map={**auto_map, "AutoConfig": f"{NAME}.{PackedConfig.__name__}"})
     (folder / FILE).write_text(SOURCE, encoding="utf-8")
 
 

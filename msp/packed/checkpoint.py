@@ -26,6 +26,7 @@ from msp import __version__
 from msp.base.files import save_tensors
 from msp.base.hashes import Hashing
 from msp.base.outputs import check_room, new_folder
+from msp.base.readable import dtype_name
 from msp.base.reading import read_object
 from msp.base.safetensors_files import header_bytes, read_headers, tensor_files
 from msp.errors import MspError, first_line
@@ -155,7 +156,7 @@ def _describe(folder: Path, tokenizer: Any, origin: Path | None) -> None:
     info = read_info(folder)
     record_hashes(folder)
     # transformers names the dtype of the first parameter, and loads all weights in the dtype named here.
-    edit_config(folder, dtype=str(_common_dtype(folder, info)).removeprefix("torch."))
+    edit_config(folder, dtype=dtype_name(_common_dtype(folder, info)))
     (folder / "README.md").write_text(model_card(info), encoding="utf-8")
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from msp.base.outputs import check_room, new_folder
+from msp.base.readable import dtype_name
 from msp.errors import MspError
 from msp.formats.patterns import NMPattern
 from msp.models.loading import load_model
@@ -103,7 +104,7 @@ def export_dense(
         model.dequantize()
         with as_stored(model, loaded.stored):
             model.save_pretrained(partial, max_shard_size=max_shard_size)
-        edit_config(partial, dtype=str(loaded.stored_dtype).removeprefix("torch."))
+        edit_config(partial, dtype=dtype_name(loaded.stored_dtype))
         for file in sorted(source.iterdir()):
             if not _is_left(file, partial):
                 copy = shutil.copytree if file.is_dir() else shutil.copy2

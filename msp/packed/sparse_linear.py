@@ -17,7 +17,7 @@ from msp.formats.positions import check_positions, count_positions
 from msp.formats.storage import BITMASK, Storage
 from msp.models.structure import weight_identity
 from msp.ops import CodedWeight, PackedWeight
-from msp.ops.linear import DENSE, LAYOUTS, ROWS, TILES, Layout, group_op, is_compliant
+from msp.ops.linear import DENSE, LAYOUTS, ROWS, TILES, Layout, Size, group_op, is_compliant
 from msp.ops.linear.group import MOST, MOST_TOKENS
 
 
@@ -160,8 +160,8 @@ class SparseLinear(nn.Module):
         It is called when a model is loaded and when a module is moved or cast. A weight that is trained stays in rows.
         """
         frozen = not self.values.requires_grad and not self.values.is_meta
-        size = self.pattern, self.out_features, self.in_features, self.values.dtype, self.values.device
-        self._set_layout(next(layout for layout in LAYOUTS if layout.serves(*size)) if frozen else ROWS)
+        size = Size(self.pattern, self.out_features, self.in_features, self.values.dtype, self.values.device)
+        self._set_layout(next(layout for layout in LAYOUTS if layout.serves(size)) if frozen else ROWS)
         if self.values.is_cuda and self.layout != DENSE and not self.bitmask.is_meta:
             # checked now and not in the first product, because the check waits for the device, which a CUDA graph
             # does not allow

@@ -16,7 +16,7 @@ A new pruner takes a few lines::
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
@@ -30,7 +30,8 @@ from msp.errors import MspError
 from msp.formats.patterns import NMPattern
 from msp.ops import PackedWeight
 
-Warn = Callable[[str], object]
+# Where messages go: to a function, or to ``warnings`` if it is None.
+Warn = Callable[[str], object] | None
 
 
 @dataclass
@@ -74,72 +75,23 @@ class Scoring:
 
 
 class Pruner(Protocol):
-    """Decides which weights of a linear are kept."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """The fields of ``LinearStatistics`` that the pruner reads, a subset of ``STATISTICS``."""
-        ...
-
-    @property
-    def updates_weights(self) -> bool:
-        """Whether the kept weights get new values."""
-        ...
-
-    def scoring(self, weight: Tensor, statistics: LinearStatistics) -> Scoring:
-        """The score that ranks the weights of a group; ``weight`` is ``[R, K]`` of any float dtype."""
-        ...
-
-    def prune(
-        self,
-        weight: Tensor,
-        statistics: LinearStatistics,
-        pattern: NMPattern,
-        *,
-        name: str = "",
-        warn: Warn | None = None,
-    ) -> PackedWeight:
-        """Prune ``weight [R, K]``; messages name the linear ``name`` and go to ``warn``, or else to ``warnings``."""
-        ...
-
-    def prune_levels(
-        self,
-        weight: Tensor,
-        statistics: LinearStatistics,
-        patterns: Sequence[NMPattern],
-        *,
-        name: str = "",
-        warn: Warn | None = None,
-    ) -> Iterator[PackedWeight]:
-        """The results of ``prune`` for each of ``patterns``; common intermediate results are computed once."""
-        ...
-
-
-class BasePruner(ABC):
-    """A base class with the look-up of statistics, and with levels that are pruned one by one; its use is optional."""
+    """Decides which weights of a linear are kept. Any object with these attributes can serve, derived or not."""
 
     name: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()
-    updates_weights: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]]
+    """The fields of ``LinearStatistics`` that the pruner reads, a subset of ``STATISTICS``."""
+    updates_weights: ClassVar[bool]
+    """Whether the kept weights get new values."""
 
     @abstractmethod
     def scoring(self, weight: Tensor, statistics: LinearStatistics) -> Scoring:
-        """The score that ranks the weights of a group."""
+        """The score that ranks the weights of a group; ``weight`` is ``[R, K]`` of any float dtype."""
 
     @abstractmethod
     def prune(
-        self,
-        weight: Tensor,
-        statistics: LinearStatistics,
-        pattern: NMPattern,
-        *,
-        name: str = "",
-        warn: Warn | None = None,
+        self, weight: Tensor, statistics: LinearStatistics, pattern: NMPattern, *, name: str = "", warn: Warn = None
     ) -> PackedWeight:
-        """Prune ``weight``."""
+        """Prune ``weight [R, K]``; messages name the linear ``name`` and go to ``warn``, or else to ``warnings``."""
 
     def prune_levels(
         self,
@@ -148,11 +100,18 @@ class BasePruner(ABC):
         patterns: Sequence[NMPattern],
         *,
         name: str = "",
-        warn: Warn | None = None,
+        warn: Warn = None,
     ) -> Iterator[PackedWeight]:
-        """The results of ``prune`` for each of ``patterns``."""
+        """The results of ``prune`` for each of ``patterns``; a pruner may compute common parts of them once."""
         for pattern in patterns:
             yield self.prune(weight, statistics, pattern, name=name, warn=warn)
+
+
+class BasePruner(Pruner):
+    """A base class with the look-up of statistics; its use is optional."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    updates_weights: ClassVar[bool] = False
 
     def require(self, statistics: LinearStatistics, field: str, shape: Sequence[int]) -> Tensor:
         """The field ``field`` of ``statistics``.
@@ -174,13 +133,7 @@ class KeepingPruner(BasePruner):
     """A pruner that does not change the kept weights, so that its scoring defines it."""
 
     def prune(
-        self,
-        weight: Tensor,
-        statistics: LinearStatistics,
-        pattern: NMPattern,
-        *,
-        name: str = "",
-        warn: Warn | None = None,
+        self, weight: Tensor, statistics: LinearStatistics, pattern: NMPattern, *, name: str = "", warn: Warn = None
     ) -> PackedWeight:
         with named(name):
             return ops.nm_select(weight, pattern, **self.scoring(weight, statistics).kwargs())
@@ -200,7 +153,7 @@ class named:
             raise MspError(f"{self._name}: {error}") from error
 
 
-def tell(warn: Warn | None, message: str) -> None:
+def tell(warn: Warn, message: str) -> None:
     """Pass ``message`` to ``warn``, or issue a Python warning if ``warn`` is None."""
     if warn is None:
         warnings.warn(message, stacklevel=3)

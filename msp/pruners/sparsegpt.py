@@ -59,13 +59,7 @@ class SparseGPTPruner(BasePruner):
         return Scoring(column_scale=torch.where(dead, 0.0, scale).float().to(weight.device))
 
     def prune(
-        self,
-        weight: Tensor,
-        statistics: LinearStatistics,
-        pattern: NMPattern,
-        *,
-        name: str = "",
-        warn: Warn | None = None,
+        self, weight: Tensor, statistics: LinearStatistics, pattern: NMPattern, *, name: str = "", warn: Warn = None
     ) -> PackedWeight:
         (packed,) = self.prune_levels(weight, statistics, [pattern], name=name, warn=warn)
         return packed
@@ -77,7 +71,7 @@ class SparseGPTPruner(BasePruner):
         patterns: Sequence[NMPattern],
         *,
         name: str = "",
-        warn: Warn | None = None,
+        warn: Warn = None,
     ) -> Iterator[PackedWeight]:
         with named(name):
             # The factor does not depend on the pattern, so it is computed once.
@@ -86,9 +80,7 @@ class SparseGPTPruner(BasePruner):
             for pattern in patterns:
                 yield ops.obs_prune(alive, single, pattern, block_size=self.block_size)
 
-    def _factor(
-        self, weight: Tensor, statistics: LinearStatistics, *, name: str, warn: Warn | None
-    ) -> tuple[Tensor, Tensor]:
+    def _factor(self, weight: Tensor, statistics: LinearStatistics, *, name: str, warn: Warn) -> tuple[Tensor, Tensor]:
         """The upper Cholesky factor of H^-1, float64 ``[K, K]``, and the mask of dead inputs, bool ``[K]``."""
         columns = weight.shape[1]
         summed = self.require(statistics, "hessian", (columns, columns))

@@ -12,6 +12,7 @@ import torch
 from msp.base.finite import check_finite, named_tensors
 from msp.base.identity import differences
 from msp.base.progress import Progress
+from msp.base.readable import dtype_name
 from msp.errors import MspError, UsageError
 from msp.evidence.decode_times import machine, measure_decode
 from msp.evidence.evaluate import DenseReference
@@ -90,7 +91,7 @@ class Opened:
             self.decode_table = measure_decode(shapes, patterns, dtype=dtype, device=self.device, progress=progress)
             if kept is not None:
                 self.decode_table.save(kept)
-        if self.decode_table.dtype != str(dtype).removeprefix("torch."):
+        if self.decode_table.dtype != dtype_name(dtype):
             raise UsageError(f"the decode table is of {self.decode_table.dtype}, but the model is stored in {dtype}")
         return self.decode_table.rounded(shapes)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from transformers.pytorch_utils import Conv1D
 
 from msp.base.outputs import QUANT_METHOD
+from msp.base.readable import dtype_name
 from msp.errors import MspError
 from msp.formats.packed_weight import VALUE_DTYPES
 from msp.models.loading import LoadedModel
@@ -34,12 +34,12 @@ def check_prunable(loaded: LoadedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and loaded.stored.of(name) not in VALUE_DTYPES:
             raise MspError(
-                f"{source}: {name} is {_name(loaded.stored.of(name))}, and weights can be "
-                f"{', '.join(map(_name, VALUE_DTYPES))}: convert the model first, model.to(torch.float32) say"
+                f"{source}: {name} is {dtype_name(loaded.stored.of(name))}, and weights can be "
+                f"{', '.join(map(dtype_name, VALUE_DTYPES))}: convert the model first, model.to(torch.float32) say"
             )
         if not parameter.is_floating_point():
             raise MspError(
-                f"{source}: {name} is {_name(parameter.dtype)}, a quantised weight: start from the dense model"
+                f"{source}: {name} is {dtype_name(parameter.dtype)}, a quantised weight: start from the dense model"
             )
     if loaded.folder is None:
         _check_in_memory(source, model)
@@ -76,7 +76,3 @@ def _check_in_memory(source: str, model: Any) -> None:
                 f"{source}: {name} is not in memory: load the model without offloading, or give its directory (and "
                 "stream, if it does not fit)"
             )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from msp.base.finite import check_figures
 from msp.base.host_memory import give_back
 from msp.base.progress import NoProgress, Progress
+from msp.base.readable import dtype_name
 from msp.errors import MspError
 from msp.evidence.evaluate import DenseReference, perplexity
 from msp.models.loading import (
@@ -70,7 +71,7 @@ def evaluate(
     dense = None
     if reference is not None:
         loaded = load_model(reference, dtype=dtype, **loading)
-        dtype = str(computed_dtype(loaded.model)).removeprefix("torch.")
+        dtype = dtype_name(computed_dtype(loaded.model))
         with run_text(loaded.model, ()).changes.steady(loaded.model):
             dense = DenseReference(loaded.model, windows, batch_size=size, progress=listener)
         del loaded
@@ -91,5 +92,5 @@ def evaluate(
         evaluate=source,
         window=window,
         tokens=windows.numel(),
-        dtype=str(computed_dtype(measured)).removeprefix("torch."),
+        dtype=dtype_name(computed_dtype(measured)),
     )

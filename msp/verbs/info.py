@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msp.base.outputs import QUANT_METHOD
+from msp.base.readable import dtype_name
 from msp.errors import MspError, UsageError
 from msp.formats.patterns import GROUP_SIZES
 from msp.models.loading import (
@@ -75,7 +76,7 @@ def _dense(model: str, trust_remote_code: bool) -> DenseInfo:
         architecture=type(skeleton).__name__,
         parameters=parameters,
         bytes=stored_bytes(model, parameters * dtype.itemsize),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         blocks=len(structure.blocks),
         prunable_weights=sum(count * shape[0] * shape[1] for (_, shape), count in kinds.items()),
         quantised=method,

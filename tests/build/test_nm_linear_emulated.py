@@ -16,8 +16,8 @@ import torch
 from msp.errors import UsageError
 from msp.formats import positions as _positions
 from msp.formats.patterns import NMPattern
-from msp.ops import _dispatch, force_backend, last_backend, nm_linear, nm_select
-from msp.ops.linear import TILES, compiled, group_op, tiles
+from msp.ops import _compiled, _dispatch, force_backend, last_backend, nm_linear, nm_select
+from msp.ops.linear import TILES, group_op, tiles
 from msp.ops.linear import group as group_file
 from msp.ops.linear.plan import Device, plan
 from msp.ops.linear.tile_order import has_tiles, to_tiles
@@ -157,7 +157,7 @@ def device_replaced(monkeypatch, library, splits=1) -> Iterator[list[tuple[int, 
     # as much as a block needs that has so few columns
     shared = (100 if splits == 1 else 35) << 10
     with monkeypatch.context() as patch:
-        patch.setattr(compiled, "compiled_module", lambda name: module)
+        patch.setattr(_compiled, "compiled_module", lambda name: module)
         patch.setattr(_dispatch, "cuda_serves", lambda name: hasattr(module, name))
         patch.setattr(_dispatch, "_serves_device", lambda backend, device: True)
         for file in (tiles, group_file):

@@ -116,7 +116,7 @@ def test_nothing_to_add(shape):
         (lambda acc, x, g: (acc.double(), x, g), TypeError, "acc is torch.float64"),
         (lambda acc, x, g: (acc, x.long(), g), TypeError, "x is torch.int64"),
         (lambda acc, x, g: (acc, x, g.half()), TypeError, "one dtype"),
-        (lambda acc, x, g: (acc.t(), x, g), ValueError, r"acc has shape \[7, 5\], needed is \[R, K\] = \[5, 7\]"),
+        (lambda acc, x, g: (acc.t(), x, g), ValueError, r"acc has shape \[7, 5\], needed is \[5, 7\]"),
         (lambda acc, x, g: (acc, x[:1], g), ValueError, r"\[1, 3, 7\]"),
         (lambda acc, x, g: (acc, x[0], g[0]), ValueError, r"needed are \[S, T, K\]"),
     ],

@@ -18,7 +18,7 @@ import msp.ops.linear
 from msp.errors import UsageError
 from msp.formats.patterns import NMPattern
 from msp.ops import _dispatch, available_backends, force_backend, last_backend, nm_linear, nm_select
-from msp.ops.linear import DENSE, FRAGMENTS, LAYOUTS, ROWS, TILES, Layout
+from msp.ops.linear import DENSE, FRAGMENTS, LAYOUTS, ROWS, TILES, Layout, Size
 from msp.ops.linear.thresholds import ANY_NUMBER, FEW_TOKENS, FEW_TOKENS_ELSEWHERE, few_tokens
 
 # fragments are made by a kernel: tests/ops/test_nm_spmm.py
@@ -107,8 +107,8 @@ def test_a_cpu_has_rows_and_a_gpu_what_its_kernels_read(monkeypatch):
     from msp.ops.linear import fragments, tiles
 
     def chosen(pattern, device, dtype=torch.bfloat16, rows=16):
-        size = NMPattern.parse(pattern), rows, 256, dtype, torch.device(device)
-        return next(layout for layout in LAYOUTS if layout.serves(*size))
+        size = Size(NMPattern.parse(pattern), rows, 256, dtype, torch.device(device))
+        return next(layout for layout in LAYOUTS if layout.serves(size))
 
     for built in (True, False):
         for file in (tiles, fragments):

@@ -133,4 +133,4 @@ def test_is_a_well_formed_torch_op(kind):
     terms = by_hand.terms(kind, 3, 24, generator)
     names = ("column_scale", "row_term", "column_term", "importance", "scores")
     weight = torch.randn(3, 24, generator=generator)
-    torch.library.opcheck(nm_rank_op, (weight, *(terms.get(name) for name in names), 8))
+    torch.library.opcheck(nm_rank_op, (weight, [terms.get(name) for name in names], 8))

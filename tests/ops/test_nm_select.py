@@ -250,4 +250,4 @@ def test_is_a_well_formed_torch_op(kind):
     given_terms = by_hand.terms(kind, 3, 24, generator)
     names = ("column_scale", "row_term", "column_term", "importance", "scores")
     weight = torch.randn(3, 24, generator=generator)
-    torch.library.opcheck(nm_select_op, (weight, *(given_terms.get(name) for name in names), 2, 8, False))
+    torch.library.opcheck(nm_select_op, (weight, [given_terms.get(name) for name in names], 2, 8, False))

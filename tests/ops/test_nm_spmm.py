@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from msp.formats.patterns import NMPattern
-from msp.ops import PackedWeight, _dispatch, force_backend, last_backend, nm_linear, nm_select
-from msp.ops.linear import FRAGMENTS, TILES, compiled, thresholds, tiles
+from msp.ops import PackedWeight, _compiled, _dispatch, force_backend, last_backend, nm_linear, nm_select
+from msp.ops.linear import FRAGMENTS, TILES, Size, thresholds, tiles
 from msp.ops.linear import fragments as module
 from msp.ops.linear import plan as plan_file
 from msp.ops.linear.plan import Device, kept_bytes
@@ -82,7 +82,8 @@ def emulate(library, monkeypatch):
 
     def emulate(major):
         chip = EmulatedCuda(library, major)
-        monkeypatch.setattr(compiled, "compiled_module", lambda name: chip)
+        real = _compiled.compiled_module
+        monkeypatch.setattr(_compiled, "compiled_module", lambda name: chip if name == "msp._cuda" else real(name))
         monkeypatch.setattr(module, "cuda_serves", lambda name: hasattr(chip, name))
         monkeypatch.setitem(_dispatch.AUTOMATIC, "cpu", ("cuda", "cpu", "reference"))
         monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
@@ -150,7 +151,7 @@ def test_is_the_product_with_the_unpacked_weight(chip, case, on, request):
     (tokens, rows, columns, pattern, multiprocessors), *cuts = case
     device = on(chip)
     if chip != "cuda":
-        emulated_chip = compiled.compiled_module("msp._cuda")
+        emulated_chip = _compiled.compiled_module("msp._cuda")
         emulated_chip.multiprocessors = multiprocessors
         assert emulated_chip.cut(tokens, rows, columns) == cuts[chip - 8]
     index = CASES.index(case)
@@ -186,7 +187,7 @@ def test_every_column_meets_its_own(chip, on):
 def test_splits_are_summed_the_same_way_every_time(chip, on):
     device = on(chip)
     if chip != "cuda":
-        compiled.compiled_module("msp._cuda").multiprocessors = 132
+        _compiled.compiled_module("msp._cuda").multiprocessors = 132
     packed, bias, generator = make(100, 2304, "2:4", torch.float16, 1, device)
     x = torch.randn(9, 2304, generator=generator).to(device, torch.float16)
     first, second = multiply(x, packed, bias), multiply(x, packed, bias)
@@ -294,7 +295,7 @@ def test_serves_compliant_half_precision_weights_on_a_gpu(emulate):
     emulate(8)
 
     def serves(pattern, dtype, compliant, device="cuda"):
-        return FRAGMENTS.serves(NMPattern.parse(pattern), 16, 64, dtype, torch.device(device), compliant)
+        return FRAGMENTS.serves(Size(NMPattern.parse(pattern), 16, 64, dtype, torch.device(device), compliant))
 
     assert serves("2:8", torch.bfloat16, False) and serves("4:8", torch.float16, True)
     assert not serves("4:8", torch.float16, False) and not serves("2:8", torch.float32, True)

@@ -206,9 +206,9 @@ def test_ops_that_are_called_directly_check_their_arguments() -> None:
     with pytest.raises(ValueError, match="rank has shape"):
         torch.ops.msp.nm_keep(torch.ones(4, 8), torch.zeros(4, 4, dtype=torch.uint8), 2)
     with pytest.raises(ValueError, match="column_scale has shape"):
-        torch.ops.msp.nm_select(torch.ones(4, 8), torch.ones(4), None, None, None, None, 2, 8, False)
+        torch.ops.msp.nm_select(torch.ones(4, 8), [torch.ones(4), None, None, None, None], 2, 8, False)
     with pytest.raises(ValueError, match="column_scale has shape"):
-        torch.ops.msp.nm_rank(torch.ones(4, 8), torch.ones(4), None, None, None, None, 8)
+        torch.ops.msp.nm_rank(torch.ones(4, 8), [torch.ones(4), None, None, None, None], 8)
     with pytest.raises(ValueError, match="hinv_chol has shape"):
         torch.ops.msp.obs_prune(torch.ones(4, 8), torch.ones(4, 4), 2, 8, 8)
     with pytest.raises(ValueError, match="acc has shape"):

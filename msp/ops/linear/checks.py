@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from msp.formats.packed_weight import VALUE_DTYPES
@@ -30,3 +32,11 @@ def check(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: in
             raise TypeError(f"{name} is {tensor.dtype}, but the packed values are {dtype}")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, but the packed values are on {device}")
+
+
+def fake(
+    x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, columns: int, *unread: Any
+) -> Tensor:
+    """An empty ``[..., R]`` for tensors without data, after ``check``; the fake of the ops of one weight."""
+    check(x, values, bitmask, bias, n, m, columns)
+    return x.new_empty(*x.shape[:-1], values.shape[0])

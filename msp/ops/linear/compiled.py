@@ -12,14 +12,6 @@ from torch import Tensor
 
 from msp.formats.packed_weight import VALUE_DTYPES
 from msp.formats.positions import Counted
-from msp.ops._compiled import compiled_module
-
-
-def compiled(name: str) -> Any:
-    """The compiled module ``name``, which must be here."""
-    module = compiled_module(name)
-    assert module is not None
-    return module
 
 
 def make_struct(kind: Any, values: Tensor, bitmask: Tensor, n: int, m: int, columns: int) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from msp.formats.packed_weight import unpack, unpack_bits
 from msp.formats.patterns import NMPattern
-from msp.ops.linear.layout import Layout
+from msp.ops.linear.layout import Layout, Size
 from msp.ops.linear.plan import stays_dense
 from msp.ops.linear.rows import op
 
@@ -23,16 +23,8 @@ class Dense(Layout):
 
     name: ClassVar[str] = "dense"
 
-    def serves(
-        self,
-        pattern: NMPattern,
-        rows: int,
-        columns: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        compliant: bool = False,
-    ) -> bool:
-        return device.type == "cuda" and pattern.n > 0 and stays_dense(pattern, dtype)
+    def serves(self, weight: Size) -> bool:
+        return weight.device.type == "cuda" and weight.pattern.n > 0 and stays_dense(weight.pattern, weight.dtype)
 
     def arrange(self, values: Tensor, bitmask: Tensor, pattern: NMPattern, columns: int) -> tuple[Tensor, Tensor]:
         return unpack(values, bitmask, columns), bitmask

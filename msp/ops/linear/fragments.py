@@ -15,10 +15,10 @@ from torch import Tensor
 from msp.formats.packed_weight import VALUE_DTYPES, count_bits, unpack_bits
 from msp.formats.patterns import NMPattern
 from msp.formats.positions import check_compliant, check_parts, check_positions
+from msp.ops._compiled import compiled
 from msp.ops._dispatch import cuda_serves
 from msp.ops.linear import rows as in_rows
-from msp.ops.linear.compiled import compiled
-from msp.ops.linear.layout import Layout
+from msp.ops.linear.layout import Layout, Size
 
 SPARSE_DTYPES = (torch.float16, torch.bfloat16)
 # A block of fragments is what a warp reads; a weight is padded to whole tiles.
@@ -177,17 +177,10 @@ class Fragments(Layout):
 
     name: ClassVar[str] = "fragments"
 
-    def serves(
-        self,
-        pattern: NMPattern,
-        rows: int,
-        columns: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        compliant: bool = False,
-    ) -> bool:
-        fits = dtype in SPARSE_DTYPES and pattern.n > 0 and (pattern.always_compliant or compliant)
-        return fits and device.type == "cuda" and cuda_serves("nm_spmm")
+    def serves(self, weight: Size) -> bool:
+        compliant = weight.compliant or weight.pattern.always_compliant
+        fits = weight.dtype in SPARSE_DTYPES and weight.pattern.n > 0 and compliant
+        return fits and weight.device.type == "cuda" and cuda_serves("nm_spmm")
 
     def arrange(self, values: Tensor, bitmask: Tensor, pattern: NMPattern, columns: int) -> tuple[Tensor, Tensor]:
         return pack(values, bitmask, columns, pattern.n, pattern.m).view(values.dtype), bitmask

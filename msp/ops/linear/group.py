@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from msp.formats.patterns import NMPattern
-from msp.formats.positions import Counted
+from msp.ops._compiled import compiled
 from msp.ops._dispatch import cuda_serves, define
 from msp.ops.linear import rows
 from msp.ops.linear import tiles as single
 from msp.ops.linear.checks import check
-from msp.ops.linear.compiled import compiled, struct_of
+from msp.ops.linear.compiled import struct_of
 from msp.ops.linear.plan import device_limits, plan
 from msp.ops.linear.thresholds import GATHER_TOKENS
 
@@ -29,65 +29,41 @@ MOST_TOKENS = GATHER_TOKENS
 T = TypeVar("T")
 
 
-def reference(
-    x: Tensor,
-    values: Sequence[Tensor],
-    bitmasks: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    n: Sequence[int],
-    m: Sequence[int],
-    counted: Sequence[Counted],
-) -> list[Tensor]:
-    own = zip(zip(values, bitmasks, biases, n, m, strict=True), counted, strict=True)
-    return [single.reference(x, *one, False, None, known) for one, known in own]
+def reference(x: Tensor, weights: Sequence[single.Weight], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    return [single.reference(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 op = rows.op.form("group", reference)
 
 
 @op.backend("triton")
-def triton(
-    x: Tensor,
-    values: Sequence[Tensor],
-    bitmasks: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    n: Sequence[int],
-    m: Sequence[int],
-    counted: Sequence[Counted],
-) -> list[Tensor]:
-    own = zip(zip(values, bitmasks, biases, n, m, strict=True), counted, strict=True)
-    return [single.triton(x, *one, False, None, known) for one, known in own]
+def triton(x: Tensor, weights: Sequence[single.Weight], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    return [single.triton(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 @op.backend(
     "cuda",
     available=lambda: cuda_serves("nm_linear_group"),
-    supports=lambda x, values, bitmasks, biases, n, m, counted: x.dtype.itemsize == 2,
+    supports=lambda x, weights, biases: x.dtype.itemsize == 2,
 )
-def cuda(
-    x: Tensor,
-    values: Sequence[Tensor],
-    bitmasks: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    n: Sequence[int],
-    m: Sequence[int],
-    counted: Sequence[Counted],
-) -> list[Tensor]:
+def cuda(x: Tensor, weights: Sequence[single.Weight], biases: Sequence[Tensor | None]) -> list[Tensor]:
     flat = single.flattened(x)
     tokens, columns = flat.shape
     # the cut of a gather is the same for any number of rows and any pattern
-    chosen = plan(tokens, values[0].shape[0], columns, NMPattern(n[0], m[0]), False, device_limits(x.device))
+    first = weights[0]
+    pattern = NMPattern(first.n, first.m)
+    chosen = plan(tokens, first.values.shape[0], columns, pattern, False, device_limits(x.device))
     biases = [None if bias is None else bias.contiguous() for bias in biases]
-    results = [x.new_empty(*x.shape[:-1], part.shape[0]) for part in values]
-    partials = [single.partial_sums(flat, part.shape[0], chosen) for part in values]
+    results = [x.new_empty(*x.shape[:-1], weight.values.shape[0]) for weight in weights]
+    partials = [single.partial_sums(flat, weight.values.shape[0], chosen) for weight in weights]
     module = compiled("msp._cuda")
-    weights = [
-        struct_of(module.TiledWeight, part, bitmask, kept, group_size, columns, known)
-        for part, bitmask, kept, group_size, known in zip(values, bitmasks, n, m, counted, strict=True)
+    structs = [
+        struct_of(module.TiledWeight, weight.values, weight.bitmask, weight.n, weight.m, columns, weight.counted)
+        for weight in weights
     ]
     own = [
-        (weight, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
-        for weight, *tensors in zip(weights, biases, results, partials, strict=True)
+        (struct, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
+        for struct, *tensors in zip(structs, biases, results, partials, strict=True)
     ]
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
@@ -126,7 +102,8 @@ def _implementation(
     columns: int,
 ) -> list[Tensor]:
     counted = _check(single.check_tiles, x, values, bitmasks, biases, n, m, columns)
-    return op(x, values, bitmasks, biases, n, m, counted)
+    own = zip(zip(values, bitmasks, n, m, strict=True), counted, strict=True)
+    return op(x, [single.Weight(*parts, False, None, known) for parts, known in own], biases)
 
 
 def _fake(

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from msp.formats.patterns import NMPattern
+
+
+class Size(NamedTuple):
+    """The properties of a frozen weight ``[rows, columns]`` that decide which layouts serve it."""
+
+    pattern: NMPattern
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    device: torch.device
+    compliant: bool = False
+    """Whether its aligned groups of 4 keep at most 2, though its pattern does not promise it."""
 
 
 @dataclass(frozen=True)
@@ -23,20 +35,8 @@ class Layout(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def serves(
-        self,
-        pattern: NMPattern,
-        rows: int,
-        columns: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        compliant: bool = False,
-    ) -> bool:
-        """Whether a frozen weight of this size should lie so on ``device``.
-
-        Args:
-            compliant: whether its aligned groups of 4 keep at most 2, though its pattern does not promise it.
-        """
+    def serves(self, weight: Size) -> bool:
+        """Whether a frozen weight of this size should lie so on its device."""
 
     @abstractmethod
     def arrange(self, values: Tensor, bitmask: Tensor, pattern: NMPattern, columns: int) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ class Layout(ABC):
 
         Args:
             x: ``[..., columns]``.
-            compliant: as ``serves``.
+            compliant: as in ``Size``.
             kept: what ``for_many_tokens`` returned.
         """
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from msp.formats.packed_weight import unpack, unpack_bits
 from msp.formats.patterns import NMPattern
 from msp.formats.positions import Counted, check_positions
+from msp.ops._compiled import compiled
 from msp.ops._dispatch import Op, define
-from msp.ops.linear.checks import check
-from msp.ops.linear.compiled import compiled, make_struct, struct_of
-from msp.ops.linear.layout import Layout
+from msp.ops.linear.checks import check, fake
+from msp.ops.linear.compiled import make_struct, struct_of
+from msp.ops.linear.layout import Layout, Size
 from msp.ops.linear.thresholds import SKINNY_TOKENS, UNPACKED_BYTES, few_tokens
 
 
@@ -83,16 +84,11 @@ def _implementation(
     return op(x, values, bitmask, bias, n, m, counted)
 
 
-def _fake(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, columns: int) -> Tensor:
-    check(x, values, bitmask, bias, n, m, columns)
-    return x.new_empty(*x.shape[:-1], values.shape[0])
-
-
 # columns is K, which the parts alone do not tell when n is 0
 _ARGUMENTS = "(Tensor x, Tensor values, Tensor bitmask, Tensor? bias, int n, int m, int columns) -> Tensor"
-nm_linear_op = define("nm_linear" + _ARGUMENTS, _implementation, _fake)
+nm_linear_op = define("nm_linear" + _ARGUMENTS, _implementation, fake)
 # An op that autograd knows costs 3 us more a call, also where it has nothing to do.
-inference_op = define("nm_linear_inference" + _ARGUMENTS, _implementation, _fake)
+inference_op = define("nm_linear_inference" + _ARGUMENTS, _implementation, fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -122,15 +118,7 @@ class Rows(Layout):
 
     name: ClassVar[str] = "rows"
 
-    def serves(
-        self,
-        pattern: NMPattern,
-        rows: int,
-        columns: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        compliant: bool = False,
-    ) -> bool:
+    def serves(self, weight: Size) -> bool:
         return True
 
     def arrange(self, values: Tensor, bitmask: Tensor, pattern: NMPattern, columns: int) -> tuple[Tensor, Tensor]:

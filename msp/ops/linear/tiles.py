@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,70 +17,56 @@ from torch import Tensor
 from msp.formats.packed_weight import unpack, unpack_bits
 from msp.formats.patterns import NMPattern
 from msp.formats.positions import Counted, check_compliant, check_positions, version
+from msp.ops._compiled import compiled
 from msp.ops._dispatch import cuda_serves, define
 from msp.ops.linear import fragments, rows
-from msp.ops.linear.checks import check
-from msp.ops.linear.compiled import compiled, make_struct, struct_of
-from msp.ops.linear.layout import Layout
+from msp.ops.linear.checks import check, fake
+from msp.ops.linear.compiled import make_struct, struct_of
+from msp.ops.linear.layout import Layout, Size
 from msp.ops.linear.plan import Plan, device_limits, plan
 from msp.ops.linear.tile_order import from_tiles, has_tiles, to_tiles
 
 
-def reference(
-    x: Tensor,
-    values: Tensor,
-    bitmask: Tensor,
-    bias: Tensor | None,
-    n: int,
-    m: int,
-    compliant: bool,
-    kept: Tensor | None,
-    counted: Counted,
-) -> Tensor:
-    return F.linear(x, unpack(*from_tiles(values, bitmask), x.shape[-1]), bias)
+class Weight(NamedTuple):
+    """A weight in tiles, as the backends take it."""
+
+    values: Tensor
+    bitmask: Tensor
+    n: int
+    m: int
+    compliant: bool
+    kept: Tensor | None
+    """What ``for_many_tokens`` returned, if it was asked for."""
+    counted: Counted
+
+
+def reference(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    return F.linear(x, unpack(*from_tiles(weight.values, weight.bitmask), x.shape[-1]), bias)
 
 
 op = rows.op.form("tiles", reference)
 
 
 @op.backend("triton")
-def triton(
-    x: Tensor,
-    values: Tensor,
-    bitmask: Tensor,
-    bias: Tensor | None,
-    n: int,
-    m: int,
-    compliant: bool,
-    kept: Tensor | None,
-    counted: Counted,
-) -> Tensor:
-    return rows.triton(x, *from_tiles(values, bitmask), bias, n, m, counted)
+def triton(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    in_rows = from_tiles(weight.values, weight.bitmask)
+    return rows.triton(x, *in_rows, bias, weight.n, weight.m, weight.counted)
 
 
 @op.backend(
     "cuda",
     available=lambda: cuda_serves("nm_linear"),
-    supports=lambda x, values, bitmask, bias, n, m, compliant, kept, counted: x.dtype.itemsize == 2,
+    supports=lambda x, weight, bias: x.dtype.itemsize == 2,
 )
-def cuda(
-    x: Tensor,
-    values: Tensor,
-    bitmask: Tensor,
-    bias: Tensor | None,
-    n: int,
-    m: int,
-    compliant: bool,
-    kept: Tensor | None,
-    counted: Counted,
-) -> Tensor:
+def cuda(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    values, bitmask, n, m, compliant, kept, counted = weight
     columns, tokens = x.shape[-1], x.numel() // x.shape[-1]
     chosen = plan(
         tokens, values.shape[0], columns, NMPattern(n, m), compliant, device_limits(x.device), kept is not None
     )
     if chosen.how in ("gather", "expand"):
-        weight = struct_of(compiled("msp._cuda").TiledWeight, values, bitmask, n, m, columns, counted)
-        return few_tokens(x, weight, values.shape[0], bias, chosen)
+        struct = struct_of(compiled("msp._cuda").TiledWeight, values, bitmask, n, m, columns, counted)
+        return few_tokens(x, struct, values.shape[0], bias, chosen)
     if kept is None:
         return _many_tokens(x, *from_tiles(values, bitmask), bias, n, m, chosen)
     if chosen.how == "spmm":
@@ -232,29 +218,14 @@ def _implementation(
     if x.numel() == 0:
         op.note("reference")
         return x.new_zeros(*x.shape[:-1], values.shape[0])
-    return op(x, values, bitmask, bias, n, m, compliant, kept, counted)
-
-
-def _fake(
-    x: Tensor,
-    values: Tensor,
-    bitmask: Tensor,
-    bias: Tensor | None,
-    n: int,
-    m: int,
-    columns: int,
-    compliant: bool,
-    kept: Tensor | None = None,
-) -> Tensor:
-    check(x, values, bitmask, bias, n, m, columns)
-    return x.new_empty(*x.shape[:-1], values.shape[0])
+    return op(x, Weight(values, bitmask, n, m, compliant, kept, counted), bias)
 
 
 tiles_op = define(
     "nm_linear_tiles(Tensor x, Tensor values, Tensor bitmask, Tensor? bias, int n, int m, int columns, bool compliant, "
     "Tensor? kept=None) -> Tensor",
     _implementation,
-    _fake,
+    fake,
 )
 
 
@@ -285,16 +256,9 @@ class InTiles(Layout):
 
     name: ClassVar[str] = "tiles"
 
-    def serves(
-        self,
-        pattern: NMPattern,
-        rows: int,
-        columns: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        compliant: bool = False,
-    ) -> bool:
-        return device.type == "cuda" and has_tiles(pattern, rows, columns, dtype) and cuda_serves("nm_linear")
+    def serves(self, weight: Size) -> bool:
+        fits = has_tiles(weight.pattern, weight.rows, weight.columns, weight.dtype)
+        return fits and weight.device.type == "cuda" and cuda_serves("nm_linear")
 
     def arrange(self, values: Tensor, bitmask: Tensor, pattern: NMPattern, columns: int) -> tuple[Tensor, Tensor]:
         return to_tiles(values, bitmask)
