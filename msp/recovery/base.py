@@ -106,7 +106,7 @@ class Recovery(Protocol):
 
 
 class DirectRecovery:
-    """The part that is common to methods that train the parameters of the model themselves: there is nothing to merge."""
+    """The common part of methods that train the parameters of the model itself, so that there is nothing to merge."""
 
     learning_rate: float
 
