@@ -22,14 +22,14 @@ def parse_tokens(count: str | int) -> int:
     """The whole number of a text like ``"2M"``, ``"500k"`` or ``"1.5M"``.
 
     Raises:
-        UsageError: it is no number from 1.
+        UsageError: it is no whole number from 1.
     """
     written = count if isinstance(count, str) else shown(count)
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kMB]?)\s*", written)
-    found = int(Fraction(match[1]) * COUNT_UNITS[match[2]]) if match else 0
-    if not 1 <= found <= LARGEST:
+    found = Fraction(match[1]) * COUNT_UNITS[match[2]] if match else Fraction(0)
+    if not 1 <= found <= LARGEST or found.denominator != 1:
         raise UsageError(f"{shown(count)} is not a number of tokens, like 500k or 2M")
-    return found
+    return int(found)
 
 
 @dataclass(frozen=True)
