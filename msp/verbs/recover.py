@@ -199,6 +199,7 @@ def _asked(options: RecoverOptions, sets: TrainingSets) -> Identity:
         "seed": str(options.seed),
         "training tokens": hashed(sets.training),
         "held-out tokens": hashed(sets.held_out),
+        "threads": str(torch.get_num_threads()),
         **environment(options.device),
     }
 
