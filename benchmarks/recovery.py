@@ -7,9 +7,9 @@
 
 Needs the models and texts in ``../shared`` (or ``$MSP_SHARED``). A cell is a pruner, a density, a seed, and a recovery
 with its number of tokens; it has a file of its own under ``benchmarks/results/recovery``. KL and perplexity are
-measured on WikiText-2 test, and nothing is trained on it. An interrupted run continues at the point where it stopped: pruned models
-and checkpoints are under ``build/recovery``. Each cell runs in a process of its own, on one thread, so that its peak
-memory is its own.
+measured on WikiText-2 test, and nothing is trained on it. An interrupted run continues at the point where it stopped:
+pruned models and checkpoints are under ``build/recovery``. Each cell runs in a process of its own, on one thread, so
+that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ RECOVERIES = (
     ("blockwise+distil", 500_000),
 )
 ALLOCATIONS = ("uniform", "ramp-best", "fisher-rank", "evopress", "msp")
-PASSAGE_TOKENS = 700_000  # the passages have more tokens than that; longer trainings make several passes
+# The passages have some more tokens, of which some are held out. A longer training makes several passes.
+PASSAGE_TOKENS = 1_400_000
 SETTING = {
     "window": 256,
     "calibration_tokens": 32_768,

@@ -14,6 +14,7 @@ parser.add_argument("text", help="text to train on")
 parser.add_argument("output", help="directory for the recovered model, packed as before")
 parser.add_argument("--method", default="distil", help="distil, blockwise or norms")
 parser.add_argument("--tokens", default="2M", help="tokens to train on")
+parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens for one step")
 parser.add_argument("--held-out", type=int, default=16_384, help="tokens that judge the training, and test tokens")
 parser.add_argument("--window", type=int, help="tokens of a training sequence")
 args = parser.parse_args()
@@ -25,6 +26,7 @@ result = msp.recover(
     method=args.method,
     calibration=args.text,
     tokens=args.tokens,
+    batch_tokens=args.batch_tokens,
     held_out_tokens=args.held_out,
     test_tokens=args.held_out,
     window=args.window,

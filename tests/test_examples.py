@@ -130,7 +130,7 @@ def test_train_lora(run) -> None:
 
 
 def test_recover(run) -> None:
-    asked = ("--tokens", "1k", "--held-out", "256", "--window", "16", "--method", "blockwise")
+    asked = ("--tokens", "2k", "--batch-tokens", "64", "--held-out", "256", "--window", "16")
     printed = run("recover", "packed", "model", "notes.txt", "out", *asked)
     before, after = figures(r"held-out loss ([\d.]+) ->", printed), figures(r"held-out loss .* -> ([\d.]+)", printed)
     assert after[0] < before[0]

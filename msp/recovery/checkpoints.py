@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from msp.base.files import write_tensors, write_text
-from msp.base.identity import Identity, differences, hashed, hashed_data
+from msp.base.identity import Identity, differences, hashed, hashed_data, hashed_tensors
 from msp.base.reading import array, read_json, real, table, text, whole
 from msp.base.staging import sync
 from msp.errors import MspError
@@ -49,7 +49,7 @@ class FinishedPhase:
         step: the step at which they stood; 0 if the start was kept.
         steps: all steps of the phase.
         history: the held-out losses.
-        losses: the training losses: the step and the loss, in nats per token or as a share.
+        losses: the training losses, in nats per token or as a share: means over stretches of steps, at their last step.
     """
 
     name: str
@@ -95,6 +95,7 @@ class WorkFolder:
     def save_best(self, phase: int, values: Mapping[str, Tensor], measured: Measured) -> None:
         """Write the best parameters of a phase so far, with their step and loss, in one step."""
         metadata = {"step": str(measured.step), "loss": measured.loss.hex()}
+        metadata["checksum"] = _checksum(values, metadata)
         write_tensors(dict(values), self.best_file(phase), metadata=metadata)
 
     def best(self, phase: int) -> tuple[dict[str, Tensor], Measured] | None:
@@ -109,8 +110,11 @@ class WorkFolder:
         try:
             with safe_open(file, framework="pt") as opened:
                 metadata = opened.metadata() or {}
+            values, checksum = load_file(file), metadata.pop("checksum")
             measured = Measured(int(metadata["step"]), float.fromhex(metadata["loss"]))
-            return load_file(file), measured
+            if checksum != _checksum(values, metadata):
+                raise ValueError("its checksum is another")
+            return values, measured
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise MspError(f"{file} is damaged ({error}): start anew without resume") from error
 
@@ -161,6 +165,10 @@ def newest_whole(folder: Path) -> Path | None:
         else:
             shutil.rmtree(checkpoint, ignore_errors=True)
     return found[max(found)] if found else None
+
+
+def _checksum(values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    return hashed_data([hashed_tensors(values), dict(metadata)])
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from msp.base.files import unwritable
 from msp.base.progress import Advance, Progress
 from msp.base.readable import duration
-from msp.errors import MspError, UsageError
+from msp.errors import MspError, UsageError, first_line
 from msp.recovery.base import Phase, Recovery, Task, as_saved, in_rows, put, snapshot, training
 from msp.recovery.checkpoints import FinishedPhase, Measured, WorkFolder, mark_whole, newest_whole
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 # Seconds between two checkpoints of a long phase; each held-out loss comes with a checkpoint too.
 CHECKPOINT_SECONDS = 120.0
+MOST_LOSSES = 200
 
 
 @dataclass(frozen=True)
@@ -149,17 +152,36 @@ def _train(number: int, phase: Phase, task: Task, schedule: Schedule, work: Work
         tokens = sum(batch.numel() for batch in task.batches) * schedule.epochs
         watch = _Watch(best, measure, tokens, schedule.evaluations, task.progress, saves=work is not None)
         trainer = _trainer(phase, task, schedule, folder, watch.callback())
-        with task.progress.stage(phase.name) as watch.advance:
+        with task.progress.stage(phase.name) as watch.advance, _writing(folder):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     steps = int(trainer.state.global_step)
     put(phase.parameters, best.values)
-    losses = [Measured(int(entry["step"]), float(entry["loss"])) for entry in logs]
+    losses = _thinned([entry for entry in trainer.state.log_history if "loss" in entry])
     history = [Measured(0, before), *watch.history(trainer.state.log_history)]
     finished = FinishedPhase(phase.name, before, best.measured.loss, best.measured.step, steps, history, losses)
     if work is not None:
         work.finish(finished)
     return finished
+
+
+def _thinned(log: list[dict[str, Any]]) -> list[Measured]:
+    """At most ``MOST_LOSSES`` training losses: the mean of each stretch of steps, at its last step."""
+    every = math.ceil(len(log) / MOST_LOSSES) or 1
+    stretches = [log[start : start + every] for start in range(0, len(log), every)]
+    return [Measured(int(each[-1]["step"]), math.fsum(e["loss"] for e in each) / len(each)) for each in stretches]
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """``MspError`` for a checkpoint in ``folder`` that cannot be written, on a full disk say."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise unwritable(folder, error) from error
+    except RuntimeError as error:
+        if "inline_container" in str(error) or "iostream" in str(error):  # torch.save has no error of its own
+            raise MspError(f"{folder} cannot be written: {first_line(error)}") from error
+        raise
 
 
 class _Best:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 HELD_OUT = " (held out)"
+# For each trained value: three checkpoints with two numbers of AdamW, and the best values, all in fp32.
+CHECKPOINT_BYTES = 40
 
 
 @documented(RecoverArguments)
@@ -108,6 +110,8 @@ def recover(
                 progress=listener,
             )
             parameters = sum(each.numel() for each in options.method.parameters(student.model).values())
+            if options.work_dir is not None:
+                check_room(options.work_dir, CHECKPOINT_BYTES * parameters, "the checkpoints of the training")
             with clock("train"):
                 trained = train(options.method, task, options.schedule(window), work)
             del task, held_out

@@ -15,7 +15,7 @@ from pairs import METHODS, pair, schedule, state, task
 from torch import Tensor
 
 from msp.errors import MspError
-from msp.recovery import get_recovery
+from msp.recovery import get_recovery, training
 from msp.recovery.checkpoints import STATE, WHOLE, Measured, WorkFolder, check_resumable, newest_whole, remove
 from msp.recovery.training import Recovered, recover
 
@@ -96,6 +96,38 @@ def test_a_resumed_training_does_not_begin_anew(tmp_path: Path) -> None:
     run("distil", tmp_path, after=1)  # all is done, so that there is no step
 
 
+def test_a_long_phase_has_checkpoints_between_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run("distil")
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    with pytest.raises(Interrupted):  # the first measurement is after step 4
+        run("distil", tmp_path, after=4)
+    assert {each.name for each in (tmp_path / "phase-000").iterdir()} == {"checkpoint-2", "checkpoint-3"}
+    assert same(run("distil", tmp_path), expected)
+
+
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc:659]")):
+
+        def fails(*_: Any, error: Exception = error, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("safetensors.torch.save_file", fails)
+        with pytest.raises(MspError, match=r"phase-000 cannot be written: (No space|.*inline_container)"):
+            run("distil", tmp_path)
+    monkeypatch.setattr("safetensors.torch.save_file", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("distil", tmp_path)
+
+
+def test_training_losses_are_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = run("distil")[0].phases[0].losses
+    assert [each.step for each in every] == list(range(1, 17))
+    monkeypatch.setattr(training, "MOST_LOSSES", 3)
+    few = run("distil")[0].phases[0].losses
+    assert [each.step for each in few] == [6, 12, 16]
+    assert few[1].loss == pytest.approx(sum(each.loss for each in every[6:12]) / 6)
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("method", ["distil", "blockwise"])
 def test_killed_at_steps_on_the_disk(method: str, tmp_path: Path) -> None:
@@ -168,7 +200,8 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(MspError, match=STATE):
             WorkFolder(tmp_path, IDENTITY, resume=True)
     file.write_text(content)
-    for wrong_bytes in (b"", best.read_bytes()[:40]):
+    data = best.read_bytes()
+    for wrong_bytes in (b"", data[:40], data[:-1] + bytes([data[-1] ^ 1])):
         best.write_bytes(wrong_bytes)
         with pytest.raises(MspError, match="damaged"):
             run("norms", tmp_path)
