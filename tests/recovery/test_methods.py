@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ import torch
 from families import MIXED, build, tokens
 from pairs import METHODS, pair, schedule, sparse, state, task
 
+import msp.evidence.head
 from msp.errors import MspError, UsageError
 from msp.formats.patterns import NMPattern
 from msp.models.as_loaded import StoredDtypes
@@ -51,6 +53,39 @@ def test_masks_and_zeros_stay(family: str, method: str) -> None:
     }
     assert all(torch.equal(each, dense_before[name]) for name, each in teacher.state_dict().items())
     assert not any(each.requires_grad or each.grad is not None for each in student.parameters())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_masks_stay_for_any_patterns(seed: int) -> None:
+    draw = random.Random(seed)
+    sizes = [draw.choice((4, 8, 16, 32)) for _ in range(14)]
+    patterns = tuple(f"{draw.randint(0, m)}:{m}" for m in sizes)
+    student, teacher = pair(draw.choice(FAMILIES), patterns, seed)
+    before = state(student)
+    found = recover(get_recovery(METHODS[seed % 3]), task(student, teacher), schedule(epochs=1))
+    changed = {name for name, each in state(student).items() if not torch.equal(each, before[name])}
+    assert bool(changed) == found.kept
+    assert not {name for name in changed if name.endswith("bitmask")}
+    for linear in sparse(student).values():
+        linear.packed.check()
+        assert not linear.weight[~linear.packed.kept()].any()
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
+def test_a_large_vocabulary_gives_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of a few tokens at a time, computed again in the backward."""
+    found = []
+    for large in (False, True):
+        if large:
+            monkeypatch.setitem(msp.evidence.head.PIECE_BYTES, "cpu", 5 * 96 * 4)
+            monkeypatch.setattr("msp.evidence.head.LARGE_VOCABULARY", 96)
+        student, teacher = pair(family)
+        found.append(recover(Distil(), task(student, teacher), schedule()))
+    (whole,), (pieces,) = (each.phases for each in found)
+    assert pieces.before == pytest.approx(whole.before, rel=1e-5)
+    for one, other in zip(whole.losses, pieces.losses, strict=True):
+        assert other.loss == pytest.approx(one.loss, rel=1e-3)
+    assert found[1].after == pytest.approx(found[0].after, rel=1e-3)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
@@ -209,14 +244,14 @@ def test_a_method_of_ones_own() -> None:
             )
 
         def merge(self, model: Any) -> None:
-            merged.append(float(shifts[0]))
+            merged.append(shifts[0].item())
 
     shifts: list[torch.nn.Parameter] = []
     merged: list[float] = []
     student, teacher = pair("llama")
     found = recover(get_recovery(Shift()), task(student, teacher), schedule(learning_rate=0.05))
     assert found.phases[0].after < 0.9 * found.phases[0].before
-    assert merged == [float(shifts[0])] and not found.kept
+    assert merged == [shifts[0].item()] and not found.kept
 
 
 def test_names_and_options() -> None:
