@@ -22,7 +22,7 @@ from msp.models.loading import LoadedModel
 from msp.packed.checkpoint import as_stored, save_packed
 from msp.recovery import Task
 from msp.recovery.base import in_rows
-from msp.recovery.checkpoints import WorkFolder, check_resumable
+from msp.recovery.checkpoints import STATE, WorkFolder, check_resumable
 from msp.recovery.training import recover as train
 from msp.session.arguments import documented
 from msp.session.opened import vocabulary_size, window_of
@@ -226,6 +226,8 @@ def _check_resume(options: RecoverOptions, asked: Identity) -> None:
 def _work(options: RecoverOptions, identity: Identity) -> WorkFolder | None:
     if options.work_dir is None:
         return None
+    if not options.resume and (options.work_dir / STATE).exists():
+        warnings.warn(f"{options.work_dir}: the checkpoints of an earlier training are replaced", stacklevel=3)
     return WorkFolder(options.work_dir, identity, resume=options.resume)
 
 

@@ -169,6 +169,8 @@ def test_other_weights_are_not_resumed(home: Path) -> None:
     with pytest.raises(MspError, match="seed 1, was 0"):
         msp.recover("packed", **asked, resume=True, seed=1)
     assert msp.recover("packed", **asked, resume=True).phases == first.phases
+    with pytest.warns(UserWarning, match="work: the checkpoints of an earlier training are replaced"):
+        msp.recover("packed", **asked, seed=1)
 
 
 def coded(home: Path) -> str:
