@@ -30,11 +30,11 @@ class RecoverArguments(Placing, total=False):
         Option("The highest learning rate of AdamW. Without it: that of the method, 1e-3.", kind=float, metavar="RATE"),
     ]
     kl_weight: Annotated[
-        float,
+        float | None,
         Option(
-            "Weight of the divergence from the dense model in the loss; the cross-entropy of the text has the rest.",
-            2 / 3,
-            float,
+            "Weight of the divergence from the dense model in the loss; the cross-entropy of the text has the rest. "
+            "Without it: 2/3.",
+            kind=float,
             metavar="SHARE",
         ),
     ]
@@ -54,7 +54,7 @@ class RecoverArguments(Placing, total=False):
     tokens: Annotated[
         int | str,
         Option(
-            "Tokens to train on, like 500k or 2M. With blockwise, each block trains on so many.",
+            "Tokens to train on, like 500k or 2M. With blockwise, each block trains on this number.",
             "2M",
             heading=COST,
             metavar="TOKENS",
@@ -101,7 +101,7 @@ class RecoverArguments(Placing, total=False):
     hidden_bytes: Annotated[
         int | str,
         Option(
-            "Memory for the hidden states of blockwise, like 4GB; more of them go to temporary files.",
+            "Memory for the hidden states of blockwise, like 4GB; further states go to temporary files.",
             "4GB",
             heading=RUN,
             metavar="BYTES",

@@ -76,7 +76,7 @@ class RecoverOptions:
             )
         options = cls(
             method=method,
-            weights=LossWeights.of_share(asked["kl_weight"]),
+            weights=LossWeights() if asked["kl_weight"] is None else LossWeights.of_share(asked["kl_weight"]),
             calibration=asked["calibration"] or DEFAULT_CALIBRATION,
             tokens=parse_tokens(asked["tokens"]),
             hidden_bytes=parse_bytes(asked["hidden_bytes"]),

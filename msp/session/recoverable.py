@@ -61,12 +61,12 @@ class Pair:
         with progress.stage("Loading the packed model"):
             if _is_object(self.model):
                 recorded = StoredDtypes.of_model(self.model)
-                student = LoadedModel(self.model.eval(), self.tokenizer, _name(self.model), recorded)
+                student = LoadedModel(self.model.eval(), self.tokenizer, name_of(self.model), recorded)
             else:
                 student = load_model(self.model, dtype="float32", trust_remote_code=trust)
         with progress.stage("Loading the dense model"):
             if _is_object(self.teacher):
-                dense = self.teacher.eval().to(options.device)
+                dense = self.teacher.to(options.device)
             else:
                 dense = load_model(
                     self.teacher,
@@ -78,11 +78,13 @@ class Pair:
                 ).model
             structure = find_structure(dense)
         if structure.failure is not None:
-            raise MspError(f"{_name(self.teacher)}: a forward of token ids fails: {structure.failure}")
+            raise MspError(f"{name_of(self.teacher)}: a forward of token ids fails: {structure.failure}")
         if structure.changes.before:
             changed = min(structure.changes.before)
-            raise MspError(f"{_name(self.teacher)}: a forward changes {changed}: recovery of such a model is not built")
-        return student, dense.requires_grad_(False), structure
+            raise MspError(
+                f"{name_of(self.teacher)}: a forward changes {changed}: recovery of such a model is not built"
+            )
+        return student, dense, structure
 
 
 def pair(model: Any, teacher: Any, tokenizer: Any, options: RecoverOptions) -> Pair:
@@ -112,7 +114,7 @@ def pair(model: Any, teacher: Any, tokenizer: Any, options: RecoverOptions) -> P
         manifest = read_manifest(folder)
         recipe, skeleton = manifest.recipe, make_skeleton(config, trust_remote_code=trust)
         tokenizer = read_tokenizer(str(model), folder, trust_remote_code=trust)
-    _check_storages(_name(model), manifest.storages)
+    _check_storages(name_of(model), manifest.storages)
     if _is_object(teacher):
         _check_object(teacher)
         dense = teacher
@@ -124,7 +126,7 @@ def pair(model: Any, teacher: Any, tokenizer: Any, options: RecoverOptions) -> P
         dense = make_skeleton(config, trust_remote_code=trust)
     if any(isinstance(module, SparseLinear) for module in dense.modules()):
         raise UsageError("the teacher has packed linears: it is the dense model that the packed one was pruned from")
-    _check_alike(_name(model), skeleton, _name(teacher), dense)
+    _check_alike(name_of(model), skeleton, name_of(teacher), dense)
     return Pair(model, teacher, skeleton, tokenizer, recipe)
 
 
@@ -132,7 +134,8 @@ def _is_object(model: Any) -> bool:
     return not isinstance(model, (str, Path))
 
 
-def _name(model: Any) -> str:
+def name_of(model: Any) -> str:
+    """The directory or hub id of a model, or what a model object was loaded from."""
     if not _is_object(model):
         return str(model)
     return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
@@ -141,10 +144,10 @@ def _name(model: Any) -> str:
 def _check_object(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise MspError(f"{_name(model)}: {name} is not in memory: load the model without offloading")
+            raise MspError(f"{name_of(model)}: {name} is not in memory: load the model without offloading")
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             dtype = str(parameter.dtype).removeprefix("torch.")
-            raise MspError(f"{_name(model)}: {name} is {dtype}, and recovery trains in float32: load the model in it")
+            raise MspError(f"{name_of(model)}: {name} is {dtype}, and recovery trains in float32: load the model in it")
 
 
 def _check_storages(name: str, storages: Mapping[str, Storage]) -> None:

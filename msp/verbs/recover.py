@@ -18,6 +18,7 @@ from msp.base.identity import Identity, environment, hashed, hashed_code, hashed
 from msp.base.outputs import check_room, reserved, working_folder
 from msp.base.progress import NoProgress, Progress
 from msp.evidence.evaluate import DenseReference
+from msp.evidence.fisher import frozen
 from msp.models.loading import LoadedModel
 from msp.packed.checkpoint import as_stored, save_packed
 from msp.recovery import Task
@@ -28,7 +29,7 @@ from msp.session.arguments import documented
 from msp.session.opened import vocabulary_size, window_of
 from msp.session.recover_arguments import RecoverArguments
 from msp.session.recover_options import RecoverOptions
-from msp.session.recoverable import Pair, pair
+from msp.session.recoverable import Pair, name_of, pair
 from msp.session.results import RecoverResult
 from msp.session.workbench import batch_size
 from msp.text.text_sources import TokenSource
@@ -84,6 +85,7 @@ def recover(
             asked = _asked(options, sets)
             _check_resume(options, asked)
             student, dense, structure = found.load(options, listener)
+            stack.enter_context(frozen(dense))
             size = student.stored.nbytes(student.model)
             if output is not None:
                 check_room(output, size, "the packed model")
@@ -126,7 +128,7 @@ def recover(
         }
         entry = {
             "method": options.method.name,
-            "teacher": name_alone(_named(teacher)),
+            "teacher": name_alone(name_of(teacher)),
             "tokens": sets.training.numel() * options.epochs,
             "epochs": options.epochs,
             "learning_rate": options.method.learning_rate,
@@ -234,12 +236,6 @@ def _work(options: RecoverOptions, identity: Identity) -> WorkFolder | None:
 def _reference(dense: Any, windows: Tensor, options: RecoverOptions, progress: Progress, label: str) -> DenseReference:
     size = batch_size(options.device, windows.shape[1])
     return DenseReference(dense, windows, batch_size=size, progress=progress, label=label)
-
-
-def _named(teacher: Any) -> str:
-    if isinstance(teacher, (str, Path)):
-        return str(teacher)
-    return str(getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__)
 
 
 def _recipe(

@@ -121,16 +121,24 @@ def test_without_a_gain_the_files_are_those_of_the_pruned_model(home: Path) -> N
 
 def test_model_objects(home: Path) -> None:
     student, teacher = pair("gpt2")
+    teacher.requires_grad_(True).train()
     result = msp.recover(
         student, teacher=teacher, tokenizer=tokenizer(), calibration="notes.txt", method="blockwise", **SIZES
     )
     assert result.kept and result.model is student
     assert result.recipe["recovery"]["method"] == "blockwise"
+    assert teacher.training and all(each.requires_grad and each.grad is None for each in teacher.parameters())
     msp.save_packed(student, tokenizer(), "saved", recipe=result.recipe)
     assert msp.validate_packed("saved").recipe["recovery"]["kept"]
     with pytest.raises(MspError, match=r"is float16, and recovery trains in float32"):
         half = AutoModelForCausalLM.from_pretrained("packed", dtype=torch.float16)
         msp.recover(half, teacher="dense", tokenizer=tokenizer(), calibration="notes.txt", **SIZES)
+
+
+def test_a_model_whose_forward_changes_weights_is_refused(home: Path) -> None:
+    student, teacher = pair("rwkv")
+    with pytest.raises(MspError, match=r"a forward changes .*: recovery of such a model is not built"):
+        msp.recover(student, teacher=teacher, tokenizer=tokenizer(), calibration="notes.txt", **SIZES)
 
 
 def test_resume(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
