@@ -240,7 +240,10 @@ def _pruned(cell: Cell, setting: dict[str, Any], work: Path) -> dict[str, Any]:
 def _engine() -> str:
     """A name for the code of the search: a search does not continue from a checkpoint of other code."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "msp").glob("search/*.py")) + sorted((ROOT / "msp").glob("allocators/*.py")):
+    rooms = ("engine", "compressions", "allocators")
+    paths = [path for room in rooms for path in sorted((ROOT / "msp" / room).glob("*.py"))]
+    assert len(paths) > 20, "the rooms of the search have moved"
+    for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
 

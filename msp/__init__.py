@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         EvaluateResult,
         ParetoResult,
         PruneResult,
+        RecoverResult,
         SearchResult,
         SensitivityResult,
     )
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from msp.verbs.measure import measure
     from msp.verbs.pareto import pareto
     from msp.verbs.prune import dry_run, prune
+    from msp.verbs.recover import recover
     from msp.verbs.search import search
     from msp.verbs.sensitivity import sensitivity
 
@@ -57,6 +59,7 @@ _HOME = {
     "ParetoResult": "msp.session.results",
     "Preview": "msp.session.preview",
     "PruneResult": "msp.session.results",
+    "RecoverResult": "msp.session.results",
     "SearchResult": "msp.session.results",
     "SensitivityResult": "msp.session.results",
     "SparseLinear": "msp.packed.sparse_linear",
@@ -74,6 +77,7 @@ _HOME = {
     "pareto": "msp.verbs.pareto",
     "prune": "msp.verbs.prune",
     "read_info": "msp.packed.info",
+    "recover": "msp.verbs.recover",
     "replace_linears": "msp.packed.checkpoint",
     "save_packed": "msp.packed.checkpoint",
     "search": "msp.verbs.search",
@@ -95,6 +99,7 @@ __all__ = [
     "ParetoResult",
     "Preview",
     "PruneResult",
+    "RecoverResult",
     "SearchResult",
     "SensitivityResult",
     "SparseLinear",
@@ -113,6 +118,7 @@ __all__ = [
     "pareto",
     "prune",
     "read_info",
+    "recover",
     "replace_linears",
     "save_packed",
     "search",

@@ -149,7 +149,7 @@ def test_every_extra_is_named_where_it_is_needed() -> None:
     assert names == set(re.findall(r"mixed-sparsity-pruning\[([\w-]+)\]", text))
     assert names >= set(re.findall(r"mixed-sparsity-pruning\[([\w-]+)\]", source_text()))
     for name in names:
-        module = {"hub": "datasets"}.get(name, name.replace("-", "_"))
+        module = {"hub": "datasets", "recover": "accelerate"}.get(name, name.replace("-", "_"))
         assert re.search(rf"^\s*(?:import|from) {module}\b|import_module\(\"{module}\"\)", used(), re.MULTILINE), name
 
 

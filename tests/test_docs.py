@@ -68,6 +68,10 @@ JSON_OF = {
     "search": ["model", "-o", "found", "--sparsity", "0.5", "--evaluations", "16"],
     "search ": ["model", "-o", "curve", "--sparsity", "0.5,0.6", "--evaluations", "16"],
     "compare": ["model", "--sparsity", "0.5", "--allocators", "uniform", "--seeds", "1"],
+    "recover": [
+        *("packed", "--teacher", "model", "-o", "out", "--calibration", "notes.txt", "--window", "16"),
+        *("--tokens", "256", "--held-out-tokens", "64", "--test-tokens", "64", "--method", "norms"),
+    ],
     "sensitivity": ["model", "--calibration", "notes.txt", "--window", "16", "--calibration-tokens", "64"],
     "evaluate": ["packed", "--evaluate", "notes.txt", "--reference", "model", "--window", "16"],
     "generate": ["packed", "w5 w6"],

@@ -129,6 +129,15 @@ def test_train_lora(run) -> None:
     assert patterns[0] == patterns[1]
 
 
+def test_recover(run) -> None:
+    asked = ("--tokens", "2k", "--batch-tokens", "64", "--held-out", "256", "--window", "16")
+    printed = run("recover", "packed", "model", "notes.txt", "out", *asked)
+    before, after = figures(r"held-out loss ([\d.]+) ->", printed), figures(r"held-out loss .* -> ([\d.]+)", printed)
+    assert after[0] < before[0]
+    patterns = [[str(linear.pattern) for linear in msp.read_info(path).linears] for path in ("packed", "out")]
+    assert patterns[0] == patterns[1]
+
+
 def test_stream_large_model(run) -> None:
     printed = run("stream_large_model", "model", "notes.txt", "out", "--tokens", "256", "--hidden-bytes", "1MB")
     assert figures(r"KL ([\d.]+)", printed)[0] > 0

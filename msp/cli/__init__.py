@@ -9,6 +9,7 @@ if not hasattr(msp, "__version__"):  # another project's __init__.py is in the p
     raise SystemExit(f"msp: {namesake()}")
 
 from msp.cli import exporting as exporting
+from msp.cli import recovering as recovering
 from msp.cli import searching as searching
 from msp.cli.verbs import app
 

@@ -89,6 +89,28 @@ def outputs(model: Any, batches: Sequence[Tensor]) -> Iterator[Output]:
     yield from found
 
 
+class Forward:
+    """Runs ``model`` on a batch; its ``Output`` has hidden states if the vocabulary is large.
+
+    Unlike those of ``outputs``, the outputs carry gradients if the caller enables them.
+
+    Args:
+        model: the causal LM.
+        tokens: int64 ``[B, T]``; its first tokens run once to find the output head.
+    """
+
+    def __init__(self, model: Any, tokens: Tensor) -> None:
+        self._model = model
+        found = next(outputs(model, [tokens[:1, :PROBE_TOKENS]]))
+        self._head, self._vocabulary = found.head, found.vocabulary
+
+    def __call__(self, tokens: Tensor) -> Output:
+        """The output on ``tokens``, int64 ``[B, T]``."""
+        with nullcontext() if self._head is None else _left_out(self._head):
+            states = self._model(input_ids=tokens.to(device_of(self._model)), use_cache=False).logits
+        return Output(states, self._vocabulary, self._head)
+
+
 def outputs_of(model: Any, logits: Iterable[Tensor]) -> Iterator[Output]:
     """The outputs of ``model``, as ``outputs`` yields them, from an iterable of ``logits [B, T, V]``.
 

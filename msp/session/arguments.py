@@ -289,10 +289,9 @@ class Measuring(TypedDict, total=False):
     test_tokens: Annotated[int, Option("Tokens for the final figures.", 32_768, int, heading=COST, metavar="TOKENS")]
 
 
-class Loading(TypedDict, total=False):
-    """How a model is loaded."""
+class Placing(TypedDict, total=False):
+    """Where a model runs, and what of it is trusted."""
 
-    dtype: Annotated[str, Option("The dtype to compute in: auto, float32, bfloat16 or float16.", "auto", heading=RUN)]
     device: Annotated[str, Option("auto, cpu, cuda or cuda:1.", "auto", heading=RUN)]
     dequantise: Annotated[
         bool,
@@ -304,6 +303,12 @@ class Loading(TypedDict, total=False):
         ),
     ]
     trust_remote_code: Annotated[bool, TRUST]
+
+
+class Loading(Placing, total=False):
+    """How a model is loaded."""
+
+    dtype: Annotated[str, Option("The dtype to compute in: auto, float32, bfloat16 or float16.", "auto", heading=RUN)]
 
 
 class Seeded(TypedDict, total=False):

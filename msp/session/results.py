@@ -83,6 +83,55 @@ class PruneResult(Found):
 
 
 @dataclass(kw_only=True, repr=False)
+class RecoverResult:
+    """A packed model that was trained under its mask.
+
+    Attributes:
+        method: the name of the recovery method.
+        tokens: the tokens that a phase of the method trained on, all epochs counted.
+        parameters: the number of values that were trained.
+        kept: whether the trained values are better than those of the start. If not, the model is as it was.
+        held_out_loss: the loss on held-out tokens ``before`` and ``after``, in nats a token.
+        perplexity: of the ``dense`` model and of the packed model ``before`` and ``after``, on the test tokens.
+        kl: the divergence from the dense model ``before`` and ``after`` on the test tokens, in nats a token.
+        bytes: all weights of the packed model as stored; the recovery does not change them.
+        seconds: per stage. ``peak_memory``: of the process, in bytes of host memory.
+        phases: for each phase its ``name``, its held-out loss ``before`` and ``after``, the ``step`` that was kept of
+            ``steps``, the ``history`` of the held-out loss and the training ``losses``.
+        recipe: what is written to the packed model.
+        model: the packed model; ``tokenizer`` beside it.
+    """
+
+    method: str
+    tokens: int
+    parameters: int
+    kept: bool
+    held_out_loss: dict[str, float]
+    perplexity: dict[str, float]
+    kl: dict[str, float]
+    bytes: int
+    seconds: dict[str, float]
+    peak_memory: int
+    phases: list[dict[str, Any]]
+    recipe: dict[str, Any]
+    model: Any
+    tokenizer: Any
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain JSON values, without the model."""
+        return {name: value for name, value in vars(self).items() if name not in ("model", "tokenizer")}
+
+    def __repr__(self) -> str:
+        told = [
+            f"{self.method}, {self.tokens:,} tokens" + ("" if self.kept else ", no gain: the model is as it was"),
+            f"held-out loss {number(self.held_out_loss['before'])} -> {number(self.held_out_loss['after'])}",
+            f"KL {number(self.kl['before'])} -> {number(self.kl['after'])}",
+            duration(sum(self.seconds.values())),
+        ]
+        return f"RecoverResult({'; '.join(told)})"
+
+
+@dataclass(kw_only=True, repr=False)
 class SearchResult(Found):
     """An allocation with nothing pruned: ``bytes`` are those that packing will give.
 

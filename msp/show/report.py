@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         CompareRow,
         ParetoResult,
         PruneResult,
+        RecoverResult,
         SearchResult,
         SensitivityResult,
     )
@@ -139,6 +140,26 @@ def prune_report(result: PruneResult, output: object = None) -> RenderableType:
         parts.insert(1, Text(_search_fitness(result.search_fitness, result.recipe), style="dim"))
     if result.skipped:
         parts.append(skipped_report(result.skipped))
+    parts.append(Text(_costs(result.seconds, result.peak_memory), style="dim"))
+    if output is not None:
+        parts.append(Text.assemble("Saved to ", (str(output), "bold")))
+    return Group(*parts)
+
+
+def recover_report(result: RecoverResult, output: object = None) -> RenderableType:
+    """The figures before and after the training, and what was trained."""
+    dense = number(result.perplexity["dense"])
+    table = _table("", right=("Dense", "Before", "After"))
+    for label, of_dense, figures in (
+        ("Held-out loss, nats a token", "", result.held_out_loss),
+        ("Perplexity", dense, result.perplexity),
+        ("KL to dense, nats a token", "0", result.kl),
+    ):
+        table.add_row(label, of_dense, number(figures["before"]), f"[bold]{number(figures['after'])}[/]")
+    told = f"{result.method}: {result.parameters:,} values trained on {result.tokens:,} tokens; {size(result.bytes)}"
+    parts: list[RenderableType] = [table, Text(told, style="dim")]
+    if not result.kept:
+        parts.append(Text("The training did not lower the held-out loss: the model is as it was.", style="yellow"))
     parts.append(Text(_costs(result.seconds, result.peak_memory), style="dim"))
     if output is not None:
         parts.append(Text.assemble("Saved to ", (str(output), "bold")))

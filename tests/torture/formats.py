@@ -45,6 +45,8 @@ from msp.packed.checkpoint import save_packed
 from msp.packed.info import read_manifest, validate_packed
 from msp.plan.decode_table import DecodeTable
 from msp.plan.recipe import read_rules
+from msp.recovery.checkpoints import FinishedPhase, Measured, WorkFolder
+from msp.recovery.checkpoints import _read as read_recovery
 from msp.text.token_sets import TokenSource, save_tokens
 from torture.mutators import as_json, reshaped
 
@@ -185,6 +187,23 @@ def with_checksum(data: bytes, choose: random.Random) -> bytes:
         return json.dumps({"checksum": checksum, **content}).encode()
     except (ValueError, TypeError):
         return as_json(content)
+
+
+def phases_of_recovery(path: Path) -> str:
+    return repr(read_recovery(path, ONE))  # a loss that is not a number is equal to none
+
+
+def best_of_recovery(path: Path) -> Any:
+    found = WorkFolder(path.parent, ONE, resume=True).best(0)
+    assert found is not None
+    return {name: tensor.tolist() for name, tensor in found[0].items()}, found[1]
+
+
+def save_recovery(folder: Path) -> None:
+    folder.mkdir()
+    work, losses = WorkFolder(folder, ONE, resume=False), [Measured(0, 1.5), Measured(4, float("nan"))]
+    work.save_best(0, {"a.values": torch.arange(24.0).view(4, 6), "norm.weight": torch.ones(8)}, losses[0])
+    work.finish(FinishedPhase("Distilling", 1.5, 1.5, 0, 4, losses, losses))
 
 
 def database(folder: Path) -> tuple[LevelDatabase, dict[str, torch.Tensor]]:
@@ -371,13 +390,14 @@ def every_format(work: Path) -> list[Format]:
     save_packed(packed_model("llama"), tokenizer(), work / "packed", recipe={"of": "llama"})
     save_packed(packed_model("llama"), tokenizer(), work / "shards", recipe={"of": "llama"}, max_shard_size="20KB")
     save_state(work / "search.json", state(), ONE)
+    save_recovery(work / "recovery")
     save_tokens(torch.randint(0, VOCABULARY, (64,)), work / "tokens.safetensors")
     levels_of, weights = database(work / "database")
     levels_of.open()
     for name, weight in weights.items():
         levels_of.write(name, [nm_select(weight, pattern) for pattern in levels_of.patterns[name]])
     dense, packed, shards = (read_folder(work / name) for name in ("dense", "packed", "shards"))
-    level_files = read_folder(work / "database")
+    level_files, recovered = read_folder(work / "database"), read_folder(work / "recovery")
     shard = min(name for name in shards if name.endswith(".safetensors"))
     config = json.loads(packed["config.json"])
     del config["quantization_config"]["hashes"]
@@ -407,6 +427,8 @@ def every_format(work: Path) -> list[Format]:
         Format("search.json", "search.json", search, SAME, 5000, searched, "json"),
         Format("search.json: right checksum", "search.json", search_of_the_problem, None, 4000, searched,
                change=with_checksum),
+        Format("recovery.json", "recovery.json", phases_of_recovery, SAME, 4000, recovered, "json"),
+        Format("recovery: best values", "phase-000.safetensors", best_of_recovery, SAME, 2000, recovered),
         Format("level database: tensors", "a.safetensors", levels, SAME, 4000, level_files),
         Format("model.safetensors: packed", "model.safetensors", packed_tensors, SAME, 4000, packed),
         Format("model.safetensors: a shard", shard, packed_tensors, SAME, 1500, shards),

@@ -36,6 +36,10 @@ SMALL = [
     "--fitness-tokens", "512", "--test-tokens", "64",
 ]  # fmt: skip
 SEARCH = [*SMALL, "--evaluations", "32"]
+TRAINING = [
+    "--calibration", "text.txt", "--device", "cpu", "--json", "--window", "16", "--tokens", "2048", "--batch-tokens",
+    "64", "--held-out-tokens", "256", "--test-tokens", "64", "--learning-rate", "0.003",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ VERBS = {
         ["compare", "model", "-o", "out.png", "--allocators", "uniform,msp", "--seeds", "1", *SEARCH], resume=[]
     ),
     "pareto": Verb(["search", "model", "-o", "out", "--sparsity", "0.5,0.75", *SEARCH]),
+    "recover": Verb(["recover", "packed", "--teacher", "model", "-o", "out", "--force", *TRAINING], one=True),
     "stream": Verb(["prune", "model", "-o", "out", "--force", "--stream", "--hidden-bytes", "20kB", *SEARCH], one=True),
 }
 UNEQUAL = ("seconds", "peak_memory")
@@ -66,6 +71,7 @@ def run(report: Report, seconds: float) -> None:
     shares = Shares(seconds, len(VERBS) + 4)
     with workplace() as home:
         save("llama", home / "model")
+        save_packed(packed_model("llama"), tokenizer(), home / "packed", recipe={})
         save_text(home / "text.txt", 7)
         kill_saves(report, shares.next(), draw, home)
         for name, verb in VERBS.items():
@@ -78,7 +84,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {
         name: digest
         for name, digest in bytes_below(folder).items()
-        if name.split("/")[0] not in ("model", "text.txt", "said.out", "said.err")
+        if name.split("/")[0] not in ("model", "packed", "text.txt", "said.out", "said.err")
     }
 
 
@@ -112,6 +118,7 @@ class Scene:
         folder.mkdir()
         (folder / "tmp").mkdir()
         (folder / "model").symlink_to(self.home / "model")
+        (folder / "packed").symlink_to(self.home / "packed")
         (folder / "text.txt").symlink_to(self.home / "text.txt")
         return folder
 
@@ -193,7 +200,7 @@ def sequence(report: Report, name: str, scene: Scene, draw: random.Random, numbe
         moments.append(round(moment, 3))
         part.done += 1
         part.what["killed whole process" if whole else "killed"] += 1
-        part.what["with a checkpoint"] += any(folder.glob(".out.search/*"))
+        part.what["with a checkpoint"] += any(folder.glob(".out.*/*"))
         part.what["with a partial file"] += any(folder.rglob("*.msp-partial"))
         if wrong := scene.wrong_after_a_kill(folder, old):
             report.fail(name, "lost", wrong, **again)
