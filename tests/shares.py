@@ -33,6 +33,10 @@ LONG = (
     "test_kill_points",
     "test_transformers",
     "test_cli",
+    "test_imports",
+    "test_examples",
+    "test_golden",
+    "test_torture",
 )
 
 
@@ -47,6 +51,11 @@ def place_of(nodeid: str) -> int:
     """The place of the test's share in ``LONG``; every other share comes after these."""
     name = PurePosixPath(share_of(nodeid)).stem
     return LONG.index(name) if name in LONG else len(LONG)
+
+
+def takes_long(nodeid: str) -> bool:
+    """Whether the test's share is in ``LONG``."""
+    return place_of(nodeid) < len(LONG)
 
 
 def threads_of_a_worker(workers: int) -> int:

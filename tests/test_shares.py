@@ -38,6 +38,7 @@ def test_what_takes_longest_comes_first() -> None:
     files = [shares.TOGETHER.get(name, [name])[0] for name in shares.LONG]
     nodeids = [f"tests/{file}.py::test" for file in (*files, "test_other")]
     assert sorted(reversed(nodeids), key=shares.place_of) == nodeids
+    assert [shares.takes_long(nodeid) for nodeid in nodeids] == [True] * len(files) + [False]
 
 
 def test_workers_use_every_core_once(monkeypatch: pytest.MonkeyPatch) -> None:
