@@ -57,10 +57,11 @@ class Forked:
         self._process.join(seconds)
         return self._process.exitcode is not None
 
-    def kill(self) -> None:
+    def kill(self) -> bool:
+        """Whether the signal ended it: it may have ended by itself a moment before."""
         self._process.kill()
         self._process.join()
-        assert self._process.exitcode == -signal.SIGKILL
+        return self._process.exitcode == -signal.SIGKILL
 
     def result(self) -> tuple[int | None, str, str]:
         """After it ended: the exit code, and what it said on both streams."""
@@ -133,11 +134,10 @@ def run_and_kill(
     while len(after) < kills:
         run = Forked([*arguments, *(resume if after else ())], folder)
         moment = draw.uniform(0, seconds)
-        if run.ends_within(moment):
+        if run.ends_within(moment) or not run.kill():
             code, *said = run.result()
             assert code == 0, said
             return Killed(after, *said)
-        run.kill()
         after.append(moment)
     ended = run_fresh([*arguments, *resume], folder)
     ended.after = after
