@@ -56,8 +56,8 @@ format: $(INSTALLED) ## let ruff and clang-format correct the findings of lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-types: $(INSTALLED) ## mypy --strict on msp
-	$(BIN)/mypy --strict msp
+types: $(INSTALLED) ## mypy --strict on msp, and on wrong calls of its functions
+	$(BIN)/mypy --strict msp tests/typed_api.py
 
 wheel: $(INSTALLED) ## the wheel for a release, repaired and checked, in dist/; MSP_CUDA=0|1 and MSP_CUDA_ARCHS as in setup.py
 	rm -rf build/lib.* build/bdist.*

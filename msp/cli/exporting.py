@@ -12,7 +12,8 @@ from msp.cli.options import AsJson, Debug, takes
 from msp.cli.running import calm_libraries, running
 from msp.cli.verbs import app
 from msp.errors import UsageError
-from msp.session.arguments import RUN, Trusting
+from msp.session.arguments import Trusting
+from msp.session.declarations import RUN
 
 
 @app.command()

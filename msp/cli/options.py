@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from msp.session.arguments import RUN, Option, declared
+from msp.session.declarations import RUN, Option, declared
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, a hub id, or a packed model.")]
 AsJson = Annotated[

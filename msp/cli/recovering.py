@@ -11,7 +11,7 @@ import typer
 from msp.cli.options import AsJson, Debug, given, takes
 from msp.cli.running import calm_libraries, running
 from msp.cli.verbs import app
-from msp.session.arguments import METHOD, RUN
+from msp.session.declarations import METHOD, RUN
 from msp.session.recover_arguments import RecoverArguments
 
 

@@ -12,7 +12,8 @@ from msp.cli.options import AsJson, Debug, Model, given, takes
 from msp.cli.running import calm_libraries, running
 from msp.cli.verbs import app, search_folder, with_budget
 from msp.errors import UsageError
-from msp.session.arguments import RUN, MeasureArguments, SearchArguments
+from msp.session.arguments import MeasureArguments, SearchArguments
+from msp.session.declarations import RUN
 
 
 @app.command()

@@ -17,8 +17,6 @@ from msp.cli.options import AsJson, Debug, Model, Picture, given, takes
 from msp.cli.running import calm_libraries, running
 from msp.errors import MspError, UsageError
 from msp.session.arguments import (
-    METHOD,
-    RUN,
     CompareArguments,
     EvaluateArguments,
     GenerateArguments,
@@ -26,6 +24,7 @@ from msp.session.arguments import (
     PruneArguments,
     SensitivityArguments,
 )
+from msp.session.declarations import METHOD, RUN
 
 app = typer.Typer(
     name="msp",

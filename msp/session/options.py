@@ -19,7 +19,8 @@ from msp.plan.decode_table import DecodeTable
 from msp.plan.plans import Goal, PatternRules, parse_bytes, parse_time
 from msp.plan.recipe import read_rules
 from msp.pruners import Pruner, get_pruner
-from msp.session.arguments import PruneArguments, completed
+from msp.session.arguments import PruneArguments
+from msp.session.declarations import completed
 from msp.text.text_sources import DEFAULT_CALIBRATION, TokenSource
 from msp.text.token_sets import check_seed
 

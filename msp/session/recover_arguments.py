@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from msp.session.arguments import COST, DATA, RUN, SOURCE_HELP, WINDOW, Option, Placing
+from msp.session.arguments import SOURCE_HELP, WINDOW, Placing
+from msp.session.declarations import COST, DATA, RUN, Option
 
 if TYPE_CHECKING:
     from msp.recovery import Recovery

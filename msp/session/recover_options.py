@@ -15,7 +15,7 @@ from msp.models.loading import find_device
 from msp.plan.plans import parse_bytes
 from msp.recovery import LossWeights, Recovery, get_recovery
 from msp.recovery.training import Schedule, check_trainer
-from msp.session.arguments import completed
+from msp.session.declarations import completed
 from msp.session.recover_arguments import RecoverArguments
 from msp.text.text_sources import DEFAULT_CALIBRATION, TokenSource
 from msp.text.token_sets import check_seed

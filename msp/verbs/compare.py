@@ -12,7 +12,8 @@ from msp.base.progress import NoProgress, Progress
 from msp.errors import UsageError
 from msp.evidence.evaluate import DenseReference
 from msp.pruners import Pruner, get_pruner
-from msp.session.arguments import CompareArguments, completed, documented
+from msp.session.arguments import CompareArguments
+from msp.session.declarations import completed, documented
 from msp.session.opened import open_model
 from msp.session.options import Options
 from msp.session.preview import fitting

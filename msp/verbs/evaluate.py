@@ -23,7 +23,8 @@ from msp.models.loading import (
 )
 from msp.models.narrow import computed_dtype
 from msp.models.text_forward import run_text
-from msp.session.arguments import EvaluateArguments, completed, documented
+from msp.session.arguments import EvaluateArguments
+from msp.session.declarations import completed, documented
 from msp.session.opened import vocabulary_size, window_of
 from msp.session.results import EvaluateResult
 from msp.session.workbench import batch_size

@@ -16,7 +16,8 @@ from msp.models.loading import find_device, load_model
 from msp.models.structure import device_of
 from msp.ops import check_environment
 from msp.packed.sparse_linear import fast_decode
-from msp.session.arguments import GenerateArguments, completed, documented
+from msp.session.arguments import GenerateArguments
+from msp.session.declarations import completed, documented
 from msp.text.token_sets import check_seed
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from msp.models.loading import (
 from msp.models.quantised import dequantised_dtype, method_of
 from msp.models.structure import find_structure, merge_experts
 from msp.packed.info import PackedInfo, read_info, validate_packed
-from msp.session.arguments import InfoArguments, completed, documented
+from msp.session.arguments import InfoArguments
+from msp.session.declarations import completed, documented
 from msp.session.results import DenseInfo
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from msp.models.quantised import check_dense, dequantised_dtype, method_of
 from msp.models.structure import find_structure
 from msp.plan.decode_table import DecodeTable
 from msp.plan.plans import PatternRules
-from msp.session.arguments import MeasureArguments, completed, documented
+from msp.session.arguments import MeasureArguments
+from msp.session.declarations import completed, documented
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -12,7 +12,8 @@ from msp.errors import UsageError
 from msp.plan.budget import parse_sparsity
 from msp.plan.plans import parse_bytes, parse_time
 from msp.plan.recipe import ALLOCATION_FILES, write_allocation
-from msp.session.arguments import Budgets, ParetoArguments, SearchArguments, documented
+from msp.session.arguments import Budgets, ParetoArguments, SearchArguments
+from msp.session.declarations import documented
 from msp.session.results import ParetoResult, SearchResult
 from msp.show.pictures import pareto_picture
 from msp.show.report import to_json

@@ -14,7 +14,8 @@ from msp.base.outputs import check_room, reserved
 from msp.base.progress import NoProgress, Progress
 from msp.errors import UsageError
 from msp.evidence.evaluate import Sums
-from msp.session.arguments import PruneArguments, documented
+from msp.session.arguments import PruneArguments
+from msp.session.declarations import documented
 from msp.session.opened import open_model
 from msp.session.options import Options
 from msp.session.preview import Preview, fitting, preview

@@ -25,7 +25,7 @@ from msp.recovery import Task
 from msp.recovery.base import in_rows
 from msp.recovery.checkpoints import STATE, WorkFolder, check_resumable
 from msp.recovery.training import recover as train
-from msp.session.arguments import documented
+from msp.session.declarations import documented
 from msp.session.opened import vocabulary_size, window_of
 from msp.session.recover_arguments import RecoverArguments
 from msp.session.recover_options import RecoverOptions

@@ -15,7 +15,8 @@ from msp.base.progress import NoProgress, Progress
 from msp.engine.fitness import key_of
 from msp.errors import UsageError
 from msp.plan.recipe import ALLOCATION_FILES, write_allocation
-from msp.session.arguments import SearchArguments, documented
+from msp.session.arguments import SearchArguments
+from msp.session.declarations import documented
 from msp.session.opened import open_model
 from msp.session.options import Options
 from msp.session.preview import fitting

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from msp.base.progress import NoProgress, Progress
 from msp.evidence.fisher import fisher_traces
-from msp.session.arguments import SensitivityArguments, completed, documented
+from msp.session.arguments import SensitivityArguments
+from msp.session.declarations import completed, documented
 from msp.session.opened import open_model
 from msp.session.options import Options
 from msp.session.results import SensitivityResult

@@ -33,7 +33,8 @@ from quality_tables import NOTHING, Results
 
 from msp.allocators import get_allocator
 from msp.engine.evolution import EvolutionOptions
-from msp.session.arguments import PruneArguments, defaults
+from msp.session.arguments import PruneArguments
+from msp.session.declarations import defaults
 
 GROUP = Cell()
 

@@ -14,7 +14,8 @@ from recovery import RECOVERIES, SETTING, Cell, cells, read, run, table
 from msp.allocators import get_allocator
 from msp.pruners import get_pruner
 from msp.recovery import get_recovery
-from msp.session.arguments import PruneArguments, defaults
+from msp.session.arguments import PruneArguments
+from msp.session.declarations import defaults
 from msp.session.recover_arguments import RecoverArguments
 
 

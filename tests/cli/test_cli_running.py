@@ -18,7 +18,8 @@ from verbs import SMALL, msp_run, one_object
 
 import msp
 from msp.formats.patterns import Allocation
-from msp.session.arguments import PruneArguments, defaults
+from msp.session.arguments import PruneArguments
+from msp.session.declarations import defaults
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from msp.cli import app
 from msp.errors import UsageError
 from msp.pruners import KeepingPruner, Scoring
 from msp.session import arguments
-from msp.session.arguments import PruneArguments, defaults
+from msp.session.arguments import PruneArguments
+from msp.session.declarations import defaults
 from msp.session.options import Options
 
 VERBS = {
